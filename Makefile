@@ -1,0 +1,38 @@
+# Two commands matter to a newcomer: `make serve` and `make test`. Both set everything up.
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3.14 python3; do \
+  command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; raise SystemExit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SERVE_ARGS ?=
+TEST_ARGS ?=
+
+.PHONY: install serve test lint fmt bench clean help
+.DEFAULT_GOAL := help
+
+help: ## list the commands
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+$(STAMP): requirements/dev.txt pyproject.toml
+	@scripts/install "$(PYTHON)" "$(VENV)"
+	@touch $@
+
+install: $(STAMP) ## make .venv with the program and everything that the tests need
+
+serve: $(STAMP) ## start the gateway on :8080 with the built-in backend
+	@IMG_SERVING_ENV_FILE=.env $(BIN)/img-serving serve $(SERVE_ARGS)
+
+test: $(STAMP) ## run the whole suite
+	@$(BIN)/python -m pytest -n auto $(TEST_ARGS)
+
+lint: $(STAMP) ## style, format and strict types
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+fmt: $(STAMP) ## put the code into the house format
+	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+bench: $(STAMP) ## measure the gateway beside nginx (needs nginx and wrk)
+	@$(BIN)/python bench/proxy.py
+
+clean: ## remove the virtual environment and caches
+	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

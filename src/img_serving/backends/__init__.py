@@ -1,0 +1,1 @@
+"""Adapters: one upstream protocol a file."""

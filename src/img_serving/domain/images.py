@@ -1,0 +1,117 @@
+"""What is asked for and what comes back: image requests, calls to an endpoint, and pictures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Operation = Literal["generation", "edit", "variation"]
+OutputFormat = Literal["png", "jpeg", "webp"]
+MediaType = Literal["image/png", "image/jpeg", "image/webp"]
+
+MEDIA_TYPES: dict[OutputFormat, MediaType] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
+EXTENSIONS: dict[str, str] = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp"}
+FORMATS: dict[str, OutputFormat] = {media: name for name, media in MEDIA_TYPES.items()}
+
+SEED_LIMIT = 2**63
+"""Seeds are whole numbers from 0 to this, exclusive (they travel as int64 in every protocol we speak)."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRequest:
+    """What a client asked for, checked and normalised.
+
+    `None` always means "the backend's own default". `width` and `height` (pixels) are given together or not at all.
+    `seed` is the seed of image 0; image i has seed + i. `seed_given` tells a client's seed from one that we drew.
+    `given` names the optional parameters that the client set: what a backend cannot honour is reported by name.
+    """
+
+    prompt: str
+    operation: Operation = "generation"
+    model: str | None = None
+    n: int = 1
+    width: int | None = None
+    height: int | None = None
+    negative_prompt: str | None = None
+    seed: int = 0
+    seed_given: bool = False
+    steps: int | None = None
+    guidance_scale: float | None = None
+    quality: str | None = None
+    style: str | None = None
+    background: str | None = None
+    moderation: str | None = None
+    sampler: str | None = None
+    scheduler: str | None = None
+    clip_skip: int | None = None
+    output_format: OutputFormat | None = None
+    output_compression: int | None = None
+    user: str | None = None
+    strict: bool = False
+    given: frozenset[str] = field(default_factory=frozenset)
+
+    def seed_of(self, index: int) -> int:
+        """The seed of image `index`: base + index, wrapping below `SEED_LIMIT`."""
+        return (self.seed + index) % SEED_LIMIT
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One picture of a call: what may differ between the members of a batch."""
+
+    prompt: str
+    negative_prompt: str | None
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of a batch to one endpoint.
+
+    `request` carries what all members share (size, steps, guidance …); its prompt, negative prompt and seed are those of
+    the first member. `model` is the name to use upstream (None: whatever the engine has). `width` × `height` in pixels.
+    `timeout_seconds` is how long one attempt may go without an answer or progress.
+    """
+
+    request: ImageRequest
+    model: str | None
+    width: int
+    height: int
+    items: tuple[Item, ...]
+    timeout_seconds: float
+    request_id: str = ""
+    traceparent: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """A finished picture.
+
+    Its bytes are in `data`, or, where the backend sent base64, in `encoded` (standard base64 text, already proven valid):
+    the one that is there is the only copy, `media.payload` makes the other when it is needed. `width` and `height` in
+    pixels are what the picture really has. `seed` is None where nobody knows it.
+    """
+
+    media_type: MediaType
+    width: int
+    height: int
+    seed: int | None
+    data: bytes | None = None
+    encoded: bytes | memoryview | None = None
+    revised_prompt: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ItemFailure:
+    """One picture of a batch that failed while its neighbours did not. `refused` marks the request itself as the cause."""
+
+    message: str
+    refused: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a call is: `done` of `total` steps. Any report renews the attempt's time-out."""
+
+    done: int
+    total: int

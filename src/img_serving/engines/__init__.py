@@ -1,0 +1,1 @@
+"""What draws: the engine protocol and the procedural painter."""

@@ -1,0 +1,1 @@
+"""The moving parts: the way of a request, dispatcher, endpoints, prober, delivery."""

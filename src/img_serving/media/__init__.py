@@ -1,0 +1,1 @@
+"""Picture bytes: base64, PNG chunks, sniffing, limits, transcoding."""

@@ -1,0 +1,162 @@
+"""What the moving parts need from the outside, as Protocols: backends, artifact stores, state, the upstream transport."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from img_serving.domain.capabilities import Capabilities
+from img_serving.domain.images import Artifact, Call, ItemFailure, Progress
+
+OnProgress = Callable[[Progress], None]
+
+
+@dataclass(frozen=True, slots=True)
+class HealthReport:
+    """What a health check found: `detail` says why (safe to show). `models` is None where the server did not tell."""
+
+    healthy: bool
+    detail: str = ""
+    models: tuple[str, ...] | None = None
+
+
+class Backend(Protocol):
+    """An adapter: one upstream protocol, spoken to one endpoint.
+
+    Foreign errors are mapped here, once, and nowhere else.
+    """
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What it can do, as far as it is known now (a detecting adapter learns)."""
+        ...
+
+    @property
+    def protocol(self) -> str:
+        """The protocol spoken: for `http` what was detected, once it was."""
+        ...
+
+    async def generate(self, call: Call, on_progress: OnProgress) -> Sequence[Artifact | ItemFailure]:
+        """Draw `call.items`: exactly one result each, in order.
+
+        Cancelling the task cancels the work upstream as far as the protocol can, at once.
+
+        Raises:
+            AttemptError: the endpoint failed; `outcome` says how.
+            BackendRefusal: the request is at fault.
+        """
+        ...
+
+    async def check(self, timeout_seconds: float) -> HealthReport:
+        """Ask for health without drawing. Never raises for what the endpoint does wrong."""
+        ...
+
+    async def close(self) -> None:
+        """Give up connections. Calls in flight have ended before."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class StoredArtifact:
+    """What is known of a stored picture without reading it. `modified_at` in Unix seconds."""
+
+    name: str
+    media_type: str
+    size_bytes: int
+    modified_at: float
+
+
+class ArtifactStore(Protocol):
+    """Keeps finished pictures by unguessable name (`<id>.<ext>`)."""
+
+    async def put(self, data: bytes | memoryview, extension: str) -> StoredArtifact:
+        """Store atomically: a reader sees the whole picture or none.
+
+        Raises:
+            StorageFailed: the disk is full, read-only or gone.
+        """
+        ...
+
+    async def find(self, name: str) -> StoredArtifact | None:
+        """The picture's record; None if unknown, expired or not a name that this store gives."""
+        ...
+
+    def read(self, name: str, start: int, stop: int) -> AsyncIterator[bytes]:
+        """Bytes `start` (inclusive) to `stop` (exclusive) in chunks of at most 1 MiB."""
+        ...
+
+    async def sweep(self) -> int:
+        """Remove what is expired or over the size limit; returns how many pictures went."""
+        ...
+
+    def path_of(self, name: str) -> str:
+        """Where the picture is, for operators who allow `response_format: "file"`."""
+        ...
+
+
+class StateStore(Protocol):
+    """What survives a restart: backends added over the API, and the hash of the key made at the first start."""
+
+    async def backends(self) -> list[bytes]:
+        """The stored backend records (JSON), oldest first."""
+        ...
+
+    async def put_backend(self, name: str, record: bytes) -> None:
+        """Add or replace one, on disk before it returns."""
+        ...
+
+    async def delete_backend(self, name: str) -> None:
+        """Remove one; unknown names are fine."""
+        ...
+
+    async def get_value(self, key: str) -> str | None:
+        """A small named value."""
+        ...
+
+    async def put_value(self, key: str, value: str) -> None:
+        """Set a small named value, on disk before it returns."""
+        ...
+
+    async def close(self) -> None:
+        """Finish what is being written and let go of the file."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamReply:
+    """A complete HTTP reply. Header names are lower case; of a repeated header the last value stands."""
+
+    status: int
+    headers: Mapping[str, str] = field(default_factory=dict)
+    body: bytes | bytearray = b""
+
+
+class Transport(Protocol):
+    """HTTP to one origin, with connections kept alive. Cancelling a request closes its connection at once."""
+
+    async def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        headers: Sequence[tuple[str, str]] = (),
+        body: bytes | None = None,
+        timeout_seconds: float,
+        max_body_bytes: int,
+    ) -> UpstreamReply:
+        """One request to `path` (absolute, with query, percent-encoded) and its complete reply; redirects are not followed.
+
+        `timeout_seconds` bounds the whole exchange.
+
+        Raises:
+            AttemptError: `NOT_STARTED` when no byte was sent (refused, DNS, TLS, connect time-out; also when a kept-alive
+                connection was found closed and a new one could not be made); `UNKNOWN` when cut or timed out after
+                sending, with nothing or only a part of the reply received; `FAILED` when the reply is not HTTP or is over
+                `max_body_bytes`.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Close every connection."""
+        ...

@@ -1,0 +1,1 @@
+"""Upstream HTTP behind one small port."""
