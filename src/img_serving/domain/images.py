@@ -29,6 +29,7 @@ class ImageRequest:
     prompt: str
     operation: Operation = "generation"
     model: str | None = None
+    backend: str | None = None
     n: int = 1
     width: int | None = None
     height: int | None = None

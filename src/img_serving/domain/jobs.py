@@ -1,0 +1,122 @@
+"""One request's life in the gateway: the job, its tasks (one a picture), and the batches that travel to endpoints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from img_serving.domain.errors import GatewayError, Outcome
+from img_serving.domain.images import Artifact, ImageRequest, ItemFailure
+from img_serving.domain.tenants import Tenant
+
+
+class JobStatus(StrEnum):
+    """Where a job is in its life."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One backend that could serve a request. `model` is its name there; None: whatever the engine has loaded."""
+
+    backend: str
+    model: str | None
+    tier: int = 0
+
+
+Route = tuple[Target, ...]
+"""The backends that could serve a request, in file order; the queue is chosen by it."""
+
+
+@dataclass(slots=True, eq=False)
+class Task:
+    """One image of a job: the unit that is queued, batched and retried. Only the scheduler writes to it."""
+
+    job: Job
+    index: int
+    seed: int
+    attempts: int = 0
+    """Attempts that may have drawn; one that never started costs nothing."""
+    tried: set[int] = field(default_factory=set)
+    """Identifiers of the endpoints that had it."""
+    alone: bool = False
+    """Set after a batch failed as a whole: it is tried without company, so that one bad member fails alone."""
+    started: bool = False
+    artifact: Artifact | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One request's life. Times are seconds of the loop's clock. Only the scheduler writes to it."""
+
+    id: str
+    request: ImageRequest
+    route: Route
+    tenant: Tenant
+    submitted_at: float
+    deadline: float
+    request_id: str = ""
+    traceparent: str | None = None
+    status: JobStatus = JobStatus.QUEUED
+    tasks: list[Task] = field(default_factory=list)
+    started_at: float | None = None
+    finished_at: float | None = None
+    backend: str | None = None
+    attempts: int = 0
+    """The most calls that any one of its pictures took, also those that never started."""
+    panicked: bool = False
+    """Whether it went to an endpoint that is ejected or broken because nothing better was left."""
+    steps_done: int = 0
+    steps_total: int = 0
+    error: GatewayError | None = None
+
+    def __post_init__(self) -> None:
+        self.tasks = [Task(self, index, self.request.seed_of(index)) for index in range(self.request.n)]
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it is resolved."""
+        return self.finished_at is not None
+
+    @property
+    def queued_seconds(self) -> float:
+        """How long it waited for its first slot (seconds)."""
+        return (self.started_at if self.started_at is not None else self.submitted_at) - self.submitted_at
+
+
+@dataclass(slots=True, eq=False)
+class Batch:
+    """Compatible tasks that travel to one endpoint in one call."""
+
+    endpoint_id: int
+    backend: str
+    model: str | None
+    tasks: tuple[Task, ...]
+    era: int
+    cost: float
+    started_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a batch's attempt ended: pictures, one of the failing outcomes, a refusal, or a cancellation."""
+
+    results: tuple[Artifact | ItemFailure, ...] | None = None
+    outcome: Outcome | None = None
+    refusal: GatewayError | None = None
+    message: str = ""
+    busy_seconds: float | None = None
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Neither pictures nor a failure: everybody who wanted it had left."""
+        return self.results is None and self.outcome is None and self.refusal is None
+
+
+CANCELLED = Ended()

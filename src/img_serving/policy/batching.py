@@ -1,0 +1,66 @@
+"""Which waiting tasks may share one call, as the adapter's batch shape allows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from img_serving.domain.capabilities import BatchShape
+from img_serving.domain.images import ImageRequest
+from img_serving.domain.jobs import Task
+
+LOOK_AHEAD = 64
+"""Waiting tasks looked at when a batch is filled: bounds the cost of a decision, whatever the queue's length."""
+
+
+def shared_part(request: ImageRequest) -> tuple[object, ...]:
+    """What all members of any batch have in common: one call carries one of each."""
+    return (
+        request.operation,
+        request.model,
+        request.width,
+        request.height,
+        request.steps,
+        request.guidance_scale,
+        request.quality,
+        request.style,
+        request.background,
+        request.moderation,
+        request.sampler,
+        request.scheduler,
+        request.clip_skip,
+        request.output_format,
+        request.output_compression,
+        request.user,
+    )
+
+
+def may_share(shape: BatchShape, members: list[Task], other: Task) -> bool:
+    """Whether `other` may join `members` in a call of this shape. Parts of one job always share everything but the seed."""
+    first = members[0]
+    if shape == "single" or first.alone or other.alone or other.tried != first.tried:
+        return False
+    if shape == "request":
+        return other.job is first.job and not first.job.request.seed_given
+    ours, theirs = first.job.request, other.job.request
+    if other.job is not first.job and shared_part(ours) != shared_part(theirs):
+        return False
+    if shape == "seeds":
+        return (
+            theirs.prompt == ours.prompt
+            and theirs.negative_prompt == ours.negative_prompt
+            and other.seed == members[-1].seed + 1
+        )
+    return True
+
+
+def fill(shape: BatchShape, head: Task, waiting: Iterable[Task], limit: int) -> list[Task]:
+    """`head` and the waiting tasks that may travel with it, at most `limit` in all, in the order of the queue."""
+    members = [head]
+    if limit <= 1 or shape == "single":
+        return members
+    for seen, task in enumerate(waiting):
+        if len(members) >= limit or seen >= LOOK_AHEAD:
+            break
+        if may_share(shape, members, task):
+            members.append(task)
+    return members

@@ -1,0 +1,172 @@
+"""Which backends could serve a request, and under which model name each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from img_serving.domain.capabilities import Capabilities
+from img_serving.domain.errors import Forbidden, InvalidRequest, NotFound, NoUsableBackend
+from img_serving.domain.images import ImageRequest
+from img_serving.domain.jobs import Route, Target
+from img_serving.domain.tenants import Tenant
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A backend as routing sees it.
+
+    `models` are configured or discovered; empty means nobody knows them, so any name may be meant. `serves_any` is the
+    built-in backend where nothing else is configured: it stands in for every model.
+    """
+
+    name: str
+    models: tuple[str, ...]
+    capabilities: Capabilities
+    enabled: bool = True
+    tier: int = 0
+    serves_any: bool = False
+    default_size: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingOptions:
+    """`aliases` map a model name to another; `default_backend` serves requests that name no model."""
+
+    default_backend: str | None = None
+    aliases: dict[str, str] = field(default_factory=dict)
+    unknown_model: Literal["reject", "default"] = "reject"
+
+
+def plan(request: ImageRequest, tenant: Tenant, backends: Sequence[Candidate], options: RoutingOptions) -> Route:
+    """The route of a request: every backend that could serve it, in file order.
+
+    An explicit backend comes first, then aliases, then model names, then the default.
+
+    Raises:
+        NotFound: no such backend, or nobody has that model.
+        Forbidden: this tenant may not use it.
+        InvalidRequest: those who have the model cannot do what is asked; the message gives each one's reason.
+        NoUsableBackend: there is no enabled backend at all.
+    """
+    enabled = [backend for backend in backends if backend.enabled]
+    found = _by_backend(request, backends, options) if request.backend else _by_model(request, enabled, options)
+    if request.model is not None and not tenant.may_use_model(request.model):
+        raise Forbidden(f"this key may not use the model {request.model!r}", code="model_not_allowed", param="model")
+    allowed = [(backend, model) for backend, model in found if tenant.may_use_backend(backend.name)]
+    if not allowed:
+        names = ", ".join(sorted(backend.name for backend, _ in found))
+        raise Forbidden(f"this key may not use the backend(s) {names}", code="backend_not_allowed", param="backend")
+    if request.model is None:
+        allowed = [(backend, model) for backend, model in allowed if model is None or tenant.may_use_model(model)]
+        if not allowed:
+            raise Forbidden("this key may not use the default model; name one it may", param="model")
+    refusals = [(backend, _refusal(request, backend)) for backend, _ in allowed]
+    fitting = tuple(
+        Target(backend.name, model, backend.tier)
+        for (backend, model), (_, refusal) in zip(allowed, refusals, strict=True)
+        if refusal is None
+    )
+    if fitting:
+        return fitting
+    reasons = "; ".join(f"{backend.name}: {refusal[0]}" for backend, refusal in refusals if refusal)
+    param = next((refusal[1] for _, refusal in refusals if refusal), None)
+    raise InvalidRequest(f"no backend can serve this request ({reasons})", code="unsupported", param=param)
+
+
+def ignored_by(request: ImageRequest, capabilities: Capabilities) -> tuple[str, ...]:
+    """Parameters the client set that a backend of these capabilities cannot honour, sorted."""
+    return tuple(sorted(request.given - capabilities.honours))
+
+
+def _by_backend(
+    request: ImageRequest, backends: Sequence[Candidate], options: RoutingOptions
+) -> list[tuple[Candidate, str | None]]:
+    backend = next((one for one in backends if one.name == request.backend), None)
+    if backend is None:
+        known = ", ".join(one.name for one in backends) or "none"
+        raise NotFound(
+            f"there is no backend {request.backend!r} (known: {known})", code="backend_not_found", param="backend"
+        )
+    if not backend.enabled:
+        raise NoUsableBackend(f"the backend {backend.name!r} is disabled", param="backend", should_retry=False)
+    if request.model is None:
+        return [(backend, _default_model(backend))]
+    model = options.aliases.get(request.model, request.model)
+    if backend.serves_any:
+        return [(backend, None)]
+    if not backend.models or model in backend.models:
+        return [(backend, model)]
+    if model == backend.name or options.unknown_model == "default":
+        return [(backend, _default_model(backend))]
+    raise NotFound(
+        f"the backend {backend.name!r} has no model {request.model!r} (it has: {', '.join(backend.models)})",
+        code="model_not_found",
+        param="model",
+    )
+
+
+def _by_model(
+    request: ImageRequest, enabled: Sequence[Candidate], options: RoutingOptions
+) -> list[tuple[Candidate, str | None]]:
+    if not enabled:
+        raise NoUsableBackend("no backend is enabled", should_retry=False)
+    if request.model is None:
+        default = _default(enabled, options)
+        return [(default, _default_model(default))]
+    model = options.aliases.get(request.model, request.model)
+    exact: list[tuple[Candidate, str | None]] = [(backend, model) for backend in enabled if model in backend.models]
+    if exact:
+        return exact
+    named = [(backend, _default_model(backend)) for backend in enabled if backend.name == model]
+    if named:
+        return named
+    # A server that does not list its models is not disabled by that: any name may be one of its own.
+    unlisted: list[tuple[Candidate, str | None]] = [
+        (backend, model) for backend in enabled if not backend.models and not backend.serves_any
+    ]
+    if unlisted:
+        return unlisted
+    stand_in: list[tuple[Candidate, str | None]] = [(backend, None) for backend in enabled if backend.serves_any]
+    if stand_in:
+        return stand_in
+    if options.unknown_model == "default":
+        default = _default(enabled, options)
+        return [(default, _default_model(default))]
+    raise NotFound(
+        f"the model {request.model!r} does not exist; GET /v1/models lists those that do",
+        code="model_not_found",
+        param="model",
+    )
+
+
+def _default(enabled: Sequence[Candidate], options: RoutingOptions) -> Candidate:
+    for backend in enabled:
+        if backend.name == options.default_backend:
+            return backend
+    return enabled[0]
+
+
+def _default_model(backend: Candidate) -> str | None:
+    return None if backend.serves_any or not backend.models else backend.models[0]
+
+
+def _refusal(request: ImageRequest, backend: Candidate) -> tuple[str, str] | None:
+    """Why this backend cannot serve it (reason, field at fault), or None."""
+    can = backend.capabilities
+    if request.operation not in can.operations:
+        return f"it cannot do the operation {request.operation!r}", "model"
+    if request.width and request.height:
+        pixels = request.width * request.height
+        if can.max_pixels is not None and pixels > can.max_pixels:
+            return f"{request.width}x{request.height} is over its {can.max_pixels} pixels", "size"
+        if can.min_side is not None and min(request.width, request.height) < can.min_side:
+            return f"a side must be at least {can.min_side} pixels", "size"
+        if can.max_side is not None and max(request.width, request.height) > can.max_side:
+            return f"a side may be at most {can.max_side} pixels", "size"
+    if request.strict:
+        ignored = ignored_by(request, can)
+        if ignored:
+            return f"it cannot honour {', '.join(ignored)}", ignored[0]
+    return None
