@@ -1,0 +1,109 @@
+"""The settings as a file to start from: every key, one line of documentation, its default."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+import msgspec
+from msgspec import inspect
+
+from img_serving.config.backend import PROTOCOL_TABLES, PROTOCOLS_BUILT, BackendConfig
+from img_serving.config.loading import NOT_YET
+from img_serving.config.reader import expected
+from img_serving.config.section import Section, alternatives, default_of, documentation_of, fields_of, table_in
+from img_serving.config.settings import Auth, Config, KeyConfig
+
+HEADER: Final = """\
+# img-serving: every setting, with its default. What begins with # and no blank is a setting that is not made:
+# by default it is unset, or this version does not act on it yet; remove the # to make it.
+# Unknown keys stop the start. The environment lies over this file: IMG_SERVING__SERVER__PORT=9000,
+# IMG_SERVING__BACKENDS__0__ENDPOINTS=http://a:7860,http://b:7860. ${VAR} in a string is that variable ($${ = a plain ${).
+"""
+
+KEY_HEADER: Final = """\
+# A key with a name, a role and bounds of its own: a table each, in place of `api_keys = […]`, which then has to go.
+#[[auth.api_keys]]"""
+
+BACKENDS_HEADER: Final = """\
+# ---- Backends: repeat the table for each. With none, the built-in backend serves every model. ----
+#[[backends]]"""
+
+
+def describe() -> str:
+    """The documented default configuration as TOML: it loads, and what it loads to equals the defaults."""
+    blocks = [HEADER.rstrip()]
+    for field in fields_of(Config):
+        table = table_in(field.type)
+        if table is not None:
+            blocks.append("\n".join(_section(field.encode_name, table, documentation_of(field)[0])))
+    blocks.append("\n".join([BACKENDS_HEADER, *_lines(BackendConfig, "backends[].", commented=True)]))
+    return "\n\n".join(blocks) + "\n"
+
+
+def _section(name: str, table: type[Section], description: str) -> Iterator[str]:
+    yield f"# {description}"
+    yield f"[{name}]"
+    yield from _lines(table, f"{name}.", commented=False)
+    for field in fields_of(table):
+        inner = table_in(field.type)
+        if table is Auth and field.name == "api_keys":
+            yield f"\n{KEY_HEADER}"
+            yield from _lines(KeyConfig, "auth.api_keys[].", commented=True)
+        elif inner is not None:
+            yield f"\n# {documentation_of(field)[0]} Unset by default."
+            yield f"#[{name}.{field.encode_name}]"
+            yield from _lines(inner, f"{name}.{field.encode_name}.", commented=True)
+
+
+def _lines(table: type[Section], prefix: str, *, commented: bool) -> Iterator[str]:
+    """Two lines a key: what it is, and its default; an example where it is unset."""
+    for field in fields_of(table):
+        inner = table_in(field.type)
+        if inner is not None and not commented:
+            continue  # its own table follows
+        description, examples = documentation_of(field)
+        key, default = f"{prefix}{field.encode_name}", default_of(field)
+        is_unset = default is None or default is msgspec.NODEFAULT
+        value = _example(inner, examples) if is_unset or (commented and examples) else default
+        choices = f" {expected(field.type).capitalize()}." if _is_choice(field.type) else ""
+        later = " Not acted on yet." if key in NOT_YET or _is_unbuilt(table, field.name) else ""
+        mark = "#" if commented or is_unset or later else ""
+        example = f" For example {_toml(examples[0])}." if examples and value != examples[0] else ""
+        yield f"# {description}{choices}{example}{later}"
+        yield f"{mark}{field.encode_name} = {_toml(value)}"
+
+
+def _example(inner: type[Section] | None, examples: tuple[Any, ...]) -> Any:
+    if examples:
+        return examples[0]
+    if inner is None:
+        return {}
+    return {one.encode_name: documentation_of(one)[1][0] for one in fields_of(inner)}
+
+
+def _is_choice(described: inspect.Type) -> bool:
+    return any(isinstance(one, inspect.LiteralType) for one in alternatives(described))
+
+
+def _is_unbuilt(table: type[Section], name: str) -> bool:
+    """Whether the key is the table of a protocol that this version does not speak."""
+    return table is BackendConfig and name in PROTOCOL_TABLES and name not in PROTOCOLS_BUILT
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, Mapping):
+        pairs = ", ".join(f"{_toml_key(key)} = {_toml(item)}" for key, item in value.items())
+        return f"{{ {pairs} }}" if pairs else "{}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(_toml(item) for item in value)}]"
+    return str(value)
+
+
+def _toml_key(key: str) -> str:
+    return key if key.replace("_", "a").replace("-", "a").isalnum() and key.isascii() else json.dumps(key)

@@ -1,0 +1,171 @@
+"""From a file and an environment to a `Config`: which file, what lies over it, and what the log should say about it."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from img_serving.config.environment import overlay, substitute
+from img_serving.config.problems import ConfigError, KeyPath, Problem, nearest, path_text
+from img_serving.config.reader import Reader
+from img_serving.config.settings import Config
+
+CONFIG_VARIABLE: Final = "IMG_SERVING_CONFIG"
+DEFAULT_FILE: Final = Path("config") / "default.toml"
+
+_NO_WEBHOOKS: Final = "webhooks are not sent"
+
+NOT_YET: Final[Mapping[str, str]] = {
+    "server.keepalive_after_seconds": "waiting replies are not kept open with blanks",
+    "auth.api_keys[].priority": "keys are served in the order of arrival",
+    "auth.api_keys[].weight": "keys are served in the order of arrival",
+    "auth.api_keys[].max_running": "running pictures are not counted per key",
+    "storage.signed_urls": "URLs carry no signature",
+    "jobs.disconnect_grace_seconds": "work is cancelled at once",
+    "jobs.result_ttl_hours": "finished jobs are not remembered",
+    "webhooks.enabled": _NO_WEBHOOKS,
+    "webhooks.secret": _NO_WEBHOOKS,
+    "webhooks.max_age_hours": _NO_WEBHOOKS,
+    "webhooks.allow_private_addresses": _NO_WEBHOOKS,
+    "backends[].max_wait_ms": "calls do not linger for a fuller batch",
+    "backends[].cut_through": "a picture is passed on when it is complete",
+    "backends[].shared": "an engine is taken to be ours alone",
+}
+"""Keys that the interface fixes and this version does not act on, with what happens instead."""
+
+_POSITION = re.compile(r"^(?P<reason>.*) \(at line (?P<line>\d+), column (?P<column>\d+)\)$", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What `load` made: the settings, the file they came from (None: no file), and warnings for the log."""
+
+    config: Config
+    source: Path | None
+    notes: tuple[str, ...] = ()
+
+
+def find_config_file(cli_value: str | None, environ: Mapping[str, str], cwd: Path) -> Path | None:
+    """The file to read: `--config`, else `IMG_SERVING_CONFIG`, else `./config/default.toml`, else None.
+
+    Raises:
+        ConfigError: a file that was named is not there.
+    """
+    named, source = (
+        (cli_value, "--config") if cli_value is not None else (environ.get(CONFIG_VARIABLE), CONFIG_VARIABLE)
+    )
+    if not named and cli_value is None:
+        default = cwd / DEFAULT_FILE
+        return default if _is_there(default) else None
+    path = cwd / (named or "")
+    if not named or not _is_there(path):
+        raise ConfigError([Problem("", f'there is no file "{named}"', source)])
+    return path
+
+
+def load(path: Path | None, environ: Mapping[str, str]) -> Loaded:
+    """The settings of that file (None: the defaults), with the environment laid over them.
+
+    Raises:
+        ConfigError: with everything that is wrong.
+    """
+    file = "" if path is None else str(path)
+    problems: list[Problem] = []
+
+    def refuse(where: KeyPath, message: str, source: str) -> None:
+        problems.append(Problem(path_text(where), message, source or file))
+
+    written = {} if path is None else _parse_file(path)
+    data: dict[str, Any] = substitute(written, environ, refuse)
+    origins = overlay(data, Config, environ, refuse)
+    reader = Reader()
+    config = reader.table(Config, data, ())
+    said = {problem.path for problem in problems}
+    for where, message in reader.found:
+        if path_text(where) not in said:
+            problems.append(Problem(path_text(where), message, _source_of(where, origins, written, file)))
+    if config is None or problems:
+        raise ConfigError(problems)
+    notes = (*_not_yet_notes(data, origins, file), *_routing_notes(config))
+    return Loaded(config, path, notes)
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # somewhere that we may not look: reading it says so properly
+        return True
+
+
+def _parse_file(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+        return tomllib.loads(text)
+    except OSError as error:
+        raise ConfigError([Problem("", f"cannot be read: {error.strerror or error}", str(path))]) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError([Problem("", f"is not UTF-8 (byte {error.start})", str(path))]) from error
+    except RecursionError as error:
+        raise ConfigError([Problem("", "is nested too deep", str(path))]) from error
+    except ValueError as error:  # the TOML error is one, and so is a number of thousands of digits
+        raise ConfigError([_syntax_problem(str(error), path)]) from error
+
+
+def _syntax_problem(reason: str, path: Path) -> Problem:
+    if found := _POSITION.match(reason):
+        return Problem("", f"line {found['line']}, column {found['column']}: {found['reason']}", str(path))
+    return Problem("", f"is not TOML: {reason}", str(path))
+
+
+def _source_of(where: KeyPath, origins: Mapping[KeyPath, str], written: Mapping[str, Any], file: str) -> str:
+    """The variable that gave the key or a table around it, else the file; for what is missing, who began its table."""
+    for length in range(len(where), 0, -1):
+        if (variable := origins.get(where[:length])) is not None:
+            return variable
+    if not file or not _has(written, where[:2]):
+        begun = [variable for path, variable in origins.items() if path[: len(where[:2])] == where[:2]]
+        return begun[0] if begun else file
+    return file
+
+
+def _has(written: Any, where: KeyPath) -> bool:
+    for part in where:
+        if isinstance(part, int):
+            if not isinstance(written, list) or part >= len(written):
+                return False
+        elif not isinstance(written, dict) or part not in written:
+            return False
+        written = written[part]
+    return True
+
+
+def _keys_set(value: Any, path: KeyPath = ()) -> Iterator[KeyPath]:
+    """Every key that somebody set, tables before what is in them."""
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for part, item in pairs:
+        if item is not None:
+            yield (*path, part)
+            yield from _keys_set(item, (*path, part))
+
+
+def _not_yet_notes(data: Mapping[str, Any], origins: Mapping[KeyPath, str], file: str) -> Iterator[str]:
+    for path in _keys_set(data):
+        reason = NOT_YET.get(
+            path_text(tuple("[]" if isinstance(part, int) else part for part in path)).replace(".[]", "[]")
+        )
+        if reason is not None:
+            source = _source_of(path, origins, data, file)
+            yield f"{path_text(path)} is set ({source}), but this version does not act on it yet: {reason}"
+
+
+def _routing_notes(config: Config) -> Iterator[str]:
+    wanted, names = config.routing.default_backend, [backend.name for backend in config.backends]
+    if wanted is None or wanted in names or (not names and wanted == "procedural"):
+        return
+    near = nearest(wanted, names)
+    hint = f" (did you mean `{near}`?)" if near else ""
+    yield f"routing.default_backend: no backend here is named `{wanted}`{hint}; it counts once one is added over the API"
