@@ -94,9 +94,25 @@ class ArtifactStore(Protocol):
         """Where the picture is, for operators who allow `response_format: "file"`."""
         ...
 
+    async def prepare(self) -> None:
+        """Make ready to store.
+
+        Raises:
+            StorageFailed: nothing can be stored there; what needs no storage works all the same.
+        """
+        ...
+
+    def close(self) -> None:
+        """Finish what is being written."""
+        ...
+
 
 class StateStore(Protocol):
     """What survives a restart: backends added over the API, and the hash of the key made at the first start."""
+
+    async def open(self) -> None:
+        """Open or create the store, and bring an older one up to date."""
+        ...
 
     async def backends(self) -> list[bytes]:
         """The stored backend records (JSON), oldest first."""

@@ -1,0 +1,259 @@
+"""The ASGI application: finds the route, authenticates, charges, calls the handler, and answers whatever happens.
+
+The order is the policy: a key before a charge (only somebody can be charged), a charge before the body is read (a refused
+caller costs no body bytes).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from img_serving.api.backends import Backends
+from img_serving.api.cross_origin import CrossOrigin
+from img_serving.api.docs import Docs
+from img_serving.api.errors import reply_to
+from img_serving.api.exchange import ClientDisconnected, Exchange, Receive, Reply, Scope, Send
+from img_serving.api.files import Files
+from img_serving.api.health import Health
+from img_serving.api.images import Images
+from img_serving.api.models import Models
+from img_serving.api.services import Services
+from img_serving.domain.errors import (
+    Cancelled,
+    Forbidden,
+    GatewayError,
+    MethodNotAllowed,
+    NotFound,
+    RateLimited,
+    Unauthorized,
+)
+from img_serving.domain.tenants import ANONYMOUS, Tenant
+from img_serving.policy.rate_limits import FREE, Charge
+from img_serving.telemetry.logs import timestamp
+
+log = logging.getLogger(__name__)
+
+Handler = Callable[[Exchange], Awaitable[Reply]]
+Access = Literal["public", "user", "admin"]
+
+_REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
+
+
+class InternalError(GatewayError):
+    """Something unexpected: the log has it under the request's id."""
+
+    default_code = "internal_error"
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One path: `prefix` routes take the rest of the path into the variable `variable`."""
+
+    path: str
+    access: Access
+    handlers: dict[str, Handler]
+    variable: str | None = None
+
+    @property
+    def allow(self) -> bytes:
+        """The value of an Allow header."""
+        return ", ".join(sorted({*self.handlers, "OPTIONS"})).encode()
+
+
+class App:
+    """The gateway's HTTP face, a bare ASGI callable."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        self._auth = services.config.auth.enabled
+        self._cross_origin = CrossOrigin(services.config.server.cors_allow_origins)
+        images, models, backends = Images(services), Models(services), Backends(services)
+        files, health, docs = Files(services), Health(services), Docs(services)
+        metrics_access: Access = "public" if services.config.auth.metrics_public else "admin"
+        routes = [
+            Route("/images/generations", "user", {"POST": images.generate}),
+            Route("/models", "user", _read(models.list)),
+            Route("/models/", "user", _read(models.get), "id"),
+            Route("/backends", "admin", {**_read(backends.list), "POST": backends.add}),
+            Route("/backends/", "admin", {**_read(backends.get), "DELETE": backends.remove}, "name"),
+            Route("/images/", "public", _read(files.get), "name"),
+            Route("/health", "public", _read(health.health)),
+            Route("/livez", "public", _read(health.livez)),
+            Route("/readyz", "public", _read(health.readyz)),
+            Route("/metrics", metrics_access, _read(health.metrics)),
+            Route("/openapi.json", "public", _read(docs.openapi)),
+            Route("/docs", "public", _read(docs.page)),
+            Route("/", "public", _read(docs.index)),
+        ]
+        self._exact = {route.path: route for route in routes if route.variable is None}
+        self._prefixed = [route for route in routes if route.variable is not None]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one HTTP request; other scopes are none of ours (lifespan is the server's, websockets are refused)."""
+        if scope["type"] != "http":
+            return
+        services = self._services
+        exchange = Exchange(scope, receive, send, _request_id(scope), services.clock())
+        keep_alive = True
+        try:
+            reply = await self._answer(exchange)
+        except GatewayError as error:
+            keep_alive = await exchange.discard_body()
+            reply = reply_to(error)
+        except ClientDisconnected:
+            self._client_left(exchange)
+            return
+        except asyncio.CancelledError:
+            # the server's own cancellation, at the end of the drain time
+            self._finish(exchange)
+            raise
+        except Exception:
+            log.exception("unexpected error", extra={"fields": {"request_id": exchange.request_id}})
+            services.metrics.internal_errors.add("api")
+            keep_alive = await exchange.discard_body()
+            reply = reply_to(InternalError(f"an internal error; the log has it as {exchange.request_id}"))
+        headers = [(b"x-request-id", exchange.request_id.encode()), *exchange.extra_headers]
+        if not keep_alive:
+            headers.append((b"connection", b"close"))
+        headers += self._cross_origin.headers(exchange)
+        try:
+            await exchange.send(reply, headers)
+        except ClientDisconnected:
+            self._client_left(exchange)
+            return
+        except Exception:
+            # after the first byte nothing can be said any more: the connection is cut by leaving with an error
+            log.exception("the reply broke off", extra={"fields": {"request_id": exchange.request_id}})
+            services.metrics.internal_errors.add("reply")
+            self._finish(exchange)
+            raise
+        self._finish(exchange)
+
+    async def _answer(self, exchange: Exchange) -> Reply:
+        route = self._find(exchange)
+        if route is None:
+            raise NotFound(f"there is nothing at {exchange.path[:200]}", code="unknown_path")
+        exchange.route = route.path
+        method = exchange.method
+        if method == "OPTIONS":
+            return Reply(204, headers=[(b"allow", route.allow), *self._cross_origin.preflight(exchange, route.allow)])
+        handler = route.handlers.get(method)
+        if handler is None:
+            exchange.extra_headers.append((b"allow", route.allow))
+            raise MethodNotAllowed(f"{exchange.path[:200]} does not take {method}; it takes {route.allow.decode()}")
+        if route.access != "public":
+            self._admit(exchange, route.access)
+        return await handler(exchange)
+
+    def _find(self, exchange: Exchange) -> Route | None:
+        path = exchange.path
+        path = path[3:] if path.startswith("/v1/") else path
+        if path[-1:] == "/" and len(path) > 1:
+            path = path[:-1]  # a redirect would lose the body of a POST, and a 404 helps nobody
+        route = self._exact.get(path)
+        if route is not None:
+            return route
+        for route in self._prefixed:
+            if path.startswith(route.path) and len(path) > len(route.path):
+                exchange.variables[route.variable or ""] = path[len(route.path) :]
+                return route
+        return None
+
+    def _admit(self, exchange: Exchange, access: Access) -> None:
+        services = self._services
+        now = services.clock()
+        wait = services.limits.charge_address(services.origin.client_of(exchange), now)
+        if wait > 0:
+            services.metrics.rate_limited.add("address")
+            raise RateLimited("too many requests from this address", retry_after_seconds=wait)
+        tenant = exchange.tenant = self._authenticate(exchange)
+        charge = services.limits.charge(tenant, now)
+        if charge is not FREE:
+            exchange.extra_headers += _limit_headers(charge)
+        if charge.wait_seconds > 0:
+            services.metrics.rate_limited.add("key")
+            raise RateLimited("the rate limit of this key is reached", retry_after_seconds=charge.wait_seconds)
+        if access == "admin" and tenant.role != "admin":
+            raise Forbidden("this route needs an admin key")
+
+    def _authenticate(self, exchange: Exchange) -> Tenant:
+        """The owner of the key in `Authorization: Bearer …` or `X-API-Key`.
+
+        Raises:
+            Unauthorized: there is none, or nobody has it.
+        """
+        if not self._auth:
+            return ANONYMOUS
+        key = b""
+        authorization = exchange.header(b"authorization")
+        if authorization is not None and authorization[:7].lower() == b"bearer ":
+            key = authorization[7:].strip()
+        key = key or exchange.header(b"x-api-key") or b""
+        tenant = self._services.keys.authenticate(key) if key else None
+        if tenant is None:
+            self._services.metrics.auth_failures.add()
+            told = "that API key is not known here" if key else "an API key is needed"
+            raise Unauthorized(f"{told}: send Authorization: Bearer <key>, or X-API-Key: <key>")
+        return tenant
+
+    def _client_left(self, exchange: Exchange) -> None:
+        self._services.metrics.disconnects.add()
+        exchange.status = Cancelled.status
+        self._finish(exchange)
+
+    def _finish(self, exchange: Exchange) -> None:
+        """Count the exchange and write its line."""
+        services = self._services
+        seconds = services.clock() - exchange.started
+        metrics = services.metrics
+        status = str(exchange.status)
+        metrics.requests.add(exchange.route, exchange.method if exchange.route != "unknown" else "other", status)
+        metrics.bytes_out.add(by=exchange.bytes_out)
+        metrics.bytes_in.add(by=exchange.bytes_in)
+        if exchange.job_fields:
+            metrics.stage_seconds.observe(seconds, "total")
+        if services.request_log.enabled:
+            line: dict[str, object] = {
+                "ts": timestamp(time.time()),
+                "level": "info",
+                "event": "request",
+                "request_id": exchange.request_id,
+                "method": exchange.method,
+                "path": exchange.path if exchange.path.isprintable() else ascii(exchange.path),
+                "status": exchange.status,
+                "tenant": exchange.tenant.name,
+                "ms": round(seconds * 1000, 2),
+                "bytes": exchange.bytes_out,
+            }
+            line.update(exchange.job_fields)
+            services.request_log.write(line)
+
+
+def _read(handler: Handler) -> dict[str, Handler]:
+    """A handler for GET that serves HEAD too (the server leaves the body out)."""
+    return {"GET": handler, "HEAD": handler}
+
+
+def _request_id(scope: Scope) -> str:
+    """The caller's X-Request-Id if it is fit for a header and a log, else one of ours."""
+    for key, value in scope["headers"]:
+        if key == b"x-request-id":
+            if _REQUEST_ID.fullmatch(value):
+                return value.decode()  # type: ignore[no-any-return]
+            break
+    return "req_" + os.urandom(12).hex()
+
+
+def _limit_headers(charge: Charge) -> list[tuple[bytes, bytes]]:
+    return [
+        (b"x-ratelimit-limit-requests", b"%d" % (charge.limit or 0)),
+        (b"x-ratelimit-remaining-requests", b"%d" % charge.remaining),
+        (b"x-ratelimit-reset-requests", b"%.3fs" % charge.reset_seconds),
+    ]

@@ -1,0 +1,267 @@
+"""The body of an image generation as clients send it, and how it becomes an `ImageRequest`."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from img_serving.domain.errors import InvalidRequest
+from img_serving.domain.images import SEED_LIMIT, ImageRequest, OutputFormat
+from img_serving.gateway.delivery import ResponseFormat
+
+_SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
+_INLINE_MODELS = re.compile(r"(chatgpt-image|gpt-image)")
+"""Clients of these model names expect base64 without asking for it, as the vendor's own API answers."""
+
+MAX_GUIDANCE = 100.0
+
+
+class GenerationBody(msgspec.Struct, kw_only=True, gc=False):
+    """Body of `POST /v1/images/generations`. `null` means default; unknown fields are ignored."""
+
+    prompt: Annotated[str, Meta(description="What to draw.", min_length=1)]
+    model: Annotated[str | None, Meta(description="A model of GET /v1/models, an alias, or a backend's name.")] = None
+    n: Annotated[Annotated[int, Meta(ge=1)] | None, Meta(description="How many pictures (default 1).")] = None
+    size: Annotated[str | None, Meta(description='"WIDTHxHEIGHT" in pixels, or "auto": the backend\'s default.')] = None
+    quality: Annotated[
+        Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"] | None,
+        Meta(description="How much effort to spend."),
+    ] = None
+    style: Literal["vivid", "natural"] | None = None
+    background: Literal["auto", "transparent", "opaque"] | None = None
+    moderation: Literal["auto", "low"] | None = None
+    response_format: Annotated[
+        Literal["url", "b64_json", "base64", "file"] | None, Meta(description="How pictures come back.")
+    ] = None
+    output_format: Annotated[
+        Literal["png", "jpeg", "jpg", "webp"] | None, Meta(description="The format of the picture, whatever drew it.")
+    ] = None
+    output_compression: Annotated[
+        Annotated[int, Meta(ge=0, le=100)] | None, Meta(description="Quality of JPEG and WebP, 0 to 100 (default 100).")
+    ] = None
+    stream: bool | None = None
+    partial_images: Annotated[int, Meta(ge=0, le=3)] | None = None
+    user: str | None = None
+    negative_prompt: Annotated[str | None, Meta(description="What not to draw.")] = None
+    seed: Annotated[
+        Annotated[int, Meta(ge=-1)] | None,
+        Meta(description="Picture i gets seed + i; the same seed gives the same picture. -1 or null: random."),
+    ] = None
+    guidance_scale: Annotated[float | None, Meta(description="How strongly the words bind the picture.")] = None
+    num_inference_steps: Annotated[
+        Annotated[int, Meta(ge=1)] | None, Meta(description="How many steps to refine it in.")
+    ] = None
+    width: Annotated[Annotated[int, Meta(ge=1)] | None, Meta(description="Pixels; goes with height.")] = None
+    height: Annotated[Annotated[int, Meta(ge=1)] | None, Meta(description="Pixels; goes with width.")] = None
+    sampler: str | None = None
+    scheduler: str | None = None
+    clip_skip: Annotated[int, Meta(ge=1, le=12)] | None = None
+    backend: Annotated[str | None, Meta(description="Use this backend and no other.")] = None
+    strict: Annotated[
+        bool | None, Meta(description="Refuse a parameter that the backend cannot honour instead of ignoring it.")
+    ] = None
+    # names that other servers' clients use for the same things
+    steps: Annotated[int, Meta(ge=1)] | None = None
+    step: Annotated[int, Meta(ge=1)] | None = None
+    sample_steps: Annotated[int, Meta(ge=1)] | None = None
+    cfg_scale: float | None = None
+    cfg: float | None = None
+    guidance: float | None = None
+    sampler_name: str | None = None
+    sample_method: str | None = None
+
+
+ALIASES = {
+    "num_inference_steps": ("steps", "step", "sample_steps"),
+    "guidance_scale": ("cfg_scale", "cfg", "guidance"),
+    "sampler": ("sampler_name", "sample_method"),
+}
+KNOWN_FIELDS = frozenset(GenerationBody.__struct_fields__)
+
+
+class Image(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One picture of a reply: one of `b64_json`, `url` and `file_path` is there."""
+
+    b64_json: str | None = None
+    url: str | None = None
+    file_path: str | None = None
+    seed: int | None = None
+    revised_prompt: str | None = None
+
+
+class ImagesReply(msgspec.Struct, frozen=True):
+    """Body of a reply with pictures; size, quality, background and output_format are what was really made."""
+
+    created: int
+    data: list[Image]
+    size: str
+    quality: Literal["low", "medium", "high", "xhigh", "max"]
+    background: Literal["transparent", "opaque"]
+    output_format: Literal["png", "jpeg", "webp"]
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What the operator allows (see `[limits]` and `[response]`)."""
+
+    max_n: int
+    max_pixels: int
+    max_steps: int
+    max_prompt_chars: int
+    default_format: str
+    allow_file: bool
+
+
+def to_request(body: GenerationBody, bounds: Bounds) -> ImageRequest:
+    """Check and normalise.
+
+    Raises:
+        InvalidRequest: a value is impossible; `param` names the field as the client spelled it.
+    """
+    if body.stream:
+        raise InvalidRequest("streaming is not supported for this model", code="unsupported_parameter", param="stream")
+    _check_text(body.prompt, "prompt", bounds)
+    if not body.prompt.strip():
+        raise InvalidRequest("prompt is empty", param="prompt")
+    if body.negative_prompt is not None:
+        _check_text(body.negative_prompt, "negative_prompt", bounds)
+    count = body.n if body.n is not None else 1
+    if count > bounds.max_n:
+        raise InvalidRequest(f"n is {count}; at most {bounds.max_n} are allowed", param="n")
+    width, height = _size(body, bounds)
+    steps, steps_name = _one_of(body, "num_inference_steps")
+    if steps is not None and steps > bounds.max_steps:
+        raise InvalidRequest(f"{steps_name} is {steps}; at most {bounds.max_steps} are allowed", param=steps_name)
+    guidance, guidance_name = _one_of(body, "guidance_scale")
+    if guidance is not None and not 0 <= guidance <= MAX_GUIDANCE:
+        raise InvalidRequest(f"{guidance_name} must be from 0 to {MAX_GUIDANCE:g}", param=guidance_name)
+    sampler, _ = _one_of(body, "sampler")
+    seed_given = body.seed is not None and body.seed >= 0
+    if body.seed is not None and body.seed >= SEED_LIMIT:
+        raise InvalidRequest(f"seed must be below {SEED_LIMIT}", param="seed")
+    output_format: OutputFormat | None = "jpeg" if body.output_format == "jpg" else body.output_format
+    if body.background == "transparent" and output_format == "jpeg":
+        raise InvalidRequest("a JPEG cannot be transparent; use png or webp", param="background")
+    given = {
+        "negative_prompt": body.negative_prompt,
+        "seed": body.seed if seed_given else None,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+        "size": width,
+        "quality": None if body.quality == "auto" else body.quality,
+        "style": body.style,
+        "background": None if body.background == "auto" else body.background,
+        "moderation": None if body.moderation == "auto" else body.moderation,
+        "sampler": sampler,
+        "scheduler": body.scheduler,
+        "clip_skip": body.clip_skip,
+    }
+    return ImageRequest(
+        prompt=body.prompt,
+        model=body.model or None,
+        backend=body.backend or None,
+        n=count,
+        width=width,
+        height=height,
+        negative_prompt=body.negative_prompt or None,
+        # below 2**32: some engines take no more
+        seed=body.seed if seed_given and body.seed is not None else int.from_bytes(os.urandom(4)) >> 1,
+        seed_given=seed_given,
+        steps=steps,
+        guidance_scale=guidance,
+        quality=body.quality,
+        style=body.style,
+        background=body.background,
+        moderation=body.moderation,
+        sampler=sampler,
+        scheduler=body.scheduler,
+        clip_skip=body.clip_skip,
+        output_format=output_format,
+        output_compression=body.output_compression,
+        user=body.user,
+        strict=bool(body.strict),
+        given=frozenset(name for name, value in given.items() if value is not None),
+    )
+
+
+def response_format_of(body: GenerationBody, bounds: Bounds) -> ResponseFormat:
+    """What the client asked for; else base64 for the model names whose clients expect it; else the configured default.
+
+    Raises:
+        InvalidRequest: `file` where the operator does not allow it.
+    """
+    asked = body.response_format
+    if asked == "file":
+        if not bounds.allow_file:
+            raise InvalidRequest(
+                'response_format "file" is off here; the operator can allow it with response.allow_file',
+                param="response_format",
+            )
+        return "file"
+    if asked == "url":
+        return "url"
+    if asked is not None or (body.model and _INLINE_MODELS.match(body.model)):
+        return "b64_json"
+    if bounds.default_format == "file" and bounds.allow_file:
+        return "file"
+    return "b64_json" if bounds.default_format == "b64_json" else "url"
+
+
+def unknown_fields(raw: bytes) -> list[str]:
+    """The fields of a body that nobody here knows: named in the debug log, since clients send all sorts."""
+    try:
+        body = msgspec.json.decode(raw)
+    except msgspec.DecodeError:
+        return []
+    return sorted(set(body) - KNOWN_FIELDS) if isinstance(body, dict) else []
+
+
+def _check_text(text: str, name: str, bounds: Bounds) -> None:
+    if len(text) > bounds.max_prompt_chars:
+        raise InvalidRequest(
+            f"{name} has {len(text)} characters; at most {bounds.max_prompt_chars} are allowed",
+            code="string_above_max_length",
+            param=name,
+        )
+
+
+def _one_of(body: GenerationBody, canonical: str) -> tuple[Any, str]:
+    """The value under its own name or an alias, and the name that the client used; two that differ are refused."""
+    value = getattr(body, canonical)
+    used = canonical
+    for alias in ALIASES[canonical]:
+        other = getattr(body, alias)
+        if other is None:
+            continue
+        if value is not None and other != value:
+            raise InvalidRequest(f"{used} and {alias} mean the same and differ ({value}, {other})", param=alias)
+        value, used = other, alias
+    return value, used
+
+
+def _size(body: GenerationBody, bounds: Bounds) -> tuple[int | None, int | None]:
+    width, height, param = body.width, body.height, "width"
+    if (width is None) != (height is None):
+        missing = "height" if height is None else "width"
+        raise InvalidRequest(f"width and height go together; {missing} is missing", param=missing)
+    if body.size and body.size != "auto":
+        match = _SIZE.fullmatch(body.size)
+        if match is None:
+            shown = body.size[:40]
+            raise InvalidRequest(
+                f'size must be "auto" or WIDTHxHEIGHT such as "1024x1024", not {shown!r}', param="size"
+            )
+        wide, high = int(match.group(1)), int(match.group(2))
+        if width is not None and (width, height) != (wide, high):
+            raise InvalidRequest(f"size is {wide}x{high}, but width and height say {width}x{height}", param="size")
+        width, height, param = wide, high, "size"
+    if width is not None and height is not None and width * height > bounds.max_pixels:
+        raise InvalidRequest(
+            f"{width}x{height} has {width * height} pixels; at most {bounds.max_pixels} are allowed", param=param
+        )
+    return width, height

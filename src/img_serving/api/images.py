@@ -1,0 +1,125 @@
+"""`/v1/images/generations`: the hot route."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import msgspec
+
+from img_serving.api.bodies import read_json
+from img_serving.api.exchange import ClientDisconnected, Exchange, Reply
+from img_serving.api.generation import Bounds, GenerationBody, response_format_of, to_request, unknown_fields
+from img_serving.api.services import Services
+from img_serving.domain.errors import GatewayError
+from img_serving.domain.jobs import Job
+
+log = logging.getLogger(__name__)
+
+
+class Images:
+    """Handlers of the image routes."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        self._decoder = msgspec.json.Decoder(GenerationBody)
+        config = services.config
+        self._limit = config.server.max_body_bytes
+        self._prompts = config.logging.prompts
+        self._cancel = config.jobs.cancel_on_disconnect
+        self._bounds = Bounds(
+            max_n=config.limits.max_n,
+            max_pixels=config.limits.max_pixels,
+            max_steps=config.limits.max_steps,
+            max_prompt_chars=config.limits.max_prompt_chars,
+            default_format=config.response.default_format,
+            allow_file=config.response.allow_file,
+        )
+
+    async def generate(self, exchange: Exchange) -> Reply:
+        """`POST /v1/images/generations`."""
+        services = self._services
+        body, raw = await read_json(exchange, self._decoder, self._limit)
+        if log.isEnabledFor(logging.DEBUG):
+            unknown = unknown_fields(raw)
+            if unknown:
+                told = {"request_id": exchange.request_id, "unknown": unknown}
+                log.debug("unknown fields ignored", extra={"fields": told})
+        response_format = response_format_of(body, self._bounds)
+        request = to_request(body, self._bounds)
+        fields = exchange.job_fields
+        fields["model"] = body.model
+        fields["n"] = request.n
+        if self._prompts:
+            fields["prompt"] = request.prompt
+        traceparent = exchange.header(b"traceparent")
+        job = services.pipeline.admit(
+            exchange.tenant,
+            request,
+            exchange.request_id,
+            traceparent.decode("latin-1") if traceparent else None,
+        )
+        exchange.extra_headers.append((b"x-job-id", job.id.encode()))
+        # Node's fetch and proxies close at once when their user leaves: the job is not worth its slot then.
+        watcher = _Watcher(exchange) if self._cancel else None
+        try:
+            answer = await services.pipeline.run(job, response_format, services.origin.base_url(exchange))
+        except asyncio.CancelledError:
+            if exchange.disconnected:
+                raise ClientDisconnected from None
+            raise
+        except GatewayError:
+            exchange.extra_headers += _headers(job)
+            raise
+        finally:
+            if watcher is not None:
+                watcher.stop()
+            _note(fields, job)
+        headers = _headers(job)
+        ignored = services.pipeline.ignored(job)
+        if ignored:
+            headers.append((b"x-img-serving-ignored", ", ".join(ignored).encode()))
+        return Reply(200, answer.parts, headers=headers)
+
+
+class _Watcher:
+    """Cancels the handler when its client leaves."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+        self._handler = asyncio.current_task()
+        self._task = asyncio.get_running_loop().create_task(exchange.wait_for_disconnect())
+        self._task.add_done_callback(self._on_done)
+
+    def _on_done(self, task: asyncio.Task[None]) -> None:
+        if task.cancelled():
+            return
+        task.exception()  # whatever went wrong there, the client is gone
+        if not self._exchange.reply_started and self._handler is not None:
+            self._exchange.disconnected = True
+            self._handler.cancel()
+
+    def stop(self) -> None:
+        self._task.remove_done_callback(self._on_done)
+        self._task.cancel()
+
+
+def _headers(job: Job) -> list[tuple[bytes, bytes]]:
+    if job.backend is None:
+        return []
+    return [
+        (b"x-backend", job.backend.encode()),
+        (b"x-attempts", b"%d" % job.attempts),
+        (b"x-queue-ms", b"%d" % (job.queued_seconds * 1000)),
+    ]
+
+
+def _note(fields: dict[str, object], job: Job) -> None:
+    """What the request's log line says of its job."""
+    fields["job_id"] = job.id
+    fields["backend"] = job.backend
+    fields["attempts"] = job.attempts
+    fields["queue_ms"] = round(job.queued_seconds * 1000, 2)
+    if job.started_at is not None and job.finished_at is not None:
+        fields["run_ms"] = round((job.finished_at - job.started_at) * 1000, 2)
+    fields["outcome"] = job.status.value

@@ -1,0 +1,153 @@
+"""Delivery: what finished pictures become for the client, stored, inlined or written to a path, after the slot is free."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal
+
+import msgspec
+
+from img_serving.domain.errors import AllAttemptsFailed, StorageFailed
+from img_serving.domain.images import EXTENSIONS, FORMATS, MEDIA_TYPES, Artifact, ImageRequest
+from img_serving.domain.jobs import Job
+from img_serving.media.payload import artifact_from_bytes, base64_text, raw_bytes
+from img_serving.media.png import strip_metadata
+from img_serving.media.transcode import transcode
+from img_serving.ports import ArtifactStore
+from img_serving.telemetry.metrics import Metrics
+
+ResponseFormat = Literal["url", "b64_json", "file"]
+
+TRANSCODE_THREADS = 2
+"""Bounds how many decoded pictures are in memory at once; Pillow lets go of the interpreter while it encodes PNG and WebP."""
+
+_quoted = msgspec.json.Encoder().encode
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The body of an image reply in parts (never joined: pictures are big), and what its headers tell."""
+
+    parts: tuple[bytes | memoryview, ...]
+    job: Job
+
+
+class Delivery:
+    """Turns a resolved job's artifacts into the reply that its client asked for."""
+
+    def __init__(
+        self,
+        store: ArtifactStore,
+        metrics: Metrics,
+        clock: Callable[[], float],
+        *,
+        strip: bool = False,
+    ) -> None:
+        """`strip` removes text and other metadata from PNGs (their pixels are not touched)."""
+        self._store = store
+        self._metrics = metrics
+        self._clock = clock
+        self._strip = strip
+        self._pool: ThreadPoolExecutor | None = None
+
+    async def answer(self, job: Job, response_format: ResponseFormat, base_url: str) -> Answer:
+        """Encode, store or inline every picture of `job`.
+
+        Raises:
+            StorageFailed: a picture could not be stored; its message says what works instead.
+        """
+        started = self._clock()
+        request = job.request
+        backend = job.backend or ""
+        artifacts: list[Artifact] = []
+        for task in job.tasks:
+            if task.artifact is None:  # a succeeded job has them all
+                raise AllAttemptsFailed(f"picture {task.index} is missing", should_retry=False)
+            artifacts.append(await self._in_format(task.artifact, request))
+            task.artifact = None  # the reply holds the only copy from here on
+        self._metrics.pictures.add(backend, by=len(artifacts))
+        if any(request.width and (one.width, one.height) != (request.width, request.height) for one in artifacts):
+            self._metrics.wrong_size.add(backend)
+        parts: list[bytes | memoryview] = []
+        separator = b'{"created":%d,"data":[' % int(time.time())
+        for artifact in artifacts:
+            parts.append(separator + b"{")
+            if response_format == "b64_json":
+                parts += (b'"b64_json":"', base64_text(artifact), b'"')
+            else:
+                parts.append(await self._stored(artifact, response_format, base_url))
+            parts.append(_about(artifact))
+            separator = b","
+        parts.append(b"]," + _effective(artifacts[0], request) + b"}")
+        self._metrics.stage_seconds.observe(self._clock() - started, "deliver")
+        return Answer(_joined_if_small(parts), job)
+
+    def close(self) -> None:
+        """Give up the codec threads."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+    async def _in_format(self, artifact: Artifact, request: ImageRequest) -> Artifact:
+        wanted = request.output_format
+        if wanted is not None and MEDIA_TYPES[wanted] != artifact.media_type:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(TRANSCODE_THREADS, "transcode")
+            loop = asyncio.get_running_loop()
+            try:
+                data = await loop.run_in_executor(
+                    self._pool, transcode, raw_bytes(artifact), wanted, request.output_compression
+                )
+            except ValueError as error:
+                raise AllAttemptsFailed(f"the backend's picture is no good: {error}", should_retry=False) from error
+            self._metrics.transcoded.add(wanted)
+            return artifact_from_bytes(data, artifact.seed, artifact.revised_prompt)
+        if self._strip and artifact.media_type == "image/png":
+            return artifact_from_bytes(strip_metadata(raw_bytes(artifact)), artifact.seed, artifact.revised_prompt)
+        return artifact
+
+    async def _stored(self, artifact: Artifact, response_format: ResponseFormat, base_url: str) -> bytes:
+        try:
+            stored = await self._store.put(raw_bytes(artifact), EXTENSIONS[artifact.media_type])
+        except StorageFailed as error:
+            self._metrics.storage_failures.add()
+            raise StorageFailed(
+                f'{error.message}; response_format "b64_json" needs no storage', should_retry=False
+            ) from error
+        self._metrics.artifacts.add("stored")
+        self._metrics.artifact_bytes.add(by=stored.size_bytes)
+        if response_format == "file":
+            return b'"file_path":' + _quoted(self._store.path_of(stored.name))
+        return b'"url":' + _quoted(f"{base_url}/images/{stored.name}")
+
+
+def _about(artifact: Artifact) -> bytes:
+    seed = b"" if artifact.seed is None else b',"seed":%d' % artifact.seed
+    revised = b"" if artifact.revised_prompt is None else b',"revised_prompt":' + _quoted(artifact.revised_prompt)
+    return seed + revised + b"}"
+
+
+def effective_quality(quality: str | None) -> str:
+    """The quality that was really used: the API's answer is never `auto`."""
+    return {None: "medium", "auto": "medium", "standard": "medium", "hd": "high"}.get(quality, quality or "medium")
+
+
+def _effective(artifact: Artifact, request: ImageRequest) -> bytes:
+    background = "transparent" if request.background == "transparent" else "opaque"
+    return b'"size":"%dx%d","quality":%s,"background":"%s","output_format":"%s"' % (
+        artifact.width,
+        artifact.height,
+        _quoted(effective_quality(request.quality)),
+        background.encode(),
+        FORMATS[artifact.media_type].encode(),
+    )
+
+
+def _joined_if_small(parts: list[bytes | memoryview]) -> tuple[bytes | memoryview, ...]:
+    """One write for a small reply; a big one is never copied together."""
+    if sum(map(len, parts)) < 64 * 1024:
+        return (b"".join(parts),)
+    return tuple(parts)

@@ -1,0 +1,278 @@
+"""The dispatcher: runs the batches that the scheduler decides on, and resolves every job exactly once."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Protocol
+
+from img_serving.domain.errors import (
+    AttemptError,
+    BackendRefusal,
+    Draining,
+    GatewayError,
+    Outcome,
+)
+from img_serving.domain.images import Call, Item, Progress
+from img_serving.domain.jobs import CANCELLED, Batch, Ended, Job
+from img_serving.gateway.tasks import TaskRegistry
+from img_serving.policy.scheduler import Scheduler
+from img_serving.ports import Backend
+from img_serving.telemetry.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+TICK_SECONDS = 0.1
+"""How often time-outs and deadlines are looked at, while there is work: one timer for all instead of one a request."""
+
+
+class EndpointLookup(Protocol):
+    """How the dispatcher finds what a batch needs beyond the scheduler's own state."""
+
+    def adapter_of(self, endpoint_id: int) -> Backend:
+        """The adapter that speaks to this endpoint."""
+        ...
+
+    def size_of(self, backend: str) -> tuple[int, int]:
+        """The backend's default size in pixels, for requests that name none."""
+        ...
+
+    def timeout_of(self, backend: str) -> float:
+        """Seconds that one attempt may go without an answer or progress."""
+        ...
+
+    def batch_ended(self, batch: Batch) -> None:
+        """A batch is over: a removed backend may be waiting for its last one."""
+        ...
+
+
+class _Attempt:
+    """One running call: when it was last heard of, and why it was stopped, if it was."""
+
+    __slots__ = ("adapter", "batch", "call", "ended", "heard_at", "task", "timed_out")
+
+    def __init__(self, batch: Batch, call: Call, adapter: Backend, now: float) -> None:
+        self.batch = batch
+        self.call = call
+        self.adapter = adapter
+        self.heard_at = now
+        self.timed_out = False
+        # left standing when the task is cancelled, even before its first step: leaving by any door is right
+        self.ended = CANCELLED
+        self.task: asyncio.Task[None] | None = None
+
+
+class Dispatcher:
+    """Holds the scheduler and does its I/O. `clock` gives seconds that never go back."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        endpoints: EndpointLookup,
+        tasks: TaskRegistry,
+        metrics: Metrics,
+        clock: Callable[[], float],
+    ) -> None:
+        self.scheduler = scheduler
+        self._endpoints = endpoints
+        self._tasks = tasks
+        self._metrics = metrics
+        self._clock = clock
+        self._futures: dict[str, asyncio.Future[None]] = {}
+        self._attempts: dict[Batch, _Attempt] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._draining = False
+        self._idle: asyncio.Future[None] | None = None
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether new jobs are refused because the gateway is stopping."""
+        return self._draining
+
+    async def run(self, job: Job) -> None:
+        """Submit a job and wait until it is resolved. A cancelled wait cancels the job, all the way to the endpoint.
+
+        Raises:
+            GatewayError: how the job failed.
+        """
+        if self._draining:
+            raise Draining("the gateway is stopping", retry_after_seconds=5.0)
+        future = asyncio.get_running_loop().create_future()
+        self.scheduler.submit(job)
+        self._futures[job.id] = future
+        self.pump()
+        try:
+            await future
+        except asyncio.CancelledError:
+            self.cancel(job)
+            raise
+
+    def cancel(self, job: Job, error: GatewayError | None = None) -> None:
+        """Resolve a job now; calls that only it wanted are closed."""
+        unwanted = self.scheduler.cancel(job, self._clock(), error)
+        self._settle(job)
+        self._stop(unwanted)
+        self.pump()
+
+    def pump(self) -> None:
+        """Start what can start."""
+        now = self._clock()
+        for batch in self.scheduler.next_batches(now):
+            # what the call needs is looked up now: the backend may be removed before the task's first step
+            attempt = _Attempt(batch, self._call(batch), self._endpoints.adapter_of(batch.endpoint_id), now)
+            self._attempts[batch] = attempt
+            attempt.task = self._tasks.spawn(self._run(attempt), "attempt")
+            # a callback and not a `finally`: a task cancelled before its first step never enters its `try`
+            attempt.task.add_done_callback(lambda _, attempt=attempt: self._finish(attempt))  # type: ignore[misc]
+        if self._timer is None and (self.scheduler.queued or self._attempts):
+            self._timer = asyncio.get_running_loop().call_later(TICK_SECONDS, self._tick)
+
+    async def drain(self, seconds: float) -> None:
+        """Take no new jobs, let what runs finish for at most `seconds`, then answer the rest with 503."""
+        self._draining = True
+        if self._futures:
+            self._idle = asyncio.get_running_loop().create_future()
+            try:
+                async with asyncio.timeout(seconds):
+                    await self._idle
+            except TimeoutError:
+                log.warning("drain time is over; %d jobs are answered with 503", len(self._futures))
+            finally:
+                self._idle = None
+        self.abort()
+
+    def abort(self) -> None:
+        """Resolve every job with 503 at once and stop every call."""
+        self._draining = True
+        for job in list(self.scheduler.jobs):
+            self.cancel(job, Draining("the gateway is stopping", retry_after_seconds=5.0))
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    # one attempt
+
+    async def _run(self, attempt: _Attempt) -> None:
+        batch = attempt.batch
+        try:
+            results = tuple(await attempt.adapter.generate(attempt.call, lambda step: self._on_progress(attempt, step)))
+            if len(results) == len(batch.tasks):
+                attempt.ended = Ended(results=results)
+            else:
+                message = f"{batch.backend} answered {len(results)} pictures for {len(batch.tasks)}"
+                attempt.ended = Ended(outcome=Outcome.FAILED, message=message)
+        except AttemptError as error:
+            attempt.ended = Ended(
+                outcome=error.outcome,
+                message=f"{batch.backend}: {error.message}",
+                busy_seconds=error.busy_seconds,
+            )
+        except BackendRefusal as refusal:
+            attempt.ended = Ended(refusal=refusal.error)
+        except asyncio.CancelledError:
+            if attempt.timed_out:
+                message = f"{batch.backend}: no answer within {attempt.call.timeout_seconds:g} s"
+                attempt.ended = Ended(outcome=Outcome.UNKNOWN, message=message)
+        except Exception as error:
+            log.exception("the adapter of %s broke", batch.backend)
+            self._metrics.internal_errors.add("adapter")
+            message = f"{batch.backend}: {type(error).__name__} in the adapter"
+            attempt.ended = Ended(outcome=Outcome.FAILED, message=message)
+
+    def _call(self, batch: Batch) -> Call:
+        first = batch.tasks[0].job
+        request = first.request
+        if request.width is not None and request.height is not None:
+            width, height = request.width, request.height
+        else:
+            width, height = self._endpoints.size_of(batch.backend)
+        return Call(
+            request=request,
+            model=batch.model,
+            width=width,
+            height=height,
+            items=tuple(
+                Item(task.job.request.prompt, task.job.request.negative_prompt, task.seed) for task in batch.tasks
+            ),
+            timeout_seconds=self._endpoints.timeout_of(batch.backend),
+            request_id=first.request_id,
+            traceparent=first.traceparent,
+        )
+
+    def _on_progress(self, attempt: _Attempt, progress: Progress) -> None:
+        attempt.heard_at = self._clock()
+        for task in attempt.batch.tasks:
+            task.job.steps_done = progress.done
+            task.job.steps_total = progress.total
+
+    def _finish(self, attempt: _Attempt) -> None:
+        batch, ended = attempt.batch, attempt.ended
+        now = self._clock()
+        del self._attempts[batch]
+        self._metrics.stage_seconds.observe(now - batch.started_at, "attempt")
+        self._metrics.attempts.add(batch.backend, _name_of(ended))
+        if ended.outcome is not None:
+            log.info(
+                "attempt %s: %s",
+                ended.outcome.value,
+                ended.message,
+                extra={"fields": {"backend": batch.backend, "request_id": batch.tasks[0].job.request_id}},
+            )
+        for job in self.scheduler.finish(batch, ended, now):
+            self._settle(job)
+        self._stop(self.scheduler.unwanted())
+        self._endpoints.batch_ended(batch)
+        self.pump()
+
+    # time
+
+    def _tick(self) -> None:
+        self._timer = None
+        now = self._clock()
+        for attempt in self._attempts.values():
+            if now - attempt.heard_at >= attempt.call.timeout_seconds and not attempt.timed_out and attempt.task:
+                attempt.timed_out = True
+                attempt.task.cancel()
+        for job in self.scheduler.expire(now):
+            self._settle(job)
+        self._stop(self.scheduler.unwanted())
+        self.pump()
+
+    # ends
+
+    def settle_all(self, jobs: list[Job]) -> None:
+        """Jobs that were resolved by somebody else's doing (a backend was removed)."""
+        for job in jobs:
+            self._settle(job)
+        self._stop(self.scheduler.unwanted())
+        self.pump()
+
+    def _stop(self, batches: list[Batch]) -> None:
+        for batch in batches:
+            attempt = self._attempts.get(batch)
+            if attempt is not None and attempt.task is not None:
+                attempt.task.cancel()
+
+    def _settle(self, job: Job) -> None:
+        """Wake whoever waits for a resolved job; asking twice is fine."""
+        future = self._futures.pop(job.id, None)
+        if future is None:
+            return
+        self._metrics.jobs.add(job.status.value)
+        self._metrics.stage_seconds.observe(job.queued_seconds, "queue")
+        if not future.done():
+            if job.error is None:
+                future.set_result(None)
+            else:
+                future.set_exception(job.error)
+        if not self._futures and self._idle is not None and not self._idle.done():
+            self._idle.set_result(None)
+
+
+def _name_of(ended: Ended) -> str:
+    if ended.results is not None:
+        return "ok"
+    if ended.refusal is not None:
+        return "refused"
+    return ended.outcome.value if ended.outcome is not None else "cancelled"

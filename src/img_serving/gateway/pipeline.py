@@ -1,0 +1,66 @@
+"""The way of an image request, on one screen: route, submit, wait, deliver."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+from img_serving.domain.images import ImageRequest
+from img_serving.domain.jobs import Job
+from img_serving.domain.tenants import Tenant
+from img_serving.gateway.delivery import Answer, Delivery, ResponseFormat
+from img_serving.gateway.dispatcher import Dispatcher
+from img_serving.gateway.registry import Registry
+from img_serving.policy.routing import RoutingOptions, ignored_by, plan
+
+
+class Pipeline:
+    """What happens to a request after it was authenticated, charged, parsed and normalised."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        dispatcher: Dispatcher,
+        delivery: Delivery,
+        routing: RoutingOptions,
+        clock: Callable[[], float],
+        *,
+        timeout_seconds: float,
+    ) -> None:
+        """`timeout_seconds` is a job's deadline: waiting, attempts and delivery live inside it."""
+        self._registry = registry
+        self._dispatcher = dispatcher
+        self._delivery = delivery
+        self._routing = routing
+        self._clock = clock
+        self._timeout_seconds = timeout_seconds
+
+    def admit(self, tenant: Tenant, request: ImageRequest, request_id: str, traceparent: str | None = None) -> Job:
+        """Find the route and make the job.
+
+        Raises:
+            GatewayError: nobody can, or may, serve this.
+        """
+        now = self._clock()
+        return Job(
+            id="job_" + os.urandom(12).hex(),
+            request=request,
+            route=plan(request, tenant, self._registry.candidates(), self._routing),
+            tenant=tenant,
+            submitted_at=now,
+            deadline=now + self._timeout_seconds,
+            request_id=request_id,
+            traceparent=traceparent,
+        )
+
+    async def run(self, job: Job, response_format: ResponseFormat, base_url: str) -> Answer:
+        """Wait for the pictures and make the answer of them."""
+        await self._dispatcher.run(job)
+        return await self._delivery.answer(job, response_format, base_url)
+
+    def ignored(self, job: Job) -> tuple[str, ...]:
+        """Parameters the client set that the backend which drew could not honour."""
+        for candidate in self._registry.candidates():
+            if candidate.name == job.backend:
+                return ignored_by(job.request, candidate.capabilities)
+        return ()

@@ -1,0 +1,525 @@
+"""The composition root: the only file that names concrete classes. Ordered start, drain, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import logging
+import os
+import secrets
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from img_serving import __version__
+from img_serving.api.app import App
+from img_serving.api.origin import Origin
+from img_serving.api.services import Services
+from img_serving.backends.a1111 import A1111Backend
+from img_serving.backends.builtin import BuiltinBackend
+from img_serving.backends.http import DetectingBackend
+from img_serving.backends.openai import OpenAIBackend
+from img_serving.backends.scripted import ScriptedBackend
+from img_serving.config import BackendConfig, Config, EndpointConfig
+from img_serving.domain.errors import GatewayError, StorageFailed
+from img_serving.domain.tenants import Tenant
+from img_serving.gateway.delivery import Delivery
+from img_serving.gateway.dispatcher import Dispatcher
+from img_serving.gateway.pipeline import Pipeline
+from img_serving.gateway.registry import Registry
+from img_serving.gateway.tasks import TaskRegistry
+from img_serving.policy.api_keys import KeyRing, digest_of
+from img_serving.policy.rate_limits import Allowance, RateLimits
+from img_serving.policy.retry import RetryOptions
+from img_serving.policy.routing import RoutingOptions
+from img_serving.policy.scheduler import Scheduler, SchedulerOptions
+from img_serving.ports import ArtifactStore, Backend, StateStore
+from img_serving.state.sqlite import SqliteState
+from img_serving.storage.local_disk import LocalDiskStore
+from img_serving.telemetry.logs import RequestLog, choose_format, set_up
+from img_serving.telemetry.metrics import Metrics
+from img_serving.transport.fetch import SafeFetcher
+from img_serving.transport.http import HttpTransport, make_ssl_context
+
+log = logging.getLogger("img_serving")
+
+BUILTIN = BackendConfig(name="procedural", protocol="builtin")
+"""What serves while the configuration names no backend."""
+
+KEY_HASHES = "admin_key_hashes"
+SWEEP_SECONDS = 60.0
+
+
+class StartError(Exception):
+    """The start is impossible; the message says what is wrong and what to do."""
+
+
+@dataclass(slots=True)
+class Gateway:
+    """The assembled parts, with their start and their end."""
+
+    config: Config
+    services: Services
+    app: App
+    state: StateStore
+    store: ArtifactStore
+    registry: Registry
+    dispatcher: Dispatcher
+    delivery: Delivery
+    tasks: TaskRegistry
+    request_log: RequestLog
+
+    async def start(self) -> None:
+        """Bring the backends up. A dead endpoint never stops the start."""
+        await self.registry.load(self.config.backends, builtin=BUILTIN)
+        self.tasks.spawn(self._sweep(), "sweeper")
+
+    async def drain(self, seconds: float) -> None:
+        """Take no new work, let what runs finish, answer the rest with 503."""
+        await self.dispatcher.drain(seconds)
+
+    async def stop(self) -> None:
+        """Let go of everything, in the reverse order of the start."""
+        self.dispatcher.abort()
+        await self.registry.close()
+        await self.tasks.cancel_all(2.0)
+        self.delivery.close()
+        self.store.close()
+        await self.state.close()
+        self.request_log.flush()
+
+    async def _sweep(self) -> None:
+        while True:
+            try:
+                swept = await self.store.sweep()
+            except (OSError, StorageFailed) as error:
+                log.warning("cleaning up old images failed: %s", error)
+            else:
+                if swept:
+                    self.services.metrics.artifacts.add("swept", by=swept)
+            await asyncio.sleep(SWEEP_SECONDS)
+
+
+async def build(
+    config: Config,
+    *,
+    state: StateStore,
+    store: ArtifactStore,
+    key_hashes: list[bytes],
+    request_log: RequestLog,
+    config_file: str | None = None,
+    rng: Random | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Gateway:
+    """Put the parts together on the running loop. Nothing is started yet.
+
+    `clock` gives seconds that never go back; the loop's own would do, but uvloop's has steps of a millisecond.
+    """
+    rng = rng if rng is not None else Random()  # noqa: S311 - it spreads load and jitter, and guards nothing
+    metrics = Metrics()
+
+    def on_task_error(name: str, error: BaseException) -> None:
+        metrics.internal_errors.add(name)
+        log.error("the task %r broke", name, exc_info=error)
+
+    tasks = TaskRegistry(on_task_error)
+    scheduler = Scheduler(
+        SchedulerOptions(
+            strategy=config.routing.strategy,
+            max_tasks=config.queue.max_tasks,
+            max_wait_seconds=config.queue.max_wait_seconds,
+            retry=RetryOptions(max_attempts=config.retry.max_attempts, budget_ratio=config.retry.budget_ratio),
+        ),
+        rng,
+        clock(),
+    )
+    registry = Registry(
+        scheduler=scheduler,
+        factory=make_adapter,
+        state=state,
+        tasks=tasks,
+        clock=clock,
+        rng=rng,
+        config_file=config_file,
+    )
+    dispatcher = Dispatcher(scheduler, registry, tasks, metrics, clock)
+    delivery = Delivery(store, metrics, clock, strip=config.storage.strip_metadata)
+    pipeline = Pipeline(
+        registry,
+        dispatcher,
+        delivery,
+        RoutingOptions(
+            default_backend=config.routing.default_backend,
+            aliases=dict(config.routing.aliases),
+            unknown_model=config.routing.unknown_model,
+        ),
+        clock,
+        timeout_seconds=config.queue.request_timeout_seconds,
+    )
+    services = Services(
+        config=config,
+        version=__version__,
+        started_at=int(time.time()),
+        clock=clock,
+        keys=_key_ring(config, key_hashes),
+        limits=_limits(config),
+        registry=registry,
+        dispatcher=dispatcher,
+        pipeline=pipeline,
+        store=store,
+        metrics=metrics,
+        request_log=request_log,
+        origin=Origin(config.server.trusted_proxies, config.server.public_url),
+    )
+    return Gateway(
+        config=config,
+        services=services,
+        app=App(services),
+        state=state,
+        store=store,
+        registry=registry,
+        dispatcher=dispatcher,
+        delivery=delivery,
+        tasks=tasks,
+        request_log=request_log,
+    )
+
+
+def make_adapter(config: BackendConfig, endpoint: EndpointConfig) -> Backend:
+    """The adapter for one endpoint of a backend.
+
+    Raises:
+        ValueError: an option of its protocol's own table is wrong.
+    """
+    if config.protocol == "builtin":
+        return BuiltinBackend(_procedural, models=tuple(config.models) or ("procedural",))
+    if config.protocol == "scripted":
+        return ScriptedBackend(config.options())
+    tls = make_ssl_context(config.ca_file, config.tls_verify) if endpoint.url.startswith("https:") else None
+    transport = HttpTransport(endpoint.url, ssl_context=tls)
+    headers = tuple(config.headers.items())
+    basic = (_basic(config.username, config.password or ""),) if config.username is not None else ()
+    bearer = (("Authorization", f"Bearer {config.api_key}"),) if config.api_key is not None else ()
+    openai = OpenAIBackend(
+        transport,
+        api_key=config.api_key,
+        headers=(*headers, *basic),
+        health_check_path=config.health_check_path,
+        fetch=SafeFetcher(trusted_url=endpoint.url, headers=(*headers, *basic, *bearer), ssl_context=tls),
+    )
+    if config.protocol == "openai":
+        return openai
+    a1111 = A1111Backend(
+        transport,
+        username=config.username,
+        password=config.password,
+        headers=headers,
+        health_check_path=config.health_check_path,
+        max_batch_size=config.max_batch_size or 4,
+    )
+    if config.protocol == "a1111":
+        return a1111
+    return DetectingBackend(openai, a1111, transport, headers=(*headers, *basic))
+
+
+def _basic(username: str, password: str) -> tuple[str, str]:
+    return "Authorization", "Basic " + base64.b64encode(f"{username}:{password}".encode()).decode()
+
+
+def _procedural() -> Any:
+    # imported late: numpy is not needed before the first picture
+    from img_serving.engines.procedural import ProceduralEngine  # noqa: PLC0415
+
+    return ProceduralEngine()
+
+
+def _key_ring(config: Config, hashes: list[bytes]) -> KeyRing:
+    entries = [(digest_of(key.key), key.tenant()) for key in config.auth.key_list()]
+    entries += [(digest, Tenant(name="admin", role="admin")) for digest in hashes]
+    return KeyRing(entries)
+
+
+def _limits(config: Config) -> RateLimits:
+    limit = config.rate_limit
+    if not limit.enabled:
+        return RateLimits(None)
+
+    def allowance(one: Any) -> Allowance | None:
+        return None if one is None else Allowance(one.requests_per_second, one.burst_size)
+
+    return RateLimits(allowance(limit), everybody=allowance(limit.global_), per_address=allowance(limit.address))
+
+
+# keys
+
+
+async def admin_key(config: Config, state: StateStore, env_file: Path | None) -> tuple[list[bytes], str | None]:
+    """The digests of the keys made at earlier starts, and a new key where there is none to call with.
+
+    Only a key's digest is kept. `env_file` (`make serve`) also remembers the key itself; if its key is lost or unknown, a
+    new one is made beside the old ones, which stay good.
+    """
+    if not config.auth.enabled:
+        return [], None
+    stored = await state.get_value(KEY_HASHES)
+    digests = [bytes.fromhex(one) for one in (stored or "").split(",") if one]
+    known = {*digests, *(digest_of(key.key) for key in config.auth.key_list())}
+    remembered = read_env_key(env_file) if env_file is not None else None
+    if remembered is not None and digest_of(remembered) in known:
+        return digests, None
+    if env_file is None and known:
+        return digests, None
+    if env_file is not None and config.auth.key_list():
+        # the operator has keys of their own: the file gets the first that may do everything
+        first = next((key.key for key in config.auth.key_list() if key.role == "admin"), None)
+        if first is not None:
+            write_env_key(env_file, first)
+            return digests, None
+    key = "sk-" + secrets.token_urlsafe(32)
+    digests.append(digest_of(key))
+    await state.put_value(KEY_HASHES, ",".join(one.hex() for one in digests))
+    if env_file is not None:
+        write_env_key(env_file, key)
+    return digests, key
+
+
+ENV_KEY = "IMG_SERVING_API_KEY"
+
+
+def read_env_key(path: Path) -> str | None:
+    """The key in an env file, or None."""
+    with suppress(OSError, UnicodeDecodeError):
+        for line in path.read_text().splitlines():
+            name, separator, value = line.removeprefix("export ").partition("=")
+            if separator and name.strip() == ENV_KEY:
+                return value.strip().strip("'\"") or None
+    return None
+
+
+def write_env_key(path: Path, key: str) -> None:
+    """Add or replace the one line with the key; the file is for its owner's eyes only.
+
+    Raises:
+        StartError: it cannot be written.
+    """
+    try:
+        lines = path.read_text().splitlines() if path.exists() else []
+        kept = [line for line in lines if line.removeprefix("export ").partition("=")[0].strip() != ENV_KEY]
+        part = path.with_name(path.name + ".part")
+        with suppress(FileNotFoundError):
+            part.unlink()
+        fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(fd, "w") as file:
+            file.write("\n".join([*kept, f"{ENV_KEY}={key}"]) + "\n")
+        part.replace(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise StartError(f"cannot write the API key to {path}: {error}") from error
+
+
+# serving
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server with our order of stopping: no new connections, drain, then close."""
+
+    def __init__(self, config: uvicorn.Config, gateway: Gateway, drain_seconds: float) -> None:
+        super().__init__(config)
+        self._gateway = gateway
+        self._drain_seconds = drain_seconds
+        self._stop_now = asyncio.Event()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """SIGTERM and SIGINT stop in order; a second one stops at once. The exit code stays 0."""
+        signals = (signal.SIGINT, signal.SIGTERM)
+        before = {sig: signal.signal(sig, self.handle_exit) for sig in signals}
+        try:
+            yield
+        finally:
+            for sig, handler in before.items():
+                signal.signal(sig, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - the handler's shape
+        """First signal: stop in order. Second: at once."""
+        if self.should_exit:
+            self.force_exit = True
+            asyncio.get_running_loop().call_soon_threadsafe(self._stop_now.set)
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop accepting, let what runs finish or answer it with 503, then close connections."""
+        for server in self.servers:
+            server.close()
+        for one in sockets or []:
+            one.close()
+        log.info("stopping: no new connections; work in flight has %g s", self._drain_seconds)
+        drain = asyncio.ensure_future(self._gateway.drain(self._drain_seconds))
+        stop = asyncio.ensure_future(self._stop_now.wait())
+        await asyncio.wait({drain, stop}, return_when=asyncio.FIRST_COMPLETED)
+        stop.cancel()
+        if not drain.done():
+            drain.cancel()
+            self._gateway.dispatcher.abort()
+        await asyncio.wait({drain, stop})
+        await super().shutdown(sockets=None)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket.
+
+    Raises:
+        StartError: the address is taken, or not ours.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(8192)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise StartError(
+            f"cannot listen on {host}:{port}: {reason}. Choose another with --port, or server.port in the configuration"
+        ) from error
+    listener.setblocking(False)
+    return listener
+
+
+def open_state(config: Config) -> SqliteState:
+    """The state store in the data directory.
+
+    Raises:
+        StartError: the directory cannot be written.
+    """
+    directory = Path(config.server.data_dir)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise StartError(
+            f"the data directory {directory} cannot be written ({error.strerror or error}); "
+            f"make it writable for this user (chown -R {os.getuid()}:{os.getgid()} {directory}), or set server.data_dir"
+        ) from error
+    return SqliteState(directory / "img-serving.db")
+
+
+def open_store(config: Config) -> LocalDiskStore:
+    """The artifact store on local disk."""
+    ttl = config.storage.ttl_hours * 3600
+    return LocalDiskStore(Path(config.storage.dir), ttl_seconds=ttl or None, max_bytes=config.storage.max_bytes)
+
+
+async def serve(
+    config: Config,
+    *,
+    source: Path | None,
+    notes: tuple[str, ...] = (),
+    env_file: Path | None = None,
+    announce: Callable[[str], None] = print,
+) -> None:
+    """Run the gateway until a signal ends it.
+
+    Raises:
+        StartError: it cannot start.
+    """
+    chosen = choose_format(config.logging.format, sys.stderr)
+    set_up(config.logging.level, chosen)
+    for note in notes:
+        log.warning("%s", note)
+    listener = listen(config.server.host, config.server.port)
+    state = open_state(config)
+    await state.open()
+    store = open_store(config)
+    try:
+        await store.prepare()
+    except StorageFailed as error:
+        log.warning('%s; response_format "b64_json" works all the same', error.message)
+    request_log = RequestLog(sys.stderr.fileno(), chosen, enabled=logging.getLogger().isEnabledFor(logging.INFO))
+    digests, new_key = await admin_key(config, state, env_file)
+    gateway = await build(
+        config,
+        state=state,
+        store=store,
+        key_hashes=digests,
+        request_log=request_log,
+        config_file=str(source) if source else None,
+    )
+    try:
+        await gateway.start()
+        _announce(config, listener, source, gateway, new_key=new_key, env_file=env_file, announce=announce)
+        server = Server(
+            uvicorn.Config(
+                gateway.app,
+                http="httptools",
+                loop="none",
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=75,
+                timeout_graceful_shutdown=2,
+                proxy_headers=False,
+            ),
+            gateway,
+            config.server.drain_timeout_seconds,
+        )
+        await server.serve(sockets=[listener])
+    finally:
+        await gateway.stop()
+
+
+def _announce(
+    config: Config,
+    listener: socket.socket,
+    source: Path | None,
+    gateway: Gateway,
+    *,
+    new_key: str | None,
+    env_file: Path | None,
+    announce: Callable[[str], None],
+) -> None:
+    host, port = listener.getsockname()[:2]
+    shown = {"0.0.0.0": "localhost", "::": "localhost"}.get(host, f"[{host}]" if ":" in host else host)
+    names = ", ".join(one.name for one in gateway.registry.snapshots())
+    announce(f"img-serving {__version__} listens on http://{shown}:{port}  (docs: /docs)")
+    announce(f"configuration: {source or 'defaults'}; backends: {names}")
+    if new_key is not None:
+        announce(f"admin API key (shown once): {new_key}")
+        if env_file is not None:
+            announce(f"it is also in {env_file} as {ENV_KEY}: run `. ./{env_file}` and use ${ENV_KEY}")
+    if not config.auth.enabled and host not in {"127.0.0.1", "::1"}:
+        log.warning(
+            "AUTHENTICATION IS OFF and the gateway listens on %s: everybody who reaches it may draw, and may add and "
+            'remove backends. Set auth.enabled = true, or server.host = "127.0.0.1"',
+            host,
+        )
+
+
+def run(main: Callable[[], Any]) -> None:
+    """Run a coroutine function on the fastest loop there is."""
+    try:
+        import uvloop  # noqa: PLC0415 - not there on Windows
+
+        factory: Callable[[], asyncio.AbstractEventLoop] | None = uvloop.new_event_loop
+    except ImportError:
+        factory = None
+    with asyncio.Runner(loop_factory=factory) as runner:
+        runner.run(main())
+
+
+__all__ = ["GatewayError", "StartError", "build", "run", "serve"]

@@ -1,0 +1,59 @@
+"""Re-encoding a picture as another format, with Pillow, in a thread of the caller's choosing."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING
+
+from img_serving.domain.images import OutputFormat
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+MAX_PIXELS = 64 * 1024 * 1024
+"""A picture of more pixels (8192 x 8192) is not decoded: a small file can claim a size that fills the memory."""
+
+
+def transcode(data: bytes, to: OutputFormat, compression: int | None = None) -> bytes:
+    """Decode `data` (any format Pillow reads) and encode it as `to`.
+
+    `compression` is OpenAI's `output_compression`: the quality from 0 to 100 of JPEG and WebP (100 where None). JPEG has no
+    transparency: it is laid on white.
+
+    Raises:
+        ValueError: it is not a picture, or over `MAX_PIXELS`.
+    """
+    from PIL import Image
+
+    quality = 100 if compression is None else compression
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            width, height = picture.size
+            if width * height > MAX_PIXELS:
+                raise ValueError(f"a picture of {width}x{height} is over {MAX_PIXELS} pixels and is not decoded")
+            picture.load()
+            out = io.BytesIO()
+            if to == "jpeg":
+                _without_alpha(picture).save(out, "JPEG", quality=max(1, quality))
+            elif to == "webp":
+                mode = "RGBA" if _has_alpha(picture) else "RGB"
+                picture.convert(mode).save(out, "WEBP", quality=quality, method=2)
+            else:
+                picture.save(out, "PNG", compress_level=1)
+            return out.getvalue()
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"the picture could not be decoded ({type(error).__name__})") from error
+
+
+def _has_alpha(picture: Image.Image) -> bool:
+    return picture.mode in {"RGBA", "LA", "PA"} or "transparency" in picture.info
+
+
+def _without_alpha(picture: Image.Image) -> Image.Image:
+    if not _has_alpha(picture):
+        return picture.convert("RGB")
+    layered = picture.convert("RGBA")
+    ground = layered.convert("RGB")
+    ground.paste((255, 255, 255), (0, 0, *layered.size))
+    ground.paste(layered, mask=layered.getchannel("A"))
+    return ground
