@@ -23,6 +23,7 @@ import uvicorn
 
 from img_serving import __version__
 from img_serving.api.app import App
+from img_serving.api.http_protocol import HttpProtocol, close_stalled
 from img_serving.api.origin import Origin
 from img_serving.api.services import Services
 from img_serving.backends.a1111 import A1111Backend
@@ -356,6 +357,12 @@ class Server(uvicorn.Server):
             asyncio.get_running_loop().call_soon_threadsafe(self._stop_now.set)
         self.should_exit = True
 
+    async def on_tick(self, counter: int) -> bool:
+        """uvicorn calls this ten times a second; once a second stalled connections are looked for."""
+        if counter % 10 == 0:
+            close_stalled(list(self.server_state.connections), asyncio.get_running_loop().time())
+        return await super().on_tick(counter)
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop accepting, let what runs finish or answer it with 503, then close connections."""
         for server in self.servers:
@@ -464,7 +471,7 @@ async def serve(
         server = Server(
             uvicorn.Config(
                 gateway.app,
-                http="httptools",
+                http=HttpProtocol,
                 loop="none",
                 ws="none",
                 lifespan="off",

@@ -124,6 +124,8 @@ class Registry:
                 log.warning("the stored backend %r is hidden by the one of the same name in the file", config.name)
                 continue
             self._bring_up(config, "api")
+        for entry in self._entries.values():
+            await self._ask_in_process(entry)
 
     async def add(self, config: BackendConfig) -> BackendSnapshot:
         """Add a backend at once, on disk before this returns.
@@ -141,6 +143,7 @@ class Registry:
             except BaseException:
                 self._take_down(config.name)
                 raise
+            await self._ask_in_process(self._entries[config.name])
         return self.snapshot(config.name)
 
     async def remove(self, name: str) -> tuple[BackendSnapshot, list[Job]]:
@@ -296,6 +299,12 @@ class Registry:
         self._tasks.spawn(endpoint.adapter.close(), "close adapter")
 
     # probing
+
+    async def _ask_in_process(self, entry: BackendEntry) -> None:
+        """A backend that draws by itself answers at once: its models are known before anybody asks for them."""
+        if not entry.config.endpoints:
+            for endpoint in entry.endpoints:
+                self._take_in(entry, endpoint, await endpoint.adapter.check(PROBE_TIMEOUT_SECONDS))
 
     async def _probe(self, entry: BackendEntry, endpoint: Endpoint) -> None:
         """Check one endpoint for as long as it is here."""
