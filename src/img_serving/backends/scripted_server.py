@@ -1,0 +1,375 @@
+"""A scripted upstream on a real socket: speaks OpenAI's and A1111's faces, and breaks them in the ways that real ones do."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Final, Literal, Self, get_args
+
+import msgspec
+import pybase64
+from msgspec import Meta
+
+from img_serving.backends.scripted import picture, read_script
+
+ServerStep = Literal[
+    # good answers, and odd ones that are good
+    "ok", "drip", "url", "data_url", "escaped", "spaced", "wrapped", "grid", "many", "plain_seed",
+    # complete answers that are no use
+    "few", "bad_base64", "truncated_base64", "not_picture", "not_json", "wrong_shape", "no_pictures", "wrong_size", "huge",
+    # broken connections
+    "hang", "close", "cut_body", "not_http",
+    # error replies
+    "refuse", "refuse_fastapi", "refuse_text", "moderation", "model_not_found", "quota", "echo_secret", "html",
+    "oom", "sampler", "redirect", "busy", "busy_date", "busy_ms",
+    "400", "401", "403", "404", "408", "409", "413", "429", "500", "502", "503", "504", "524",
+]  # fmt: skip
+
+STEPS: Final = tuple(str(step) for step in get_args(ServerStep))
+HUGE_BYTES: Final = 8 * 1024 * 1024
+_PIECE_BYTES: Final = 7
+_PIECES: Final = 40
+_READ_BYTES: Final = 256 * 1024
+
+_Seconds = Annotated[float, Meta(ge=0)]
+
+
+class ServerScript(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What the server does. `sequence` is for POSTs, `check_status` and `models` for GETs; `statuses` overrules by path."""
+
+    sequence: tuple[ServerStep, ...] = ("ok",)
+    repeat: Literal["cycle", "last"] = "last"
+    latency_seconds: _Seconds = 0.0
+    drip_seconds: _Seconds = 0.002
+    retry_after: str = "7"
+    models: tuple[str, ...] | None = ("scripted",)
+    faces: tuple[Literal["openai", "a1111"], ...] = ("openai", "a1111")
+    check_status: int = 200
+    statuses: dict[str, int] = {}
+    echo: str = ""
+
+
+@dataclass(slots=True, eq=False)
+class Exchange:
+    """One request as it came, and what became of it. Times are the loop's; `disconnected_at`: the client left first."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    body: bytes
+    started_at: float
+    ended_at: float | None = None
+    disconnected_at: float | None = None
+
+    @property
+    def json(self) -> Any:
+        """The body, decoded."""
+        return msgspec.json.decode(self.body)
+
+
+@dataclass(slots=True)
+class _Answer:
+    """What is written: a status, a body, and how it is spoiled on the way."""
+
+    status: int
+    body: bytes
+    headers: dict[str, str] = field(default_factory=dict)
+    manner: str = ""
+
+
+class ScriptedServer:
+    """`async with ScriptedServer({"sequence": ["busy", "ok"]}) as server:` listens on a free port; see `server.url`."""
+
+    def __init__(self, script: Mapping[str, Any] | None = None) -> None:
+        """Take the options of `ServerScript`; ValueError names one at fault."""
+        self.script = read_script(ServerScript, script or {})
+        self.exchanges: list[Exchange] = []
+        self.in_flight = 0
+        self.max_in_flight = 0
+        self.connections = 0
+        self.files: dict[str, bytes] = {}
+        self.port = 0
+        self._drawn = 0
+        self._server: asyncio.Server | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def url(self) -> str:
+        """The base URL, without a slash at its end."""
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def posts(self) -> list[Exchange]:
+        """The requests that asked for pictures."""
+        return [exchange for exchange in self.exchanges if exchange.method == "POST"]
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+
+    async def start(self) -> None:
+        """Listen; a stopped server listens again on the port it had."""
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port, limit=_READ_BYTES)
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    async def stop(self) -> None:
+        """Stop listening and cut every connection."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101 - start_server runs this in a task
+        self._tasks.add(task)
+        self.connections += 1
+        try:
+            while (exchange := await self._read(reader)) is not None:
+                self.exchanges.append(exchange)
+                if not await self._attend(exchange, reader, writer):
+                    break
+        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            pass  # the client left, or the test is over
+        finally:
+            self._tasks.discard(task)
+            writer.transport.abort()
+
+    async def _read(self, reader: asyncio.StreamReader) -> Exchange | None:
+        try:
+            head = await reader.readuntil(b"\r\n\r\n")
+        except asyncio.IncompleteReadError:
+            return None
+        first, *lines = head.decode("latin-1").split("\r\n")
+        method, path, _ = first.split(" ", 2)
+        fields = (line.partition(":") for line in lines if line)
+        headers = {name.lower(): value.strip() for name, _, value in fields}
+        body = await reader.readexactly(int(headers.get("content-length", 0)))
+        return Exchange(method, path, headers, body, asyncio.get_running_loop().time())
+
+    async def _attend(self, exchange: Exchange, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        """Answer one request while watching whether its client stays. Returns whether the connection can be kept."""
+        loop = asyncio.get_running_loop()
+        self.in_flight += 1
+        self.max_in_flight = max(self.max_in_flight, self.in_flight)
+        answering = asyncio.ensure_future(self._answer(exchange, writer))
+        watching = asyncio.ensure_future(reader.read(1))  # our clients do not send ahead: a byte is none, it is the end
+        try:
+            await asyncio.wait({answering, watching}, return_when=asyncio.FIRST_COMPLETED)
+            if not answering.done():
+                exchange.disconnected_at = loop.time()
+                return False
+            return answering.result()
+        finally:
+            self.in_flight -= 1
+            exchange.ended_at = loop.time()
+            for one in (answering, watching):
+                one.cancel()
+            await asyncio.gather(answering, watching, return_exceptions=True)
+
+    async def _answer(self, exchange: Exchange, writer: asyncio.StreamWriter) -> bool:
+        answer = self._draw(exchange) if exchange.method == "POST" else self._tell(exchange)
+        if exchange.method == "POST" and self.script.latency_seconds:
+            await asyncio.sleep(self.script.latency_seconds)
+        if answer.manner == "hang":
+            await asyncio.get_running_loop().create_future()
+        if answer.manner == "close":
+            return False
+        if answer.manner == "not_http":
+            writer.write(b"220 mail.example ESMTP\r\n\r\n")
+            await writer.drain()
+            return False
+        headers = {"content-type": "application/json", "content-length": str(len(answer.body)), **answer.headers}
+        head = f"HTTP/1.1 {answer.status} Scripted\r\n" + "".join(
+            f"{name}: {value}\r\n" for name, value in headers.items()
+        )
+        writer.write(head.encode() + b"\r\n")
+        if answer.manner == "cut_body":
+            writer.write(answer.body[: len(answer.body) // 2])
+            await writer.drain()
+            writer.close()
+            await writer.wait_closed()
+            return False
+        if answer.manner == "drip":
+            await self._drip(answer.body, writer)
+        else:
+            writer.write(answer.body)
+            await writer.drain()
+        return True
+
+    async def _drip(self, body: bytes, writer: asyncio.StreamWriter) -> None:
+        """The first bytes one small piece at a time, and the rest at once: a slow start, not a slow test."""
+        for index in range(_PIECES):
+            writer.write(body[index * _PIECE_BYTES : (index + 1) * _PIECE_BYTES])
+            await writer.drain()
+            await asyncio.sleep(self.script.drip_seconds)
+        writer.write(body[_PIECES * _PIECE_BYTES :])
+        await writer.drain()
+
+    # what GETs are told
+
+    def _tell(self, exchange: Exchange) -> _Answer:
+        path = exchange.path.partition("?")[0]
+        if path in self.files:
+            return _Answer(200, self.files[path], {"content-type": "application/octet-stream"})
+        status = self.script.statuses.get(path, self.script.check_status)
+        if status != 200:
+            return _Answer(status, b"{}", {"location": "/elsewhere"} if 300 <= status < 400 else {})
+        models, faces = self.script.models, self.script.faces
+        if path.endswith("/models") and "openai" in faces and models is not None:
+            data = [{"id": name, "object": "model", "created": 0, "owned_by": "scripted"} for name in models]
+            return _Answer(200, msgspec.json.encode({"object": "list", "data": data}))
+        if path == "/sdapi/v1/options" and "a1111" in faces:
+            return _Answer(200, msgspec.json.encode({"sd_model_checkpoint": (models or ("none",))[0]}))
+        if path == "/sdapi/v1/sd-models" and "a1111" in faces and models is not None:
+            checkpoints = [{"title": f"{name}.safetensors [abcd]", "model_name": name, "hash": None} for name in models]
+            return _Answer(200, msgspec.json.encode(checkpoints))
+        if path == "/health":
+            return _Answer(200, b"ok", {"content-type": "text/plain"})
+        return _Answer(404, b'{"detail":"Not Found"}')
+
+    # what POSTs get
+
+    def _draw(self, exchange: Exchange) -> _Answer:
+        is_openai = exchange.path.endswith("/images/generations")
+        if not (is_openai or exchange.path == "/sdapi/v1/txt2img"):
+            return _Answer(404, b'{"detail":"Not Found"}')
+        script = self.script
+        last = len(script.sequence) - 1
+        step = script.sequence[self._drawn % (last + 1) if script.repeat == "cycle" else min(self._drawn, last)]
+        self._drawn += 1
+        if (error := self._error(step)) is not None:
+            return error
+        asked = exchange.json
+        if step == "not_json":
+            return _Answer(200, b"<html>welcome</html>", {"content-type": "text/html"})
+        if step == "wrong_shape":
+            return _Answer(200, b'{"data": {"b64_json": 5}, "images": "none"}')
+        if step == "no_pictures":
+            return _Answer(200, b'{"created": 1, "data": []}' if is_openai else b'{"images": [], "info": "{}"}')
+        body = self._openai(asked, step) if is_openai else self._a1111(asked, step)
+        return _Answer(200, body, manner=step)
+
+    def _error(self, step: str) -> _Answer | None:
+        """The error replies, as real servers word them."""
+        script = self.script
+        plain = {"content-type": "text/plain"}
+        bodies: dict[str, tuple[int, Any]] = {
+            "refuse": (400, _openai_error("size 9x9 is not supported", "invalid_value", "size")),
+            "refuse_fastapi": (
+                422,
+                {
+                    "detail": [
+                        {"type": "int_parsing", "loc": ["body", "steps"], "msg": "not a number", "input": script.echo}
+                    ]
+                },
+            ),
+            "moderation": (400, _openai_error("Your request was rejected by the safety system.", "moderation_blocked")),
+            "model_not_found": (404, _openai_error("The model does not exist.", "model_not_found", "model")),
+            "quota": (429, _openai_error("You exceeded your current quota", "insufficient_quota")),
+            "echo_secret": (400, _openai_error(f"what is {script.echo} doing in {script.echo}?", "invalid_value")),
+            "oom": (
+                500,
+                {"error": "OutOfMemoryError", "detail": "", "body": script.echo, "errors": "CUDA out of memory."},
+            ),
+            "sampler": (404, {"detail": "Sampler not found"}),
+        }
+        if step in bodies:
+            status, body = bodies[step]
+            return _Answer(status, msgspec.json.encode(body))
+        if step == "refuse_text":
+            return _Answer(400, b"prompt required", plain)
+        if step == "html":
+            page = b"<html><head><title>502 Bad Gateway</title></head><body><h1>nginx</h1></body></html>"
+            return _Answer(502, page, {"content-type": "text/html"})
+        if step == "redirect":
+            return _Answer(307, b"", {"location": "https://elsewhere.example/v1?token=secret"})
+        if step.startswith("busy"):
+            waits = {
+                "busy": {"retry-after": script.retry_after},
+                "busy_ms": {"retry-after": "30", "retry-after-ms": "250"},
+                "busy_date": {
+                    "retry-after": "Mon, 02 Mar 2026 10:00:09 GMT",
+                    "date": "Mon, 02 Mar 2026 10:00:00 GMT",
+                },
+            }
+            return _Answer(503, msgspec.json.encode(_openai_error("overloaded", None)), waits[step])
+        if step.isdecimal():
+            headers = {"location": "/elsewhere"} if step.startswith("3") else {}
+            return _Answer(
+                int(step), msgspec.json.encode(_openai_error(f"scripted {step} {script.echo}".strip(), None)), headers
+            )
+        return None
+
+    def _pictures(self, prompt: str, seed: int, size: tuple[int, int], count: int, step: str) -> list[str]:
+        width, height = (max(1, side // 2) for side in size) if step == "wrong_size" else size
+        count += {"few": -1, "many": 1}.get(step, 0)
+        return [_spoiled(picture(prompt, seed + index, width, height), step) for index in range(count)]
+
+    def _openai(self, asked: dict[str, Any], step: str) -> bytes:
+        width, height = (int(side) for side in asked.get("size", "64x64").split("x"))
+        texts = self._pictures(asked["prompt"], asked.get("seed", 42), (width, height), asked.get("n", 1), step)
+        data: list[dict[str, Any]] = [
+            {"b64_json": text, "revised_prompt": f"{asked['prompt']}, revised"} for text in texts
+        ]
+        if step == "plain_seed":
+            data = [{**one, "seed": 1000 + index} for index, one in enumerate(data)]
+        if step == "data_url":
+            data = [{"url": f"data:image/png;base64,{text}"} for text in texts]
+        if step == "url":
+            names = [f"/files/{len(self.files) + index}.png" for index in range(len(texts))]
+            self.files.update({name: pybase64.b64decode(text) for name, text in zip(names, texts, strict=True)})
+            data = [{"url": self.url + name} for name in names]
+        document = msgspec.json.encode({"created": 1, "data": data})
+        if step == "spaced":
+            return msgspec.json.format(document, indent=2)
+        return document.replace(b"/", b"\\/") if step == "escaped" else document
+
+    def _a1111(self, asked: dict[str, Any], step: str) -> bytes:
+        seed, count = asked.get("seed", -1), asked.get("batch_size", 1)
+        width, height = asked.get("width", 512), asked.get("height", 512)
+        texts = self._pictures(asked["prompt"], seed, (width, height), count, step)
+        info = {
+            "all_seeds": list(range(seed, seed + count)),
+            "index_of_first_image": 0,
+            "width": width,
+            "height": height,
+        }
+        if step == "grid":
+            texts.insert(0, _spoiled(picture("a grid", 0, width * 2, height), step))
+            info["index_of_first_image"] = 1
+        if step == "data_url":
+            texts = [f"data:image/png;base64,{text}" for text in texts]
+        parameters = {**asked, "images": None, "alwayson_scripts": {"images": ["not", "these"]}}
+        document = msgspec.json.encode(
+            {"parameters": parameters, "images": texts, "info": msgspec.json.encode(info).decode()}
+        )
+        if step == "spaced":
+            return msgspec.json.format(document, indent=2)
+        return document.replace(b"/", b"\\/") if step == "escaped" else document
+
+
+def _openai_error(message: str, code: str | None, param: str | None = None) -> dict[str, Any]:
+    return {"error": {"message": message, "type": "invalid_request_error", "param": param, "code": code}}
+
+
+def _spoiled(png: bytes, step: str) -> str:
+    """The picture as base64, unless the step wants something worse."""
+    if step == "huge":
+        png += bytes(HUGE_BYTES)
+    if step == "not_picture":
+        png = b"GIF89a, or so they say" * 3
+    text = pybase64.b64encode(png).decode()
+    if step == "bad_base64":
+        return text[:20] + "!?" + text[22:]
+    if step == "truncated_base64":
+        return text[: len(text) // 2 // 4 * 4]
+    if step == "wrapped":
+        return "\n".join(text[at : at + 76] for at in range(0, len(text), 76))
+    return text

@@ -1,0 +1,207 @@
+"""The scripted fakes do what their script says, and refuse scripts that say nothing."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from PIL import Image
+
+from img_serving.backends.scripted import STEPS, ScriptedBackend, picture
+from img_serving.backends.scripted_server import ScriptedServer
+from img_serving.domain.errors import AttemptError, BackendRefusal, Outcome
+from img_serving.domain.images import Call, ImageRequest, Item, ItemFailure, Progress
+
+
+def call_of(count: int = 1, prompt: str = "a fox") -> Call:
+    items = tuple(Item(prompt, None, 5 + index) for index in range(count))
+    return Call(ImageRequest(prompt, seed=5, n=count), None, 64, 48, items, 5.0)
+
+
+async def told(backend: ScriptedBackend, call: Call | None = None) -> str:
+    try:
+        results = await backend.generate(call or call_of(), lambda progress: None)
+    except AttemptError as error:
+        return f"{error.outcome}" + (f" {error.busy_seconds}" if error.busy_seconds is not None else "")
+    except BackendRefusal as refusal:
+        return refusal.error.code or ""
+    return " ".join("failed" if isinstance(one, ItemFailure) else f"{one.width}x{one.height}" for one in results)
+
+
+def run_of(script, calls: int) -> list[str]:
+    async def main():
+        backend = ScriptedBackend(script)
+        return [await told(backend) for _ in range(calls)]
+
+    return asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("step", "result"),
+    [
+        ("ok", "64x48"), ("fail", "failed"), ("refuse", "invalid_value"), ("refuse_content", "moderation_blocked"),
+        ("busy", "not_started 2.5"), ("unknown", "unknown"), ("not_started", "not_started"), ("bad_size", "32x24"),
+    ],
+)  # fmt: skip
+def test_a_step_does_what_it_is_called(step, result):
+    assert run_of({"sequence": [step], "busy_seconds": 2.5}, 1) == [result]
+    assert step in STEPS
+
+
+def test_one_picture_of_a_batch_can_fail_alone():
+    backend = ScriptedBackend({"sequence": ["partial"]})
+    assert asyncio.run(told(backend, call_of(3))) == "64x48 64x48 failed"
+
+
+def test_a_sequence_begins_again_or_its_last_step_stays():
+    ok, failed = "64x48", str(Outcome.FAILED)
+    assert run_of({"sequence": ["fail", "ok"]}, 4) == [failed, ok, failed, ok]
+    assert run_of({"sequence": ["fail", "ok"], "repeat": "last"}, 4) == [failed, ok, ok, ok]
+
+
+def test_chance_is_the_same_each_time():
+    first = run_of({"fail_rate": 0.5, "random_seed": 3}, 40)
+    assert first == run_of({"fail_rate": 0.5, "random_seed": 3}, 40)
+    assert 5 < first.count("failed") < 35
+    assert first != run_of({"fail_rate": 0.5, "random_seed": 4}, 40)
+
+
+def test_latency_is_spread_over_the_steps_reported():
+    async def main():
+        reports: list[Progress] = []
+        backend = ScriptedBackend({"latency_seconds": 0.01, "latency_jitter_seconds": 0.01, "steps": 4})
+        started = asyncio.get_running_loop().time()
+        await backend.generate(call_of(), reports.append)
+        return reports, asyncio.get_running_loop().time() - started, backend.capabilities.progress
+
+    reports, took, progress = asyncio.run(main())
+    assert reports == [Progress(done, 4) for done in range(1, 5)]
+    assert took >= 0.01
+    assert progress
+
+
+def test_a_call_that_hangs_is_ended_by_cancelling_and_counted():
+    async def main():
+        backend = ScriptedBackend({"sequence": ["hang"]})
+        task = asyncio.create_task(told(backend))
+        await asyncio.sleep(0)
+        assert "1 in flight" in repr(backend)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return backend
+
+    backend = asyncio.run(main())
+    assert (backend.in_flight, backend.cancelled, len(backend.calls)) == (0, 1, 1)
+
+
+def test_the_same_words_seed_and_size_give_the_same_bytes_and_others_do_not():
+    assert picture("a", 1, 9, 7) == picture("a", 1, 9, 7)
+    assert len({picture("a", 1, 9, 7), picture("b", 1, 9, 7), picture("a", 2, 9, 7), picture("a", 1, 7, 9)}) == 4
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 1), (5, 3), (64, 48), (1024, 1024)])
+def test_its_pictures_are_real_and_small(width, height, tmp_path):
+    path = tmp_path / "picture.png"
+    path.write_bytes(picture("a", 1, width, height))
+    with Image.open(path) as opened:
+        opened.load()
+        assert opened.size == (width, height)
+    assert path.stat().st_size < 3000
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ({"latency": 1}, "latency: unknown option; did you mean latency_seconds"),
+        ({"xyz": 1}, "xyz: unknown option"),
+        ({"latency_seconds": -1}, "latency_seconds: "),
+        ({"latency_seconds": "1"}, "latency_seconds: "),
+        ({"fail_rate": 1.5}, "fail_rate: "),
+        ({"sequence": ["explode"]}, "sequence: "),
+        ({"sequence": []}, "sequence: "),
+        ({"repeat": "twice"}, "repeat: "),
+        ({"max_batch_size": 0}, "max_batch_size: "),
+        ({"batch": "all"}, "batch: "),
+        ({"models": "one"}, "models: "),
+        ({"healthy": "yes"}, "healthy: "),
+    ],
+)
+def test_an_impossible_script_is_refused_by_the_name_of_the_option(script, words):
+    with pytest.raises(ValueError, match=f"^{words}"):
+        ScriptedBackend(script)
+
+
+def test_options_show_in_capabilities_and_health():
+    backend = ScriptedBackend(
+        {"models": ["a", "b"], "batch": "seeds", "max_batch_size": 3, "max_concurrency": 2, "healthy": False}
+    )
+    shown = backend.capabilities
+    assert (shown.batch, shown.max_batch_size, shown.max_concurrency, shown.progress) == ("seeds", 3, 2, False)
+    report = asyncio.run(backend.check(1.0))
+    assert (report.healthy, report.models) == (False, ("a", "b"))
+
+
+# the server
+
+
+async def ask(port: int, text: bytes) -> bytes:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(text)
+    reply = await reader.read(65536)
+    writer.close()
+    return reply
+
+
+async def until(happened) -> None:
+    """Another task's doing, that nothing announces."""
+    async with asyncio.timeout(5):
+        while not happened():  # noqa: ASYNC110 - see above
+            await asyncio.sleep(0.001)
+
+
+POST = b'POST /v1/images/generations HTTP/1.1\r\nContent-Length: 15\r\nX-A: b\r\n\r\n{"prompt": "x"}'
+
+
+def test_the_server_records_what_it_was_asked():
+    async def main():
+        async with ScriptedServer({"latency_seconds": 0.02}) as server:
+            replies = await asyncio.gather(ask(server.port, POST), ask(server.port, POST))
+            return replies, server
+
+    replies, server = asyncio.run(main())
+    assert all(reply.startswith(b"HTTP/1.1 200 ") for reply in replies)
+    first = server.posts[0]
+    assert (first.json, first.headers["x-a"], first.disconnected_at) == ({"prompt": "x"}, "b", None)
+    assert first.ended_at - first.started_at > 0.01
+    assert (server.max_in_flight, server.in_flight, server.connections) == (2, 0, 2)
+
+
+def test_the_server_notices_when_a_client_leaves():
+    async def main():
+        async with ScriptedServer({"sequence": ["hang"]}) as server:
+            _, writer = await asyncio.open_connection("127.0.0.1", server.port)
+            writer.write(POST)
+            await until(lambda: server.posts)
+            left_at = asyncio.get_running_loop().time()
+            writer.transport.abort()
+            await until(lambda: not server.in_flight)
+            return (server.posts[0].disconnected_at or 0.0) - left_at
+
+    assert 0 <= asyncio.run(main()) < 0.1
+
+
+def test_a_server_starts_again_on_its_port():
+    async def main():
+        async with ScriptedServer() as server:
+            port = server.port
+            await server.stop()
+            await server.start()
+            return port == server.port and (await ask(port, POST)).startswith(b"HTTP/1.1 200 ")
+
+    assert asyncio.run(main())
+
+
+def test_a_servers_impossible_script_is_refused_too():
+    with pytest.raises(ValueError, match="sequence: "):
+        ScriptedServer({"sequence": ["nonsense"]})
