@@ -224,13 +224,13 @@ def make_adapter(config: BackendConfig, endpoint: EndpointConfig) -> Backend:
         transport,
         username=config.username,
         password=config.password,
-        headers=headers,
+        headers=(*headers, *bearer),
         health_check_path=config.health_check_path,
         max_batch_size=config.max_batch_size or 4,
     )
     if config.protocol == "a1111":
         return a1111
-    return DetectingBackend(openai, a1111, transport, headers=(*headers, *basic))
+    return DetectingBackend(openai, a1111, transport, headers=(*headers, *basic, *bearer))
 
 
 def _basic(username: str, password: str) -> tuple[str, str]:
@@ -358,9 +358,10 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
     async def on_tick(self, counter: int) -> bool:
-        """uvicorn calls this ten times a second; once a second stalled connections are looked for."""
+        """Uvicorn calls this ten times a second; once a second stalled connections are looked for."""
         if counter % 10 == 0:
-            close_stalled(list(self.server_state.connections), asyncio.get_running_loop().time())
+            now = asyncio.get_running_loop().time()
+            close_stalled(list(self.server_state.connections), now, self.config.timeout_keep_alive)
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
+
+import msgspec
 
 from img_serving.domain.capabilities import Capabilities
 from img_serving.domain.images import Artifact, Call, ItemFailure, Progress
@@ -139,12 +141,11 @@ class StateStore(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class UpstreamReply:
+class UpstreamReply(msgspec.Struct, frozen=True):
     """A complete HTTP reply. Header names are lower case; of a repeated header the last value stands."""
 
     status: int
-    headers: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = {}  # msgspec copies an empty default
     body: bytes | bytearray = b""
 
 

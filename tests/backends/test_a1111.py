@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from dataclasses import replace
 
 import pybase64
 import pytest
+from msgspec.structs import replace
 
 from img_serving.backends.a1111 import A1111Backend, request_body
 from img_serving.backends.scripted import picture

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
 import pybase64
 import pytest
+from msgspec.structs import replace
 
 from img_serving.backends.http import Redactor, busy_seconds, complaint_of, error_of
 from img_serving.backends.openai import OpenAIBackend, request_body

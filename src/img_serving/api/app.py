@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import re
 import time
 from collections.abc import Awaitable, Callable
@@ -35,6 +34,7 @@ from img_serving.domain.errors import (
     Unauthorized,
 )
 from img_serving.domain.tenants import ANONYMOUS, Tenant
+from img_serving.gateway.identifiers import new_id
 from img_serving.policy.rate_limits import FREE, Charge
 from img_serving.telemetry.logs import timestamp
 
@@ -248,7 +248,7 @@ def _request_id(scope: Scope) -> str:
             if _REQUEST_ID.fullmatch(value):
                 return value.decode()  # type: ignore[no-any-return]
             break
-    return "req_" + os.urandom(12).hex()
+    return new_id("req_")
 
 
 def _limit_headers(charge: Charge) -> list[tuple[bytes, bytes]]:

@@ -17,6 +17,9 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
+CONNECTION = "img_serving.connection"
+"""The key in the ASGI scope under which our own server's protocol leaves its `Connection` (see `http_protocol`)."""
+
 DISCARD_BYTES = 64 * 1024
 """How much of a refused caller's body is read and dropped so that the answer arrives on a connection worth keeping."""
 
@@ -149,10 +152,30 @@ class Exchange:
         self.body_read = True
         return b"".join(pieces)
 
-    async def wait_for_disconnect(self) -> None:
-        """Return when the client has left, or its answer is complete. The body must have been read before."""
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
+    def watch(self, on_gone: Callable[[], None]) -> Callable[[], None]:
+        """Call `on_gone` once if the client leaves; returns what ends the watch. The body must have been read before."""
+        connection = self.scope.get(CONNECTION)
+        if connection is not None:
+            if connection.is_gone:
+                on_gone()
+            connection.on_disconnect(on_gone)
+            return lambda: connection.on_disconnect(None)
+        return self._watch_by_task(on_gone)
+
+    def _watch_by_task(self, on_gone: Callable[[], None]) -> Callable[[], None]:
+        """The same for a server that is not ours: plain ASGI tells only those who wait for it."""
+
+        async def wait() -> None:
+            while (await self._receive())["type"] != "http.disconnect":
+                pass
+            on_gone()
+
+        task = asyncio.get_running_loop().create_task(wait())
+
+        def stop() -> None:
+            task.cancel()
+
+        return stop
 
     async def discard_body(self) -> bool:
         """Read and drop a small rest of the body; returns whether the connection may be kept."""
@@ -184,18 +207,19 @@ class Exchange:
             head.append((b"content-length", b"%d" % reply.length))
             if reply.media_type is not None:
                 head.append((b"content-type", reply.media_type))
-        await self._send({"type": "http.response.start", "status": reply.status, "headers": head})
         self.bytes_out = reply.length
+        connection = self.scope.get(CONNECTION)
+        if connection is not None and reply.stream is None:
+            await connection.respond(reply.status, head, reply.parts)
+            return
+        await self._send({"type": "http.response.start", "status": reply.status, "headers": head})
         if reply.stream is not None:
             async for chunk in reply.stream:
                 await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
-            await self._send({"type": "http.response.body", "body": b"", "more_body": False})
-            return
         last = len(reply.parts) - 1
-        if last < 0:
-            await self._send({"type": "http.response.body", "body": b"", "more_body": False})
-        for index, part in enumerate(reply.parts):
-            await self._send({"type": "http.response.body", "body": part, "more_body": index < last})
+        for index in range(last):
+            await self._send({"type": "http.response.body", "body": reply.parts[index], "more_body": True})
+        await self._send({"type": "http.response.body", "body": reply.parts[last] if last >= 0 else b""})
 
     def _declared_length(self) -> int | None:
         text = self.header(b"content-length")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -13,6 +12,7 @@ from msgspec import Meta
 from img_serving.domain.errors import InvalidRequest
 from img_serving.domain.images import SEED_LIMIT, ImageRequest, OutputFormat
 from img_serving.gateway.delivery import ResponseFormat
+from img_serving.gateway.identifiers import random_bytes
 
 _SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
 _INLINE_MODELS = re.compile(r"(chatgpt-image|gpt-image)")
@@ -147,20 +147,6 @@ def to_request(body: GenerationBody, bounds: Bounds) -> ImageRequest:
     output_format: OutputFormat | None = "jpeg" if body.output_format == "jpg" else body.output_format
     if body.background == "transparent" and output_format == "jpeg":
         raise InvalidRequest("a JPEG cannot be transparent; use png or webp", param="background")
-    given = {
-        "negative_prompt": body.negative_prompt,
-        "seed": body.seed if seed_given else None,
-        "num_inference_steps": steps,
-        "guidance_scale": guidance,
-        "size": width,
-        "quality": None if body.quality == "auto" else body.quality,
-        "style": body.style,
-        "background": None if body.background == "auto" else body.background,
-        "moderation": None if body.moderation == "auto" else body.moderation,
-        "sampler": sampler,
-        "scheduler": body.scheduler,
-        "clip_skip": body.clip_skip,
-    }
     return ImageRequest(
         prompt=body.prompt,
         model=body.model or None,
@@ -169,8 +155,8 @@ def to_request(body: GenerationBody, bounds: Bounds) -> ImageRequest:
         width=width,
         height=height,
         negative_prompt=body.negative_prompt or None,
-        # below 2**32: some engines take no more
-        seed=body.seed if seed_given and body.seed is not None else int.from_bytes(os.urandom(4)) >> 1,
+        # below 2**31: some engines take no more
+        seed=body.seed if seed_given and body.seed is not None else int.from_bytes(random_bytes(4), "big") >> 1,
         seed_given=seed_given,
         steps=steps,
         guidance_scale=guidance,
@@ -185,8 +171,37 @@ def to_request(body: GenerationBody, bounds: Bounds) -> ImageRequest:
         output_compression=body.output_compression,
         user=body.user,
         strict=bool(body.strict),
-        given=frozenset(name for name, value in given.items() if value is not None),
+        given=_given(body, width, steps, guidance, sampler, seed_given=seed_given),
     )
+
+
+_NOTHING: frozenset[str] = frozenset()
+
+
+def _given(
+    body: GenerationBody,
+    width: int | None,
+    steps: int | None,
+    guidance: float | None,
+    sampler: str | None,
+    *,
+    seed_given: bool,
+) -> frozenset[str]:
+    """The optional parameters that the client set to something else than "auto", by their canonical names."""
+    names = [] if width is None else ["size"]
+    if seed_given:
+        names.append("seed")
+    if steps is not None:
+        names.append("num_inference_steps")
+    if guidance is not None:
+        names.append("guidance_scale")
+    if sampler is not None:
+        names.append("sampler")
+    names += [name for name in _OPTIONAL if (value := getattr(body, name)) is not None and value != "auto"]
+    return frozenset(names) if names else _NOTHING
+
+
+_OPTIONAL = ("negative_prompt", "quality", "style", "background", "moderation", "scheduler", "clip_skip")
 
 
 def response_format_of(body: GenerationBody, bounds: Bounds) -> ResponseFormat:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 
 import msgspec
 
@@ -61,7 +62,7 @@ class Images:
         )
         exchange.extra_headers.append((b"x-job-id", job.id.encode()))
         # Node's fetch and proxies close at once when their user leaves: the job is not worth its slot then.
-        watcher = _Watcher(exchange) if self._cancel else None
+        stop_watching = exchange.watch(_canceller(exchange)) if self._cancel else None
         try:
             answer = await services.pipeline.run(job, response_format, services.origin.base_url(exchange))
         except asyncio.CancelledError:
@@ -72,8 +73,8 @@ class Images:
             exchange.extra_headers += _headers(job)
             raise
         finally:
-            if watcher is not None:
-                watcher.stop()
+            if stop_watching is not None:
+                stop_watching()
             _note(fields, job)
         headers = _headers(job)
         ignored = services.pipeline.ignored(job)
@@ -82,26 +83,16 @@ class Images:
         return Reply(200, answer.parts, headers=headers)
 
 
-class _Watcher:
-    """Cancels the handler when its client leaves."""
+def _canceller(exchange: Exchange) -> Callable[[], None]:
+    """What cancels the handler that is running now."""
+    handler = asyncio.current_task()
 
-    def __init__(self, exchange: Exchange) -> None:
-        self._exchange = exchange
-        self._handler = asyncio.current_task()
-        self._task = asyncio.get_running_loop().create_task(exchange.wait_for_disconnect())
-        self._task.add_done_callback(self._on_done)
+    def cancel() -> None:
+        if handler is not None and not exchange.reply_started:
+            exchange.disconnected = True
+            handler.cancel()
 
-    def _on_done(self, task: asyncio.Task[None]) -> None:
-        if task.cancelled():
-            return
-        task.exception()  # whatever went wrong there, the client is gone
-        if not self._exchange.reply_started and self._handler is not None:
-            self._exchange.disconnected = True
-            self._handler.cancel()
-
-    def stop(self) -> None:
-        self._task.remove_done_callback(self._on_done)
-        self._task.cancel()
+    return cancel
 
 
 def _headers(job: Job) -> list[tuple[bytes, bytes]]:

@@ -10,6 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Final
 
+from msgspec import structs
+
 from img_serving.domain.capabilities import Capabilities
 from img_serving.domain.errors import AttemptError, BackendRefusal, InvalidRequest, Outcome
 from img_serving.domain.images import Artifact, Call, ItemFailure, Progress
@@ -152,4 +154,4 @@ def _with_steps(call: Call) -> Call:
     if call.request.steps is not None:
         return call
     steps = STEPS_OF_QUALITY.get(call.request.quality or "", DEFAULT_STEPS)
-    return replace(call, request=replace(call.request, steps=steps))
+    return structs.replace(call, request=structs.replace(call.request, steps=steps))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+import msgspec
+
 from img_serving.domain.errors import GatewayError, Outcome
 from img_serving.domain.images import Artifact, ImageRequest, ItemFailure
 from img_serving.domain.tenants import Tenant
@@ -21,8 +23,7 @@ class JobStatus(StrEnum):
     EXPIRED = "expired"
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
+class Target(msgspec.Struct, frozen=True, gc=False):
     """One backend that could serve a request. `model` is its name there; None: whatever the engine has loaded."""
 
     backend: str
@@ -48,6 +49,8 @@ class Task:
     alone: bool = False
     """Set after a batch failed as a whole: it is tried without company, so that one bad member fails alone."""
     started: bool = False
+    batch: Batch | None = None
+    """The running batch that it travels in."""
     artifact: Artifact | None = None
 
 
@@ -103,8 +106,7 @@ class Batch:
     started_at: float
 
 
-@dataclass(frozen=True, slots=True)
-class Ended:
+class Ended(msgspec.Struct, frozen=True):
     """How a batch's attempt ended: pictures, one of the failing outcomes, a refusal, or a cancellation."""
 
     results: tuple[Artifact | ItemFailure, ...] | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 from img_serving.domain.images import ImageRequest
@@ -10,6 +9,7 @@ from img_serving.domain.jobs import Job
 from img_serving.domain.tenants import Tenant
 from img_serving.gateway.delivery import Answer, Delivery, ResponseFormat
 from img_serving.gateway.dispatcher import Dispatcher
+from img_serving.gateway.identifiers import new_id
 from img_serving.gateway.registry import Registry
 from img_serving.policy.routing import RoutingOptions, ignored_by, plan
 
@@ -43,7 +43,7 @@ class Pipeline:
         """
         now = self._clock()
         return Job(
-            id="job_" + os.urandom(12).hex(),
+            id=new_id("job_"),
             request=request,
             route=plan(request, tenant, self._registry.candidates(), self._routing),
             tenant=tenant,
