@@ -13,7 +13,7 @@ import pytest
 from msgspec.structs import replace
 
 from img_serving.backends.http import Redactor, busy_seconds, complaint_of, error_of
-from img_serving.backends.openai import OpenAIBackend, request_body
+from img_serving.backends.openai import SMALL_BYTES, OpenAIBackend, request_body
 from img_serving.backends.scripted import picture
 from img_serving.backends.scripted_server import ScriptedServer
 from img_serving.domain.errors import AttemptError, BackendRefusal, Outcome
@@ -123,13 +123,25 @@ def test_a_key_means_that_somebody_pays():
     assert not OpenAIBackend(FakeTransport()).capabilities.costs_money
 
 
-def test_the_reply_is_not_copied():
-    reply = answer({"b64_json": b64(), "revised_prompt": "a red fox", "seed": 99})
+def test_a_big_reply_is_not_copied():
+    padding = "x" * SMALL_BYTES
+    reply = answer({"b64_json": b64(), "revised_prompt": "a red fox", "seed": 99, "note": padding})
     (artifact,) = draw(OpenAIBackend(FakeTransport(reply)), call_of())
     assert isinstance(artifact, Artifact)
     assert isinstance(artifact.encoded, memoryview)
     assert artifact.encoded.obj is reply.body
     assert (artifact.revised_prompt, artifact.seed) == ("a red fox", 99)
+
+
+def test_small_and_big_replies_are_read_alike():
+    items = [{"b64_json": b64(), "seed": 3}, {"b64_json": ""}, {"b64_json": b64(), "revised_prompt": "two"}]
+    small = draw(OpenAIBackend(FakeTransport(answer(*items))), call_of(3))
+    big = draw(OpenAIBackend(FakeTransport(answer(*items, {"note": "x" * SMALL_BYTES}))), call_of(3))
+    assert [type(one) for one in small] == [type(one) for one in big] == [Artifact, ItemFailure, Artifact]
+    for one, other in zip(small, big, strict=True):
+        if isinstance(one, Artifact) and isinstance(other, Artifact):
+            assert bytes(one.encoded or b"") == bytes(other.encoded or b"")
+            assert (one.seed, one.revised_prompt) == (other.seed, other.revised_prompt)
 
 
 @pytest.mark.parametrize(

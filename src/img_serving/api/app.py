@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -34,7 +33,6 @@ from img_serving.domain.errors import (
     Unauthorized,
 )
 from img_serving.domain.tenants import ANONYMOUS, Tenant
-from img_serving.gateway.identifiers import new_id
 from img_serving.policy.rate_limits import FREE, Charge
 from img_serving.telemetry.logs import timestamp
 
@@ -42,8 +40,6 @@ log = logging.getLogger(__name__)
 
 Handler = Callable[[Exchange], Awaitable[Reply]]
 Access = Literal["public", "user", "admin"]
-
-_REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
 class InternalError(GatewayError):
@@ -100,7 +96,7 @@ class App:
         if scope["type"] != "http":
             return
         services = self._services
-        exchange = Exchange(scope, receive, send, _request_id(scope), services.clock())
+        exchange = Exchange(scope, receive, send, services.clock())
         keep_alive = True
         try:
             reply = await self._answer(exchange)
@@ -169,10 +165,11 @@ class App:
     def _admit(self, exchange: Exchange, access: Access) -> None:
         services = self._services
         now = services.clock()
-        wait = services.limits.charge_address(services.origin.client_of(exchange), now)
-        if wait > 0:
-            services.metrics.rate_limited.add("address")
-            raise RateLimited("too many requests from this address", retry_after_seconds=wait)
+        if services.limits.has_address_limits:
+            wait = services.limits.charge_address(services.origin.client_of(exchange), now)
+            if wait > 0:
+                services.metrics.rate_limited.add("address")
+                raise RateLimited("too many requests from this address", retry_after_seconds=wait)
         tenant = exchange.tenant = self._authenticate(exchange)
         charge = services.limits.charge(tenant, now)
         if charge is not FREE:
@@ -239,16 +236,6 @@ class App:
 def _read(handler: Handler) -> dict[str, Handler]:
     """A handler for GET that serves HEAD too (the server leaves the body out)."""
     return {"GET": handler, "HEAD": handler}
-
-
-def _request_id(scope: Scope) -> str:
-    """The caller's X-Request-Id if it is fit for a header and a log, else one of ours."""
-    for key, value in scope["headers"]:
-        if key == b"x-request-id":
-            if _REQUEST_ID.fullmatch(value):
-                return value.decode()  # type: ignore[no-any-return]
-            break
-    return new_id("req_")
 
 
 def _limit_headers(charge: Charge) -> list[tuple[bytes, bytes]]:

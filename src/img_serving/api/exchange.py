@@ -6,11 +6,13 @@ No framework object stands between: on the hot route every allocation counts, an
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from typing import Any
 
 from img_serving.domain.errors import InvalidRequest, PayloadTooLarge
 from img_serving.domain.tenants import ANONYMOUS, Tenant
+from img_serving.gateway.identifiers import new_id
 
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
@@ -25,6 +27,9 @@ DISCARD_BYTES = 64 * 1024
 
 BODY_SECONDS = 60.0
 """How long the rest of a body may take once its first piece was there: a client that drips holds nothing for longer."""
+
+
+_REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
 class ClientDisconnected(Exception):
@@ -59,6 +64,7 @@ class Exchange:
     """What a handler sees of one request. Header names and values are bytes, names in lower case."""
 
     __slots__ = (
+        "_headers",
         "_receive",
         "_send",
         "body_read",
@@ -80,12 +86,15 @@ class Exchange:
         "variables",
     )
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, request_id: str, started: float) -> None:
-        """`started` in seconds of the gateway's clock."""
+    def __init__(self, scope: Scope, receive: Receive, send: Send, started: float) -> None:
+        """`started` in seconds of the gateway's clock. A caller's X-Request-Id that is fit for a log is adopted."""
         self.scope = scope
         self._receive = receive
         self._send = send
-        self.request_id = request_id
+        # reversed: of a repeated header the first value stands
+        self._headers: dict[bytes, bytes] = dict(reversed(scope["headers"]))
+        theirs = self._headers.get(b"x-request-id")
+        self.request_id = theirs.decode() if theirs and _REQUEST_ID.fullmatch(theirs) else new_id("req_")
         self.started = started
         self.method: str = scope["method"]
         self.path: str = scope["path"]
@@ -104,10 +113,7 @@ class Exchange:
 
     def header(self, name: bytes) -> bytes | None:
         """The first value of a header, or None."""
-        for key, value in self.scope["headers"]:
-            if key == name:
-                return value  # type: ignore[no-any-return]
-        return None
+        return self._headers.get(name)
 
     @property
     def client_address(self) -> str:

@@ -64,7 +64,7 @@ class Images:
         # Node's fetch and proxies close at once when their user leaves: the job is not worth its slot then.
         stop_watching = exchange.watch(_canceller(exchange)) if self._cancel else None
         try:
-            answer = await services.pipeline.run(job, response_format, services.origin.base_url(exchange))
+            answer = await services.pipeline.run(job, response_format, lambda: services.origin.base_url(exchange))
         except asyncio.CancelledError:
             if exchange.disconnected:
                 raise ClientDisconnected from None

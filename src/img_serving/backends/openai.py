@@ -72,6 +72,9 @@ class _Models(msgspec.Struct):
     data: list[_Model]
 
 
+SMALL_BYTES = 16 * 1024
+"""Up to here a reply is simply decoded: copying its strings costs less than finding where they stand."""
+
 _REPLY = msgspec.json.Decoder(_Reply)
 _MODELS = msgspec.json.Decoder(_Models)
 
@@ -260,6 +263,14 @@ def request_body(call: Call) -> dict[str, Any]:
 def _read_reply(body: bytes | bytearray) -> tuple[list[_Picture], list[memoryview]]:
     """The reply's pictures, whose `b64_json` is an index of the payloads. Raises AttemptError where it is no such reply."""
     try:
+        if len(body) <= SMALL_BYTES:
+            pictures = _REPLY.decode(body).data
+            small: list[memoryview] = []
+            for picture in pictures:
+                if picture.b64_json:
+                    small.append(memoryview(picture.b64_json.encode()))
+                    picture.b64_json = str(len(small) - 1)
+            return pictures, small
         skeleton, payloads = split_images_json(body)
         return _REPLY.decode(skeleton).data, payloads
     except (ValueError, RecursionError):

@@ -54,7 +54,7 @@ class Delivery:
         self._strip = strip
         self._pool: ThreadPoolExecutor | None = None
 
-    async def answer(self, job: Job, response_format: ResponseFormat, base_url: str) -> Answer:
+    async def answer(self, job: Job, response_format: ResponseFormat, base_url: Callable[[], str]) -> Answer:
         """Encode, store or inline every picture of `job`.
 
         Raises:
@@ -67,7 +67,10 @@ class Delivery:
         for task in job.tasks:
             if task.artifact is None:  # a succeeded job has them all
                 raise AllAttemptsFailed(f"picture {task.index} is missing", should_retry=False)
-            artifacts.append(await self._in_format(task.artifact, request))
+            artifact = task.artifact
+            if request.output_format is not None or self._strip:
+                artifact = await self._in_format(artifact, request)
+            artifacts.append(artifact)
             task.artifact = None  # the reply holds the only copy from here on
         self._metrics.pictures.add(backend, by=len(artifacts))
         if any(request.width and (one.width, one.height) != (request.width, request.height) for one in artifacts):
@@ -109,7 +112,7 @@ class Delivery:
             return artifact_from_bytes(strip_metadata(raw_bytes(artifact)), artifact.seed, artifact.revised_prompt)
         return artifact
 
-    async def _stored(self, artifact: Artifact, response_format: ResponseFormat, base_url: str) -> bytes:
+    async def _stored(self, artifact: Artifact, response_format: ResponseFormat, base_url: Callable[[], str]) -> bytes:
         try:
             stored = await self._store.put(raw_bytes(artifact), EXTENSIONS[artifact.media_type])
         except StorageFailed as error:
@@ -121,7 +124,7 @@ class Delivery:
         self._metrics.artifact_bytes.add(by=stored.size_bytes)
         if response_format == "file":
             return b'"file_path":' + _quoted(self._store.path_of(stored.name))
-        return b'"url":' + _quoted(f"{base_url}/images/{stored.name}")
+        return b'"url":' + _quoted(f"{base_url()}/images/{stored.name}")
 
 
 def _about(artifact: Artifact) -> bytes:

@@ -53,13 +53,15 @@ class Pipeline:
             traceparent=traceparent,
         )
 
-    async def run(self, job: Job, response_format: ResponseFormat, base_url: str) -> Answer:
-        """Wait for the pictures and make the answer of them."""
+    async def run(self, job: Job, response_format: ResponseFormat, base_url: Callable[[], str]) -> Answer:
+        """Wait for the pictures and make the answer of them; `base_url` is asked for where URLs are made."""
         await self._dispatcher.run(job)
         return await self._delivery.answer(job, response_format, base_url)
 
     def ignored(self, job: Job) -> tuple[str, ...]:
         """Parameters the client set that the backend which drew could not honour."""
+        if not job.request.given:
+            return ()
         for candidate in self._registry.candidates():
             if candidate.name == job.backend:
                 return ignored_by(job.request, candidate.capabilities)

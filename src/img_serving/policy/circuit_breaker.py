@@ -33,7 +33,7 @@ class CircuitBreaker:
     nothing, but frees the trial.
     """
 
-    __slots__ = ("_era", "_failures", "_open_until", "_openings", "_options", "_rng", "_state", "_trial")
+    __slots__ = ("_era", "_failures", "_open_until", "_openings", "_options", "_rng", "_state", "_trials")
 
     def __init__(self, options: BreakerOptions, rng: Random) -> None:
         """`rng` draws the jitter."""
@@ -44,7 +44,7 @@ class CircuitBreaker:
         self._failures = 0
         self._openings = 0
         self._open_until = 0.0
-        self._trial = False
+        self._trials = 0
 
     def state(self, now: float) -> BreakerState:
         """What it is at `now`; changes nothing."""
@@ -56,7 +56,7 @@ class CircuitBreaker:
         """Whether a call may start; changes nothing, so every endpoint may be asked."""
         if self._state is BreakerState.CLOSED:
             return True
-        return now >= self._open_until and not self._trial
+        return now >= self._open_until and not self._trials
 
     def opens_in(self, now: float) -> float:
         """Seconds until it would let a trial through; 0.0 if it admits calls."""
@@ -65,8 +65,11 @@ class CircuitBreaker:
     def start(self, now: float) -> int:
         """A call begins; returns the era to give back to `end`. May be called while open, when nothing better is left."""
         if self._state is not BreakerState.CLOSED and now >= self._open_until:
-            self._state = BreakerState.HALF_OPEN
-            self._trial = True
+            if self._state is BreakerState.OPEN:
+                # calls made while it was open are of an earlier era: they neither free nor decide the trial
+                self._state = BreakerState.HALF_OPEN
+                self._era += 1
+            self._trials += 1
         return self._era
 
     def end(self, era: int, ok: bool | None, now: float) -> None:
@@ -74,13 +77,13 @@ class CircuitBreaker:
         if era != self._era:
             return
         if ok is None:
-            self._trial = False
+            self._trials = max(0, self._trials - 1)
         elif ok:
             self._failures = 0
             self._openings = 0
             if self._state is not BreakerState.CLOSED:
                 self._state = BreakerState.CLOSED
-                self._trial = False
+                self._trials = 0
                 self._era += 1
         else:
             self._failures += 1
@@ -95,7 +98,7 @@ class CircuitBreaker:
         self._open_until = now + wait * (1 + spread * (2 * self._rng.random() - 1))
         self._openings = min(self._openings + 1, 16)
         self._state = BreakerState.OPEN
-        self._trial = False
+        self._trials = 0
         self._failures = 0
         self._era += 1
 

@@ -109,6 +109,16 @@ class EndpointState:
             and self.breaker.admits(now)
         )
 
+    def is_only_busy(self, now: float) -> bool:
+        """Whether all that keeps it from being used is that it said to come back later."""
+        return (
+            self.busy_until > now
+            and self.enabled
+            and not self.removed
+            and self.health.health is not Health.DOWN
+            and self.breaker.admits(now)
+        )
+
     def has_slot(self) -> bool:
         """Whether a call could start now."""
         return self.in_flight < self.slots

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 
+import msgspec
+
 from img_serving.domain.tenants import Tenant
 from img_serving.policy.token_bucket import TokenBucket
 
@@ -20,8 +22,7 @@ class Allowance:
     burst: float
 
 
-@dataclass(frozen=True, slots=True)
-class Charge:
+class Charge(msgspec.Struct, frozen=True, gc=False):
     """What a call was told: `wait_seconds` 0.0 means it may go; the other figures describe the key's bucket."""
 
     wait_seconds: float
@@ -48,27 +49,33 @@ class RateLimits:
         self._tenants: dict[str, TokenBucket] = {}
         self._addresses: OrderedDict[str, TokenBucket] = OrderedDict()
 
+    @property
+    def has_address_limits(self) -> bool:
+        """Whether `charge_address` could ever say no."""
+        return self._everybody is not None or self._per_address is not None
+
     def charge_address(self, address: str, now: float) -> float:
         """Charge a caller before it is known who it is: the seconds to wait, 0.0 to go on."""
-        if self._everybody is not None:
-            if self._global is None:
-                self._global = TokenBucket(self._everybody.rate, self._everybody.burst, now)
-            wait = self._global.take(1, now)
+        # The caller's own bucket first: what it is refused must not come out of everybody's.
+        if self._per_address is not None:
+            bucket = self._addresses.get(address)
+            if bucket is None:
+                bucket = self._addresses[address] = TokenBucket(self._per_address.rate, self._per_address.burst, now)
+                if len(self._addresses) > MAX_BUCKETS:
+                    self._addresses.popitem(last=False)
+            else:
+                self._addresses.move_to_end(address)
+            wait = bucket.take(1, now)
             if wait > 0:
                 return wait
-        if self._per_address is None:
+        if self._everybody is None:
             return 0.0
-        bucket = self._addresses.get(address)
-        if bucket is None:
-            bucket = self._addresses[address] = TokenBucket(self._per_address.rate, self._per_address.burst, now)
-            if len(self._addresses) > MAX_BUCKETS:
-                self._addresses.popitem(last=False)
-        else:
-            self._addresses.move_to_end(address)
-        return bucket.take(1, now)
+        if self._global is None:
+            self._global = TokenBucket(self._everybody.rate, self._everybody.burst, now)
+        return self._global.take(1, now)
 
     def charge(self, tenant: Tenant, now: float) -> Charge:
-        """Charge one call to a key."""
+        """Charge one call to a key. Refused, it gives back what `charge_address` took from everybody's bucket."""
         bucket = self._tenants.get(tenant.name)
         if bucket is None:
             if self._per_key is None and tenant.rate is None:
@@ -77,4 +84,6 @@ class RateLimits:
             burst = tenant.burst if tenant.burst is not None else self._per_key.burst if self._per_key else rate * 2
             bucket = self._tenants[tenant.name] = TokenBucket(rate, burst, now)
         wait = bucket.take(1, now)
+        if wait > 0 and self._global is not None:
+            self._global.give_back(1)
         return Charge(wait, "key", int(bucket.burst), bucket.remaining(now), bucket.full_in(now))

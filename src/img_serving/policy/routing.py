@@ -27,7 +27,6 @@ class Candidate:
     enabled: bool = True
     tier: int = 0
     serves_any: bool = False
-    default_size: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +50,14 @@ def plan(request: ImageRequest, tenant: Tenant, backends: Sequence[Candidate], o
         NoUsableBackend: there is no enabled backend at all.
     """
     enabled = [backend for backend in backends if backend.enabled]
-    found = _by_backend(request, backends, options) if request.backend else _by_model(request, enabled, options)
+    if request.backend:
+        found = _by_backend(request, backends, options)
+    elif request.model is None:
+        # the default of those that this tenant may use
+        usable = [backend for backend in enabled if tenant.may_use_backend(backend.name)] or enabled
+        found = _by_model(request, usable, options)
+    else:
+        found = _by_model(request, enabled, options)
     if request.model is not None and not tenant.may_use_model(request.model):
         raise Forbidden(f"this key may not use the model {request.model!r}", code="model_not_allowed", param="model")
     allowed = [(backend, model) for backend, model in found if tenant.may_use_backend(backend.name)]

@@ -29,7 +29,7 @@ from img_serving.domain.errors import (
     Outcome,
     QueueFull,
 )
-from img_serving.domain.images import Artifact
+from img_serving.domain.images import Artifact, ItemFailure
 from img_serving.domain.jobs import Batch, Ended, Job, JobStatus, Route, Target, Task
 from img_serving.policy.balancing import STRATEGIES, Strategy
 from img_serving.policy.batching import LOOK_AHEAD, fill
@@ -84,6 +84,8 @@ class Scheduler:
         self._queues: dict[Route, _Queue] = {}
         self._again: deque[Task] = deque()
         self._running: set[Batch] = set()
+        self._suspects: set[Batch] = set()
+        """Running batches of a job that was resolved without them: nobody may want them any more."""
         self._jobs: dict[str, Job] = {}
         self._endpoints: dict[int, EndpointState] = {}
         self._of_backend: dict[str, list[EndpointState]] = {}
@@ -130,8 +132,11 @@ class Scheduler:
         """The job's tasks stand in line, all or none.
 
         Raises:
+            NoUsableBackend: the route has no endpoint at all (its backend was removed since it was planned).
             QueueFull: as much is waiting as may wait.
         """
+        if not self._has_untried(job.tasks[0]):
+            raise NoUsableBackend("no endpoint of the route is left", retry_after_seconds=1.0)
         count = len(job.tasks)
         if self._queued + count > self._options.max_tasks:
             raise QueueFull(
@@ -157,6 +162,9 @@ class Scheduler:
         """Bind waiting tasks to free slots, for as long as there are both."""
         batches: list[Batch] = []
         if not self._queued:
+            # nobody waits, so whoever still stands somewhere is over
+            self._again.clear()
+            self._queues.clear()
             return batches
         for task in [self._again.popleft() for _ in range(len(self._again))]:
             self._start_again(task, batches, now)
@@ -169,6 +177,8 @@ class Scheduler:
     def finish(self, batch: Batch, ended: Ended, now: float) -> list[Job]:
         """A batch's call is over; returns the jobs that are resolved by it."""
         self._running.remove(batch)
+        for task in batch.tasks:
+            task.batch = None
         endpoint = self._endpoints[batch.endpoint_id]
         endpoint.in_flight -= 1
         endpoint.outstanding_cost -= batch.cost
@@ -197,10 +207,8 @@ class Scheduler:
                 if not task.job.is_over:
                     done += self._after_failure(task, endpoint, ended.outcome, ended.message, now)
         else:
-            # Cancelled: whoever still wants a picture of it (there should be nobody) stands in line again.
-            for task in batch.tasks:
-                if not task.job.is_over:
-                    self._stand_again(task)
+            # Cancelled: whoever still wants a picture of it (there should be nobody) is asked for again.
+            done += self._ask_again(batch, now)
         return done
 
     def cancel(self, job: Job, now: float, error: GatewayError | None = None) -> list[Batch]:
@@ -211,8 +219,11 @@ class Scheduler:
         return self.unwanted()
 
     def unwanted(self) -> list[Batch]:
-        """Running batches all of whose jobs are over."""
-        return [batch for batch in self._running if all(task.job.is_over for task in batch.tasks)]
+        """Running batches all of whose jobs are over; each is told once."""
+        if not self._suspects:
+            return []
+        suspects, self._suspects = self._suspects, set()
+        return [batch for batch in suspects if batch in self._running and all(task.job.is_over for task in batch.tasks)]
 
     def expire(self, now: float) -> list[Job]:
         """Resolve the jobs whose deadline has passed, or that waited longer than they may."""
@@ -253,7 +264,9 @@ class Scheduler:
                 return
             queue.tasks.popleft()
             waiting = len(queue.tasks) + 1 - queue.dead
-            limit = min(endpoint.max_batch_size, -(-waiting // max(1, self._free_slots(queue))))
+            limit = min(endpoint.max_batch_size, waiting)
+            if limit > 1:
+                limit = min(limit, -(-waiting // max(1, self._free_slots(queue, endpoint, now))))
             members = [head] if limit <= 1 else self._take_company(queue, head, endpoint, limit)
             batches.append(self._start(endpoint, self._model_for(head, endpoint), members, now))
 
@@ -268,13 +281,17 @@ class Scheduler:
         queue.tasks.extendleft(task for task in reversed(live) if id(task) not in taken)
         return members
 
-    def _free_slots(self, queue: _Queue) -> int:
-        """Free slots that this queue's tasks could use: a batch leaves work for the idle ones."""
+    def _free_slots(self, queue: _Queue, chosen: EndpointState, now: float) -> int:
+        """Free slots that this queue's tasks could use beside the chosen one, itself included: a batch leaves work for them.
+
+        Slots of lower tiers and of endpoints that may not be used will not take any, so they count for nothing.
+        """
+        tier = next(tier for tier in queue.tiers if any(target.backend == chosen.backend for target in tier))
         return sum(
             max(0, endpoint.slots - endpoint.in_flight)
-            for tier in queue.tiers
             for target in tier
             for endpoint in self._of_backend.get(target.backend, ())
+            if endpoint.is_usable(now)
         )
 
     def _start_again(self, task: Task, batches: list[Batch], now: float) -> None:
@@ -295,10 +312,12 @@ class Scheduler:
         """The endpoint for a task, or None if it has to wait.
 
         The first tier with a usable endpoint serves, its full endpoints included: those are worth waiting for. Where no
-        endpoint of the route is usable, those that are ejected or broken get one chance each.
+        endpoint of the route is usable, one that said when it is free again is waited for, if that is in time; failing that,
+        those that are ejected or broken get one chance each.
         """
         tried = task.tried
         last_hopes: list[EndpointState] = []
+        worth_waiting = False
         for tier in tiers:
             usable = False
             ready: list[EndpointState] = []
@@ -310,15 +329,15 @@ class Scheduler:
                         usable = True
                         if endpoint.in_flight < endpoint.slots:
                             ready.append(endpoint)
+                    elif endpoint.is_only_busy(now) and endpoint.busy_until < task.job.deadline:
+                        worth_waiting = True
                     elif endpoint.in_flight < endpoint.slots:
                         last_hopes.append(endpoint)
             if ready:
                 return ready[0] if len(ready) == 1 else self._choose(ready, cost_of(task.job.request), self._rng)
             if usable:
                 return None
-        if last_hopes:
-            if not tried:
-                task.job.panicked = True
+        if last_hopes and not worth_waiting:
             return self._choose(last_hopes, cost_of(task.job.request), self._rng)
         return None
 
@@ -330,8 +349,11 @@ class Scheduler:
         endpoint.outstanding_cost += cost
         endpoint.calls += 1
         self._queued -= len(members)
-        self._budget.earn()
+        is_last_hope = not endpoint.is_usable(now)
         for task in members:
+            if not task.tried:
+                self._budget.earn()
+                task.job.panicked = task.job.panicked or is_last_hope
             task.tried.add(endpoint.id)
             task.attempts += 1
             task.started = True
@@ -350,6 +372,8 @@ class Scheduler:
             cost=cost,
             started_at=now,
         )
+        for task in members:
+            task.batch = batch
         self._running.add(batch)
         return batch
 
@@ -357,9 +381,17 @@ class Scheduler:
 
     def _note(self, endpoint: EndpointState, batch: Batch, ended: Ended, now: float) -> None:
         """Breaker, speed and last error of the endpoint. Cancellations, refusals and "busy" count for nothing."""
-        if ended.results is not None:
+        if ended.results is not None and any(isinstance(result, Artifact) for result in ended.results):
             endpoint.learn(batch.cost, max(now - batch.started_at, 1e-6))
             endpoint.breaker.end(batch.era, ok=True, now=now)
+        elif ended.results is not None:
+            # Not one picture: its speed says nothing, and it has failed unless it refused.
+            failures = [result.message for result in ended.results if isinstance(result, ItemFailure)]
+            refused = any(isinstance(result, ItemFailure) and result.refused for result in ended.results)
+            if not refused:
+                endpoint.failures += 1
+                endpoint.last_error = failures[-1]
+            endpoint.breaker.end(batch.era, ok=None if refused else False, now=now)
         elif ended.outcome is None or ended.busy_seconds is not None:
             endpoint.breaker.end(batch.era, ok=None, now=now)
             if ended.busy_seconds is not None:
@@ -383,6 +415,16 @@ class Scheduler:
         return [self._fail(task.job, self._final_error(task, message, now), now)]
 
     def _final_error(self, task: Task, message: str, now: float) -> GatewayError:
+        if not task.attempts:
+            # Nothing was drawn or paid: where an endpoint said when it is free again, the caller may come back then.
+            busy = [
+                endpoint.busy_until - now
+                for target in task.job.route
+                for endpoint in self._of_backend.get(target.backend, ())
+                if endpoint.enabled and endpoint.busy_until > now
+            ]
+            if busy:
+                return NoUsableBackend(message, retry_after_seconds=max(1.0, min(busy)))
         if task.job.panicked:
             wait = min(
                 (
@@ -403,13 +445,23 @@ class Scheduler:
         if len(jobs) == 1:
             return [self._fail(job, error, now) for job in jobs.values()]
         # One of several requests is at fault, and nobody knows which: each is asked alone, at the same endpoint if need be.
+        return self._ask_again(batch, now)
+
+    def _ask_again(self, batch: Batch, now: float) -> list[Job]:
+        """Ask for each picture of a batch again, alone, as if the call had not been."""
+        done: list[Job] = []
         for task in batch.tasks:
+            if task.job.is_over:
+                continue
             task.alone = True
             task.attempts -= 1
             task.tried.discard(batch.endpoint_id)
-            if not task.job.is_over:
+            if self._has_untried(task):
                 self._stand_again(task)
-        return []
+            else:
+                error = NoUsableBackend("the backend that should serve this was removed", retry_after_seconds=1.0)
+                done.append(self._fail(task.job, error, now))
+        return done
 
     def _has_untried(self, task: Task) -> bool:
         return any(
@@ -441,6 +493,8 @@ class Scheduler:
         job.error = error
         job.finished_at = now
         del self._jobs[job.id]
+        if status is not JobStatus.SUCCEEDED:
+            self._suspects.update(task.batch for task in job.tasks if task.batch is not None)
         # Its waiting tasks leave the count now, and the queue when they come up or when the dead are the majority.
         self._queued -= sum(1 for task in job.tasks if not task.started)
         queue = self._queues.get(job.route)

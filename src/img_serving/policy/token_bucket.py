@@ -31,6 +31,10 @@ class TokenBucket:
             return 0.0
         return (cost - self._tokens) / self.rate
 
+    def give_back(self, cost: float) -> None:
+        """Undo a `take` of `cost` tokens: the call was refused elsewhere."""
+        self._tokens = min(self.burst, self._tokens + min(cost, self.burst))
+
     def remaining(self, now: float) -> int:
         """Whole tokens in hand at `now`; changes nothing."""
         return max(0, int(min(self.burst, self._tokens + max(0.0, now - self._at) * self.rate) + 1e-9))

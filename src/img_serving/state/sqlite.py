@@ -1,0 +1,216 @@
+"""The state that survives a restart, in one SQLite file: the default of a single gateway.
+
+All calls run on one thread of its own: SQLite serialises writers anyway, and the event loop never waits for a disk.
+A file that cannot be used is reported with what to do about it; nothing is ever deleted or replaced.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sqlite3
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+MIGRATIONS: tuple[tuple[str, ...], ...] = (
+    (
+        "CREATE TABLE backends (place INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, record BLOB NOT NULL)",
+        "CREATE TABLE named_values (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
+    ),
+)
+"""What leads from each version of the file to the next. Entries are never edited once released, only added."""
+
+_ADVICE = {
+    sqlite3.SQLITE_BUSY: "another process holds it locked; stop that one, or give this gateway its own data_dir",
+    sqlite3.SQLITE_LOCKED: "another process holds it locked; stop that one, or give this gateway its own data_dir",
+    sqlite3.SQLITE_NOTADB: "it is not a state file; move it away to start with an empty one, or point data_dir elsewhere",
+    sqlite3.SQLITE_CORRUPT: "it is damaged; restore a backup, or move it away to start with an empty one",
+    sqlite3.SQLITE_FULL: "the disk is full; free some space",
+    sqlite3.SQLITE_READONLY: "it cannot be written to; check the permissions of the file and of its directory",
+    sqlite3.SQLITE_PERM: "no permission; check the owner and mode of the file and of its directory",
+    sqlite3.SQLITE_CANTOPEN: "it cannot be opened; check the permissions of the file and of its directory",
+    sqlite3.SQLITE_IOERR: "the disk failed to read or write it; check the disk",
+}
+_T = TypeVar("_T")
+
+
+class StateError(Exception):
+    """The state cannot be read or written; the message names the file and says what to do."""
+
+
+class SqliteState:
+    """Keeps state in the SQLite file at `path`. What a `put` or `delete` confirmed is on disk, also after a power cut."""
+
+    def __init__(self, path: str | os.PathLike[str], *, busy_timeout_seconds: float = 5.0) -> None:
+        """Does no I/O yet: the file is opened (or made, mode 0600) by `open`, or else by the first call."""
+        self._path = Path(path)
+        self._busy_timeout_seconds = busy_timeout_seconds
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="sqlite-state")
+        self._connection: sqlite3.Connection | None = None
+
+    async def open(self) -> None:
+        """Open or make the file and bring it to the newest version.
+
+        Raises:
+            StateError: it is locked, damaged, not ours, from a newer version, or cannot be made.
+        """
+        await self._on_thread(lambda _: None)
+
+    async def backends(self) -> list[bytes]:
+        """The stored backend records (JSON), oldest first.
+
+        Raises:
+            StateError: see `open`; the same holds for every method.
+        """
+
+        def read(connection: sqlite3.Connection) -> list[bytes]:
+            return [bytes(record) for (record,) in connection.execute("SELECT record FROM backends ORDER BY place")]
+
+        return await self._on_thread(read)
+
+    async def put_backend(self, name: str, record: bytes) -> None:
+        """Add or replace one (it keeps its place), on disk before it returns."""
+        await self._write(
+            "INSERT INTO backends (name, record) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET record = excluded.record",
+            name,
+            record,
+        )
+
+    async def delete_backend(self, name: str) -> None:
+        """Remove one; unknown names are fine."""
+        await self._write("DELETE FROM backends WHERE name = ?", name)
+
+    async def get_value(self, key: str) -> str | None:
+        """A small named value."""
+
+        def read(connection: sqlite3.Connection) -> str | None:
+            row = connection.execute("SELECT value FROM named_values WHERE key = ?", (key,)).fetchone()
+            return None if row is None else str(row[0])
+
+        return await self._on_thread(read)
+
+    async def put_value(self, key: str, value: str) -> None:
+        """Set a small named value, on disk before it returns."""
+        await self._write(
+            "INSERT INTO named_values (key, value) VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value",
+            key,
+            value,
+        )
+
+    async def close(self) -> None:
+        """Finish what is being written and let go of the file. Closing twice is fine."""
+        with contextlib.suppress(RuntimeError):
+            await asyncio.get_running_loop().run_in_executor(self._thread, self._disconnect)
+        await asyncio.to_thread(self._thread.shutdown)
+
+    def __repr__(self) -> str:
+        return f"<SqliteState {self._path}>"
+
+    async def _write(self, statement: str, *values: str | bytes) -> None:
+        def write(connection: sqlite3.Connection) -> None:
+            connection.execute(statement, values)
+
+        await self._on_thread(write)
+
+    async def _on_thread(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
+        def run() -> _T:
+            try:
+                if self._connection is None:
+                    self._connection = self._connect()
+                return work(self._connection)
+            except sqlite3.Error as error:
+                raise self._explained(error) from error
+            except OSError as error:
+                reason = os.strerror(error.errno) if error.errno else str(error)
+                raise StateError(
+                    f"the state file {self._path} cannot be made or opened: {reason}; check data_dir and its permissions"
+                ) from error
+
+        try:
+            running = asyncio.get_running_loop().run_in_executor(self._thread, run)
+        except RuntimeError:
+            raise StateError(f"the state file {self._path} is closed: the gateway is stopping") from None
+        return await running
+
+    # from here on: the one thread
+
+    def _explained(self, error: sqlite3.Error) -> StateError:
+        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+        advice = _ADVICE.get(code, "restore a backup, or move it away to start with an empty one")
+        return StateError(f"the state file {self._path} cannot be used ({error}): {advice}. Nothing was deleted.")
+
+    def _connect(self) -> sqlite3.Connection:
+        self._make_private()
+        connection = sqlite3.connect(self._path, timeout=self._busy_timeout_seconds, isolation_level=None)
+        try:
+            # Before anything that could write: a file from a newer version stays as it is.
+            self._refuse_newer(connection)
+            self._refuse_damaged(connection)
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = FULL")
+            self._migrate(connection)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _make_private(self) -> None:
+        """The file holds key hashes and backends' credentials: nobody else reads it, whatever the umask.
+
+        SQLite gives its -wal and -shm files the same mode. An existing file is not opened here: closing it again would
+        drop the locks of another connection of this process.
+        """
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        except FileExistsError:
+            if self._path.stat().st_mode & 0o077:
+                self._path.chmod(0o600)
+            return
+        directory = os.open(self._path.parent, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            with contextlib.suppress(OSError):  # some file systems cannot, and SQLite does it again with its own files
+                os.fsync(directory)
+        finally:
+            os.close(directory)
+
+    def _refuse_newer(self, connection: sqlite3.Connection) -> int:
+        version = int(connection.execute("PRAGMA user_version").fetchone()[0])
+        if version > len(MIGRATIONS):
+            raise StateError(
+                f"the state file {self._path} has version {version}, this program knows up to {len(MIGRATIONS)}: run the newer "
+                "program, or give this one another data_dir. The file was not changed."
+            )
+        return version
+
+    def _refuse_damaged(self, connection: sqlite3.Connection) -> None:
+        fault = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if fault != "ok":
+            raise StateError(
+                f"the state file {self._path} is damaged ({fault}): restore a backup, or move it away to start with an empty "
+                "one. Nothing was deleted."
+            )
+
+    def _migrate(self, connection: sqlite3.Connection) -> None:
+        if self._refuse_newer(connection) == len(MIGRATIONS):
+            return
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            # Asked again now that nobody else can write: another gateway may have been first.
+            for script in MIGRATIONS[self._refuse_newer(connection) :]:
+                for statement in script:
+                    connection.execute(statement)
+            connection.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+            connection.execute("COMMIT")
+        except BaseException:
+            with contextlib.suppress(sqlite3.Error):
+                connection.execute("ROLLBACK")
+            raise
+
+    def _disconnect(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None

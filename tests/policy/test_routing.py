@@ -1,0 +1,159 @@
+"""Which backends could serve a request, and what a caller is told when none can."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from img_serving.domain.capabilities import Capabilities
+from img_serving.domain.errors import Forbidden, InvalidRequest, NotFound, NoUsableBackend
+from img_serving.domain.images import ImageRequest
+from img_serving.domain.jobs import Target
+from img_serving.domain.tenants import ANONYMOUS, Tenant
+from img_serving.policy.routing import Candidate, RoutingOptions, ignored_by, plan
+
+CAN = Capabilities(honours=frozenset({"size", "seed"}))
+ONE = Candidate("one", ("sd15", "sdxl"), CAN)
+TWO = Candidate("two", ("sdxl",), CAN, tier=1)
+UNLISTED = Candidate("unlisted", (), CAN)
+BUILTIN = Candidate("procedural", ("procedural",), CAN, serves_any=True)
+
+
+def route(
+    *backends: Candidate,
+    tenant: Tenant = ANONYMOUS,
+    aliases: dict[str, str] | None = None,
+    default_backend: str | None = None,
+    unknown_model: Any = "reject",
+    **asked: Any,
+) -> list[tuple[str, str | None]]:
+    options = RoutingOptions(default_backend, aliases or {}, unknown_model)
+    targets = plan(ImageRequest("cat", **asked), tenant, backends, options)
+    return [(target.backend, target.model) for target in targets]
+
+
+def test_all_backends_that_have_the_model_are_the_route_in_file_order():
+    assert route(ONE, TWO, model="sdxl") == [("one", "sdxl"), ("two", "sdxl")]
+    assert route(TWO, ONE, model="sdxl") == [("two", "sdxl"), ("one", "sdxl")]
+    assert route(ONE, TWO, model="sd15") == [("one", "sd15")]
+
+
+def test_a_target_carries_its_tier():
+    targets = plan(ImageRequest("cat", model="sdxl"), ANONYMOUS, [ONE, TWO], RoutingOptions())
+    assert targets == (Target("one", "sdxl", 0), Target("two", "sdxl", 1))
+
+
+def test_without_a_model_the_first_enabled_backend_serves_with_its_first_model():
+    disabled = Candidate("off", ("x",), CAN, enabled=False)
+    assert route(disabled, ONE, TWO) == [("one", "sd15")]
+    assert route(UNLISTED) == [("unlisted", None)]
+    assert route(BUILTIN) == [("procedural", None)]
+
+
+def test_without_a_model_the_default_backend_serves_while_it_is_enabled():
+    assert route(ONE, TWO, default_backend="two") == [("two", "sdxl")]
+    off = Candidate("two", ("sdxl",), CAN, enabled=False)
+    assert route(ONE, off, default_backend="two") == [("one", "sd15")]
+
+
+def test_an_alias_is_followed_once_and_loops_do_no_harm():
+    assert route(ONE, model="dall-e-3", aliases={"dall-e-3": "sdxl"}) == [("one", "sdxl")]
+    with pytest.raises(NotFound):
+        route(ONE, model="a", aliases={"a": "b", "b": "a"})
+
+
+def test_a_backends_name_may_stand_for_its_first_model_unless_somebody_has_that_model():
+    assert route(ONE, TWO, model="two") == [("two", "sdxl")]
+    assert route(ONE, TWO, Candidate("three", ("two",), CAN), model="two") == [("three", "two")]
+
+
+def test_a_backend_that_does_not_list_its_models_may_have_any():
+    assert route(ONE, UNLISTED, model="whatever") == [("unlisted", "whatever")]
+    assert route(ONE, UNLISTED, model="sdxl") == [("one", "sdxl")]
+
+
+def test_the_built_in_stands_in_for_every_model_but_an_exact_match_wins():
+    assert route(BUILTIN, model="dall-e-3") == [("procedural", None)]
+    assert route(BUILTIN, ONE, model="sdxl") == [("one", "sdxl")]
+
+
+def test_an_unknown_model_is_refused_or_served_by_the_default_as_configured():
+    with pytest.raises(NotFound) as caught:
+        route(ONE, model="nope")
+    assert (caught.value.code, caught.value.param, caught.value.status) == ("model_not_found", "model", 404)
+    assert route(ONE, TWO, model="nope", unknown_model="default", default_backend="two") == [("two", "sdxl")]
+
+
+def test_a_named_backend_is_the_only_one():
+    assert route(ONE, TWO, backend="two") == [("two", "sdxl")]
+    assert route(ONE, TWO, backend="one", model="sdxl") == [("one", "sdxl")]
+    assert route(ONE, UNLISTED, backend="unlisted", model="any") == [("unlisted", "any")]
+    assert route(BUILTIN, backend="procedural", model="any") == [("procedural", None)]
+    assert route(ONE, backend="one", model="one") == [("one", "sd15")]
+
+
+def test_a_named_backend_that_is_unknown_disabled_or_lacks_the_model_is_said_so():
+    with pytest.raises(NotFound, match=r"known: one, two"):
+        route(ONE, TWO, backend="three")
+    with pytest.raises(NoUsableBackend, match="disabled"):
+        route(Candidate("off", (), CAN, enabled=False), backend="off")
+    with pytest.raises(NotFound, match="it has: sdxl"):
+        route(TWO, backend="two", model="sd15")
+
+
+def test_without_any_enabled_backend_nothing_is_usable():
+    for backends in ((), (Candidate("off", ("sdxl",), CAN, enabled=False),)):
+        with pytest.raises(NoUsableBackend):
+            route(*backends, model="sdxl")
+
+
+def test_a_tenants_work_goes_only_where_it_may():
+    tenant = Tenant("ann", backends=frozenset({"two"}))
+    assert route(ONE, TWO, tenant=tenant, model="sdxl") == [("two", "sdxl")]
+    with pytest.raises(Forbidden, match="one") as caught:
+        route(ONE, TWO, tenant=tenant, model="sd15")
+    assert caught.value.code == "backend_not_allowed"
+
+
+def test_a_tenant_gets_only_its_models_also_as_the_default():
+    tenant = Tenant("ann", models=frozenset({"sdxl"}))
+    assert route(ONE, TWO, tenant=tenant, model="sdxl") == [("one", "sdxl"), ("two", "sdxl")]
+    with pytest.raises(Forbidden):
+        route(ONE, TWO, tenant=tenant, model="sd15")
+    with pytest.raises(Forbidden, match="default model"):
+        route(ONE, TWO, tenant=tenant)
+
+
+@pytest.mark.parametrize(
+    ("can", "size", "reason"),
+    [
+        (Capabilities(max_pixels=100 * 100), (101, 100), "over its 10000 pixels"),
+        (Capabilities(min_side=64), (32, 128), "at least 64"),
+        (Capabilities(max_side=64), (32, 128), "at most 64"),
+    ],
+)
+def test_a_size_that_no_backend_can_draw_is_refused_with_each_ones_reason(can, size, reason):
+    small = Candidate("small", ("m",), can)
+    with pytest.raises(InvalidRequest, match=f"small: .*{reason}") as caught:
+        route(small, model="m", width=size[0], height=size[1])
+    assert caught.value.param == "size"
+    assert route(small, Candidate("big", ("m",), CAN), model="m", width=size[0], height=size[1]) == [("big", "m")]
+    assert route(small, model="m") == [("small", "m")]
+
+
+def test_an_operation_that_a_backend_lacks_takes_it_out():
+    editor = Candidate("editor", ("m",), Capabilities(operations=frozenset({"edit"})))
+    drawer = Candidate("drawer", ("m",), CAN)
+    assert route(editor, drawer, model="m", operation="edit") == [("editor", "m")]
+    with pytest.raises(InvalidRequest, match="'variation'"):
+        route(editor, drawer, model="m", operation="variation")
+
+
+def test_what_cannot_be_honoured_is_named_and_refused_only_when_strict():
+    asked: dict[str, Any] = {"model": "sdxl", "given": frozenset({"seed", "style", "quality"})}
+    assert ignored_by(ImageRequest("cat", given=frozenset({"seed", "style", "quality"})), CAN) == ("quality", "style")
+    assert route(ONE, **asked) == [("one", "sdxl")]
+    with pytest.raises(InvalidRequest, match="quality, style") as caught:
+        route(ONE, strict=True, **asked)
+    assert caught.value.param == "quality"
