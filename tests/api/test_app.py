@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import MutableMapping
 from typing import Any
 
 import pytest
-
 from tests.support.asgi import Client
 from tests.support.gateways import ADMIN, running, scripted
 from tests.support.virtual_time import run_virtual
@@ -132,7 +132,9 @@ def test_the_bucket_of_a_key_refuses_refills_and_is_told() -> None:
             assert (await Client(gateway.gateway.app, "sk-kim").get("/v1/models")).status == 200
             await asyncio.sleep(0.5)
             assert (await gateway.client.get("/v1/models")).status == 200
-            assert 'img_serving_rate_limited_total{scope="key"} 2' in (await gateway.nobody.get("/metrics")).body.decode()
+            assert (
+                'img_serving_rate_limited_total{scope="key"} 2' in (await gateway.nobody.get("/metrics")).body.decode()
+            )
 
     run_virtual(main())
 
@@ -214,7 +216,9 @@ def test_another_media_type_is_415(kind: str) -> None:
     run_virtual(main())
 
 
-@pytest.mark.parametrize("kind", ["application/json; charset=utf-8", "Application/JSON", "application/vnd.x+json", None])
+@pytest.mark.parametrize(
+    "kind", ["application/json; charset=utf-8", "Application/JSON", "application/vnd.x+json", None]
+)
 def test_json_by_any_of_its_names_is_read(kind: str | None) -> None:
     async def main() -> None:
         async with running(ONE) as gateway:
@@ -305,9 +309,9 @@ def test_the_first_byte_of_a_dripped_body_starts_a_clock() -> None:
                 raise AssertionError
 
             sent: list[int] = []
-            replies: list[dict[str, Any]] = []
+            replies: list[MutableMapping[str, Any]] = []
 
-            async def send(message: dict[str, Any]) -> None:
+            async def send(message: MutableMapping[str, Any]) -> None:
                 replies.append(message)
 
             scope = {

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-
-from img_serving.storage.local_disk import LocalDiskStore
 from tests.support.asgi import Client
 from tests.support.gateways import ADMIN, running, scripted
 from tests.support.virtual_time import run_virtual
+
+from img_serving.storage.local_disk import LocalDiskStore
 
 ONE = scripted("one")
 
@@ -203,7 +203,9 @@ def test_a_missing_prompt_is_named() -> None:
     run_virtual(main())
 
 
-@pytest.mark.parametrize("raw", [b"", b"{", b"[]", b'"x"', b"nul", b"\xff\xfe", b'{"prompt": "\\ud800"}', b"[" * 100000])
+@pytest.mark.parametrize(
+    "raw", [b"", b"{", b"[]", b'"x"', b"nul", b"\xff\xfe", b'{"prompt": "\\ud800"}', b"[" * 100000]
+)
 def test_a_body_that_is_no_json_object_is_400(raw: bytes) -> None:
     async def main() -> None:
         async with running(ONE) as gateway:
@@ -632,7 +634,9 @@ def test_an_unknown_model_is_404_or_goes_to_the_default_as_configured() -> None:
 
 def test_a_lower_tier_serves_until_it_is_unusable() -> None:
     async def main() -> None:
-        toml = scripted("own", models=["m"], sequence=["not_started"]) + scripted("rented", models=["m"], backend__tier=1)
+        toml = scripted("own", models=["m"], sequence=["not_started"]) + scripted(
+            "rented", models=["m"], backend__tier=1
+        )
         async with running(toml) as gateway:
             for _ in range(8):
                 assert (await gateway.client.draw(size="16x16", model="m")).headers["x-backend"] == "rented"

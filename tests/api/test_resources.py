@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.support.gateways import running, scripted
+from tests.support.virtual_time import run_virtual
 
 from img_serving.state.memory import MemoryState
 from img_serving.storage.local_disk import LocalDiskStore
 from img_serving.storage.memory import MemoryStore
-from tests.support.gateways import running, scripted
-from tests.support.virtual_time import run_virtual
 
 ONE = scripted("one", backend__default_size="16x16", backend__models=["org/model", "plain"])
 
@@ -41,7 +41,10 @@ def test_discovered_models_and_aliases_are_listed() -> None:
         toml = '[routing.aliases]\n"dall-e-3" = "found"\n"broken" = "nowhere"\n' + scripted("one", models=["found"])
         async with running(toml) as gateway:
             await asyncio.sleep(0.1)
-            assert [one["id"] for one in (await gateway.client.get("/v1/models")).json()["data"]] == ["found", "dall-e-3"]
+            assert [one["id"] for one in (await gateway.client.get("/v1/models")).json()["data"]] == [
+                "found",
+                "dall-e-3",
+            ]
 
     run_virtual(main())
 
@@ -180,7 +183,11 @@ def test_no_secret_of_a_backend_is_ever_shown() -> None:
             added = await gateway.client.post("/v1/backends", body)
             assert added.status == 201
             await asyncio.sleep(0.1)
-            texts = [added.body, (await gateway.client.get("/v1/backends")).body, (await gateway.nobody.get("/metrics")).body]
+            texts = [
+                added.body,
+                (await gateway.client.get("/v1/backends")).body,
+                (await gateway.nobody.get("/metrics")).body,
+            ]
             texts.append((await gateway.client.draw(backend="paid", model="x")).body)
             texts.append(repr(gateway.gateway.registry.snapshots()).encode())
             for text in texts:
@@ -379,7 +386,15 @@ def test_the_openapi_document_is_valid_and_made_of_the_types_that_validate() -> 
             assert document["openapi"].startswith("3.1")
             body = document["components"]["schemas"]["GenerationBody"]
             assert body["required"] == ["prompt"]
-            for field in ("negative_prompt", "seed", "guidance_scale", "num_inference_steps", "width", "backend", "steps"):
+            for field in (
+                "negative_prompt",
+                "seed",
+                "guidance_scale",
+                "num_inference_steps",
+                "width",
+                "backend",
+                "steps",
+            ):
                 assert field in body["properties"]
             references = str(document).count("#/components/schemas/")
             assert references > 10

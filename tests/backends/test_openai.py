@@ -134,7 +134,11 @@ def test_a_big_reply_is_not_copied():
 
 
 def test_small_and_big_replies_are_read_alike():
-    items = [{"b64_json": b64(), "seed": 3}, {"b64_json": ""}, {"b64_json": b64(), "revised_prompt": "two"}]
+    items: list[dict[str, Any]] = [
+        {"b64_json": b64(), "seed": 3},
+        {"b64_json": ""},
+        {"b64_json": b64(), "revised_prompt": "two"},
+    ]
     small = draw(OpenAIBackend(FakeTransport(answer(*items))), call_of(3))
     big = draw(OpenAIBackend(FakeTransport(answer(*items, {"note": "x" * SMALL_BYTES}))), call_of(3))
     assert [type(one) for one in small] == [type(one) for one in big] == [Artifact, ItemFailure, Artifact]

@@ -8,7 +8,6 @@ from typing import Any
 
 import openai
 import pytest
-
 from tests.support.programs import Program, openai_client
 
 pytestmark = pytest.mark.smoke
@@ -41,8 +40,12 @@ def test_it_draws_as_url(client: Any) -> None:
 
 def test_extensions_travel_in_extra_body(client: Any) -> None:
     extra = {"seed": 7, "negative_prompt": "red", "num_inference_steps": 3, "guidance_scale": 4.5}
-    first = client.images.generate(model="procedural", prompt="x", size="64x64", response_format="b64_json", extra_body=extra)
-    again = client.images.generate(model="procedural", prompt="x", size="64x64", response_format="b64_json", extra_body=extra)
+    first = client.images.generate(
+        model="procedural", prompt="x", size="64x64", response_format="b64_json", extra_body=extra
+    )
+    again = client.images.generate(
+        model="procedural", prompt="x", size="64x64", response_format="b64_json", extra_body=extra
+    )
     assert first.data[0].b64_json == again.data[0].b64_json
     assert first.data[0].seed == 7
 
@@ -68,6 +71,9 @@ def test_errors_are_of_the_right_class(client: Any, shared_program: Program) -> 
     with pytest.raises(openai.BadRequestError) as streamed:
         client.images.generate(model="procedural", prompt="x", stream=True)
     assert streamed.value.param == "stream"
-    with openai_client(shared_program, api_key="sk-wrong") as stranger, pytest.raises(openai.AuthenticationError) as refused:
+    with (
+        openai_client(shared_program, api_key="sk-wrong") as stranger,
+        pytest.raises(openai.AuthenticationError) as refused,
+    ):
         stranger.images.generate(model="procedural", prompt="x")
     assert refused.value.code == "invalid_api_key"

@@ -12,11 +12,11 @@ OnStep = Callable[[int, int], None]
 """Told (done, total) after every step of a batch."""
 
 IsCancelled = Callable[[], bool]
-"""Asked at every step: whether nobody wants the pictures any more."""
+"""Asked at every step, and where a step is long within it: whether nobody wants the pictures any more."""
 
 
 class GenerationCancelled(Exception):
-    """The pictures are not wanted any more: the engine stopped at a step boundary."""
+    """The pictures are not wanted any more: the engine stopped at the next point where it asked."""
 
 
 class Engine(Protocol):
@@ -38,7 +38,7 @@ class Engine(Protocol):
         """Draw `batch.items`: one PNG each, in order. A picture is the same alone and in a batch.
 
         Raises:
-            GenerationCancelled: `is_cancelled()` was true at a step boundary.
+            GenerationCancelled: `is_cancelled()` was true.
             ValueError: the engine cannot draw what is asked for (its size, its number of steps …).
         """
         ...

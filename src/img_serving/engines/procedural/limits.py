@@ -1,0 +1,29 @@
+"""What the painter takes: its name, its limits, its defaults, and the check that refuses everything else."""
+
+from __future__ import annotations
+
+from img_serving.domain.images import SEED_LIMIT
+
+MODEL = "procedural"
+MIN_SIDE, MAX_SIDE, MAX_PIXELS = 16, 4096, 2048 * 2048
+DEFAULT_STEPS, MAX_STEPS = 20, 1000
+DEFAULT_GUIDANCE = 7.0
+
+
+def check(seed: int, guidance: float, steps: int, width: int, height: int) -> None:
+    """Refuse what cannot be drawn.
+
+    Raises:
+        ValueError: which of them is out of range, and what would be right.
+    """
+    if not (min(width, height) >= MIN_SIDE and max(width, height) <= MAX_SIDE and width * height <= MAX_PIXELS):
+        raise ValueError(
+            f"the size must be from {MIN_SIDE} to {MAX_SIDE} pixels a side and at most {MAX_PIXELS} pixels in all, "
+            f"not {width}x{height}",
+        )
+    if not 0 <= seed < SEED_LIMIT:
+        raise ValueError(f"the seed must be from 0 to 2**63 - 1, not {seed}")
+    if not 0.0 <= guidance <= 100.0:
+        raise ValueError(f"the guidance scale must be from 0 to 100, not {guidance}")
+    if not 1 <= steps <= MAX_STEPS:
+        raise ValueError(f"the number of steps must be from 1 to {MAX_STEPS}, not {steps}")
