@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -19,6 +19,7 @@ _INLINE_MODELS = re.compile(r"(chatgpt-image|gpt-image)")
 """Clients of these model names expect base64 without asking for it, as the vendor's own API answers."""
 
 MAX_GUIDANCE = 100.0
+_T = TypeVar("_T")
 
 
 class GenerationBody(msgspec.Struct, kw_only=True, gc=False):
@@ -76,11 +77,6 @@ class GenerationBody(msgspec.Struct, kw_only=True, gc=False):
     sample_method: str | None = None
 
 
-ALIASES = {
-    "num_inference_steps": ("steps", "step", "sample_steps"),
-    "guidance_scale": ("cfg_scale", "cfg", "guidance"),
-    "sampler": ("sampler_name", "sample_method"),
-}
 KNOWN_FIELDS = frozenset(GenerationBody.__struct_fields__)
 
 
@@ -134,13 +130,23 @@ def to_request(body: GenerationBody, bounds: Bounds) -> ImageRequest:
     if count > bounds.max_n:
         raise InvalidRequest(f"n is {count}; at most {bounds.max_n} are allowed", param="n")
     width, height = _size(body, bounds)
-    steps, steps_name = _one_of(body, "num_inference_steps")
+    steps, steps_name = _one_of(
+        "num_inference_steps",
+        body.num_inference_steps,
+        (("steps", body.steps), ("step", body.step), ("sample_steps", body.sample_steps)),
+    )
     if steps is not None and steps > bounds.max_steps:
         raise InvalidRequest(f"{steps_name} is {steps}; at most {bounds.max_steps} are allowed", param=steps_name)
-    guidance, guidance_name = _one_of(body, "guidance_scale")
+    guidance, guidance_name = _one_of(
+        "guidance_scale",
+        body.guidance_scale,
+        (("cfg_scale", body.cfg_scale), ("cfg", body.cfg), ("guidance", body.guidance)),
+    )
     if guidance is not None and not 0 <= guidance <= MAX_GUIDANCE:
         raise InvalidRequest(f"{guidance_name} must be from 0 to {MAX_GUIDANCE:g}", param=guidance_name)
-    sampler, _ = _one_of(body, "sampler")
+    sampler, _ = _one_of(
+        "sampler", body.sampler, (("sampler_name", body.sampler_name), ("sample_method", body.sample_method))
+    )
     seed_given = body.seed is not None and body.seed >= 0
     if body.seed is not None and body.seed >= SEED_LIMIT:
         raise InvalidRequest(f"seed must be below {SEED_LIMIT}", param="seed")
@@ -197,11 +203,21 @@ def _given(
         names.append("guidance_scale")
     if sampler is not None:
         names.append("sampler")
-    names += [name for name in _OPTIONAL if (value := getattr(body, name)) is not None and value != "auto"]
+    if body.negative_prompt is not None:
+        names.append("negative_prompt")
+    if body.quality is not None and body.quality != "auto":
+        names.append("quality")
+    if body.style is not None:
+        names.append("style")
+    if body.background is not None and body.background != "auto":
+        names.append("background")
+    if body.moderation is not None and body.moderation != "auto":
+        names.append("moderation")
+    if body.scheduler is not None:
+        names.append("scheduler")
+    if body.clip_skip is not None:
+        names.append("clip_skip")
     return frozenset(names) if names else _NOTHING
-
-
-_OPTIONAL = ("negative_prompt", "quality", "style", "background", "moderation", "scheduler", "clip_skip")
 
 
 def response_format_of(body: GenerationBody, bounds: Bounds) -> ResponseFormat:
@@ -245,12 +261,10 @@ def _check_text(text: str, name: str, bounds: Bounds) -> None:
         )
 
 
-def _one_of(body: GenerationBody, canonical: str) -> tuple[Any, str]:
+def _one_of(canonical: str, value: _T | None, aliases: tuple[tuple[str, _T | None], ...]) -> tuple[_T | None, str]:
     """The value under its own name or an alias, and the name that the client used; two that differ are refused."""
-    value = getattr(body, canonical)
     used = canonical
-    for alias in ALIASES[canonical]:
-        other = getattr(body, alias)
+    for alias, other in aliases:
         if other is None:
             continue
         if value is not None and other != value:

@@ -113,4 +113,4 @@ def _note(fields: dict[str, object], job: Job) -> None:
     fields["queue_ms"] = round(job.queued_seconds * 1000, 2)
     if job.started_at is not None and job.finished_at is not None:
         fields["run_ms"] = round((job.finished_at - job.started_at) * 1000, 2)
-    fields["outcome"] = job.status.value
+    fields["outcome"] = job.status

@@ -162,7 +162,7 @@ class OpenAIBackend:
             await self._artifact(call, index, picture, payloads, deadline)
             for index, picture in enumerate(pictures[: len(call.items)])
         ]
-        if not any(isinstance(result, Artifact) for result in results):
+        if not (results and isinstance(results[0], Artifact)) and not any(isinstance(one, Artifact) for one in results):
             reason = next(
                 (result.message for result in results if isinstance(result, ItemFailure)), "it holds no picture"
             )
@@ -253,9 +253,10 @@ def request_body(call: Call) -> dict[str, Any]:
         body["seed"] = first.seed
     if "negative_prompt" in request.given and first.negative_prompt is not None:
         body["negative_prompt"] = first.negative_prompt
-    for name, attribute in HONOURED.items():
-        value = getattr(request, attribute)
-        if name in request.given and value is not None:
+    for name in request.given:
+        attribute = HONOURED.get(name)
+        value = getattr(request, attribute) if attribute is not None else None
+        if value is not None:
             body[name] = value
     return body
 

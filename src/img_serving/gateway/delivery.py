@@ -73,8 +73,10 @@ class Delivery:
             artifacts.append(artifact)
             task.artifact = None  # the reply holds the only copy from here on
         self._metrics.pictures.add(backend, by=len(artifacts))
-        if any(request.width and (one.width, one.height) != (request.width, request.height) for one in artifacts):
-            self._metrics.wrong_size.add(backend)
+        for one in artifacts:
+            if request.width and (one.width != request.width or one.height != request.height):
+                self._metrics.wrong_size.add(backend)
+                break
         parts: list[bytes | memoryview] = []
         separator = b'{"created":%d,"data":[' % int(time.time())
         for artifact in artifacts:

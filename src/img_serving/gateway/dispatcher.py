@@ -50,7 +50,7 @@ class EndpointLookup(Protocol):
 class _Attempt:
     """One running call: when it was last heard of, and why it was stopped, if it was."""
 
-    __slots__ = ("adapter", "batch", "call", "ended", "heard_at", "task", "timed_out")
+    __slots__ = ("adapter", "batch", "call", "ended", "heard_at", "stopped", "task", "timed_out")
 
     def __init__(self, batch: Batch, call: Call, adapter: Backend, now: float) -> None:
         self.batch = batch
@@ -58,6 +58,7 @@ class _Attempt:
         self.adapter = adapter
         self.heard_at = now
         self.timed_out = False
+        self.stopped = False
         # left standing when the task is cancelled, even before its first step: leaving by any door is right
         self.ended = CANCELLED
         self.task: asyncio.Task[None] | None = None
@@ -79,7 +80,8 @@ class Dispatcher:
         self._tasks = tasks
         self._metrics = metrics
         self._clock = clock
-        self._futures: dict[str, asyncio.Future[None]] = {}
+        self._waiting: dict[str, asyncio.Future[None] | None] = {}
+        """Who waits for which job; None where the waiter runs the job's only attempt itself."""
         self._attempts: dict[Batch, _Attempt] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._draining = False
@@ -98,15 +100,20 @@ class Dispatcher:
         """
         if self._draining:
             raise Draining("the gateway is stopping", retry_after_seconds=5.0)
-        future = asyncio.get_running_loop().create_future()
         self.scheduler.submit(job)
-        self._futures[job.id] = future
-        self.pump()
-        try:
-            await future
-        except asyncio.CancelledError:
-            self.cancel(job)
-            raise
+        self._waiting[job.id] = None
+        own = self._start(job)
+        if own is not None:
+            await self._run_here(own, job)
+        if not job.is_over:
+            future = self._waiting[job.id] = asyncio.get_running_loop().create_future()
+            try:
+                await future
+            except asyncio.CancelledError:
+                self.cancel(job)
+                raise
+        if job.error is not None:
+            raise job.error
 
     def cancel(self, job: Job, error: GatewayError | None = None) -> None:
         """Resolve a job now; calls that only it wanted are closed."""
@@ -117,27 +124,60 @@ class Dispatcher:
 
     def pump(self) -> None:
         """Start what can start."""
+        self._start(None)
+
+    def _start(self, caller: Job | None) -> _Attempt | None:
+        """Start what can start, each in a task of its own.
+
+        But for a batch that holds all of `caller`'s pictures and nobody else's: its attempt is returned, for the caller to run
+        in its own task. So a request that does not have to wait costs no second task.
+        """
         now = self._clock()
+        own: _Attempt | None = None
         for batch in self.scheduler.next_batches(now):
             # what the call needs is looked up now: the backend may be removed before the task's first step
             attempt = _Attempt(batch, self._call(batch), self._endpoints.adapter_of(batch.endpoint_id), now)
             self._attempts[batch] = attempt
+            tasks = batch.tasks
+            if (
+                caller is not None
+                and tasks[0].job is caller
+                and tasks[-1].job is caller
+                and len(tasks) == len(caller.tasks)
+            ):
+                own = attempt
+                continue
             attempt.task = self._tasks.spawn(self._run(attempt), "attempt")
             # a callback and not a `finally`: a task cancelled before its first step never enters its `try`
             attempt.task.add_done_callback(lambda _, attempt=attempt: self._finish(attempt))  # type: ignore[misc]
         if self._timer is None and (self.scheduler.queued or self._attempts):
             self._timer = asyncio.get_running_loop().call_later(TICK_SECONDS, self._tick)
+        return own
+
+    async def _run_here(self, attempt: _Attempt, job: Job) -> None:
+        """Run an attempt in the task of the only one who wants it."""
+        attempt.task = asyncio.current_task()
+        try:
+            await self._run(attempt)
+        except asyncio.CancelledError:
+            # the waiter left: its job ends first, so that nobody tries it again
+            attempt.task = None
+            self.cancel(job)
+            raise
+        finally:
+            attempt.task = None
+            self._finish(attempt)
 
     async def drain(self, seconds: float) -> None:
         """Take no new jobs, let what runs finish for at most `seconds`, then answer the rest with 503."""
         self._draining = True
-        if self._futures:
+        if self._waiting:
             self._idle = asyncio.get_running_loop().create_future()
             try:
                 async with asyncio.timeout(seconds):
                     await self._idle
             except TimeoutError:
-                log.warning("drain time is over; %d jobs are answered with 503", len(self._futures))
+                log.warning("drain time is over; %d jobs are answered with 503", len(self._waiting))
             finally:
                 self._idle = None
         self.abort()
@@ -174,6 +214,12 @@ class Dispatcher:
             if attempt.timed_out:
                 message = f"{batch.backend}: no answer within {attempt.call.timeout_seconds:g} s"
                 attempt.ended = Ended(outcome=Outcome.UNKNOWN, message=message)
+            elif not attempt.stopped:
+                raise
+            # it was ours, and meant this call alone
+            task = asyncio.current_task()
+            if task is not None:
+                task.uncancel()
         except Exception as error:
             log.exception("the adapter of %s broke", batch.backend)
             self._metrics.internal_errors.add("adapter")
@@ -193,7 +239,7 @@ class Dispatcher:
             width=width,
             height=height,
             items=tuple(
-                Item(task.job.request.prompt, task.job.request.negative_prompt, task.seed) for task in batch.tasks
+                [Item(task.job.request.prompt, task.job.request.negative_prompt, task.seed) for task in batch.tasks]
             ),
             timeout_seconds=self._endpoints.timeout_of(batch.backend),
             request_id=first.request_id,
@@ -231,7 +277,8 @@ class Dispatcher:
         self._timer = None
         now = self._clock()
         for attempt in self._attempts.values():
-            if now - attempt.heard_at >= attempt.call.timeout_seconds and not attempt.timed_out and attempt.task:
+            overdue = now - attempt.heard_at >= attempt.call.timeout_seconds
+            if overdue and attempt.task is not None and not (attempt.timed_out or attempt.stopped):
                 attempt.timed_out = True
                 attempt.task.cancel()
         for job in self.scheduler.expire(now):
@@ -251,22 +298,20 @@ class Dispatcher:
     def _stop(self, batches: list[Batch]) -> None:
         for batch in batches:
             attempt = self._attempts.get(batch)
-            if attempt is not None and attempt.task is not None:
+            if attempt is not None and attempt.task is not None and not attempt.stopped:
+                attempt.stopped = True
                 attempt.task.cancel()
 
     def _settle(self, job: Job) -> None:
         """Wake whoever waits for a resolved job; asking twice is fine."""
-        future = self._futures.pop(job.id, None)
-        if future is None:
+        if job.id not in self._waiting:
             return
-        self._metrics.jobs.add(job.status.value)
+        future = self._waiting.pop(job.id)
+        self._metrics.jobs.add(job.status)
         self._metrics.stage_seconds.observe(job.queued_seconds, "queue")
-        if not future.done():
-            if job.error is None:
-                future.set_result(None)
-            else:
-                future.set_exception(job.error)
-        if not self._futures and self._idle is not None and not self._idle.done():
+        if future is not None and not future.done():
+            future.set_result(None)
+        if not self._waiting and self._idle is not None and not self._idle.done():
             self._idle.set_result(None)
 
 

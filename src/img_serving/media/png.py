@@ -23,6 +23,7 @@ SHOWN_CHUNKS = frozenset(
 """What changes how a picture looks; every other ancillary chunk tells about it instead, or is nobody knows what."""
 
 _LENGTH = Struct(">I")
+_CHUNK_HEAD = Struct(">I4s")
 _SIZE = Struct(">II")
 _UP = 2
 _PIXEL_BYTES = 3
@@ -112,9 +113,21 @@ def is_complete(data: bytes | memoryview) -> bool:
     """Whether the chunks, one after the other by their lengths, lead from IHDR over pixels to IEND. Never raises."""
     try:
         read_header(data)
-        return any(kind == b"IDAT" for kind in [kind for kind, _, _ in _chunks(memoryview(data))])
     except ValueError:
         return False
+    view = memoryview(data)
+    start, size, has_pixels = len(SIGNATURE), len(view), False
+    # the same walk as `_chunks`, without making anything of each chunk: this stands on the way of every picture
+    while start + 12 <= size:
+        length, kind = _CHUNK_HEAD.unpack_from(view, start)
+        start += 12 + length
+        if start > size or length >= LENGTH_LIMIT or not kind.isalpha():
+            return False
+        if kind == b"IDAT":
+            has_pixels = True
+        elif kind == b"IEND":
+            return has_pixels
+    return False
 
 
 def _chunks(view: memoryview) -> Iterator[tuple[bytes, int, int]]:

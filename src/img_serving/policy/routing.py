@@ -68,17 +68,18 @@ def plan(request: ImageRequest, tenant: Tenant, backends: Sequence[Candidate], o
         allowed = [(backend, model) for backend, model in allowed if model is None or tenant.may_use_model(model)]
         if not allowed:
             raise Forbidden("this key may not use the default model; name one it may", param="model")
-    refusals = [(backend, _refusal(request, backend)) for backend, _ in allowed]
-    fitting = tuple(
-        Target(backend.name, model, backend.tier)
-        for (backend, model), (_, refusal) in zip(allowed, refusals, strict=True)
-        if refusal is None
-    )
+    fitting: list[Target] = []
+    refusals: list[tuple[str, tuple[str, str]]] = []
+    for backend, model in allowed:
+        refusal = _refusal(request, backend)
+        if refusal is None:
+            fitting.append(Target(backend.name, model, backend.tier))
+        else:
+            refusals.append((backend.name, refusal))
     if fitting:
-        return fitting
-    reasons = "; ".join(f"{backend.name}: {refusal[0]}" for backend, refusal in refusals if refusal)
-    param = next((refusal[1] for _, refusal in refusals if refusal), None)
-    raise InvalidRequest(f"no backend can serve this request ({reasons})", code="unsupported", param=param)
+        return tuple(fitting)
+    reasons = "; ".join(f"{name}: {reason}" for name, (reason, _) in refusals)
+    raise InvalidRequest(f"no backend can serve this request ({reasons})", code="unsupported", param=refusals[0][1][1])
 
 
 def ignored_by(request: ImageRequest, capabilities: Capabilities) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from random import Random
 
 from img_serving.domain.errors import (
@@ -58,18 +59,27 @@ class SchedulerSnapshot:
     endpoints: tuple[EndpointSnapshot, ...]
 
 
+Tiers = tuple[tuple[Target, ...], ...]
+
+
 class _Queue:
     """The tasks that wait for one route, first come first served, and the backends that may take them by tier."""
 
     __slots__ = ("dead", "tasks", "tiers")
 
-    def __init__(self, route: Route) -> None:
+    def __init__(self, tiers: Tiers) -> None:
         self.tasks: deque[Task] = deque()
         self.dead = 0
-        tiers: dict[int, list[Target]] = {}
-        for target in route:
-            tiers.setdefault(target.tier, []).append(target)
-        self.tiers = tuple(tuple(tiers[tier]) for tier in sorted(tiers))
+        self.tiers = tiers
+
+
+@lru_cache(maxsize=1024)
+def _tiers_of(route: Route) -> Tiers:
+    """A route's targets by tier, the lowest first."""
+    tiers: dict[int, list[Target]] = {}
+    for target in route:
+        tiers.setdefault(target.tier, []).append(target)
+    return tuple(tuple(tiers[tier]) for tier in sorted(tiers))
 
 
 class Scheduler:
@@ -145,7 +155,7 @@ class Scheduler:
             )
         queue = self._queues.get(job.route)
         if queue is None:
-            queue = self._queues[job.route] = _Queue(job.route)
+            queue = self._queues[job.route] = _Queue(_tiers_of(job.route))
         self._jobs[job.id] = job
         queue.tasks.extend(job.tasks)
         self._queued += count
@@ -166,8 +176,9 @@ class Scheduler:
             self._again.clear()
             self._queues.clear()
             return batches
-        for task in [self._again.popleft() for _ in range(len(self._again))]:
-            self._start_again(task, batches, now)
+        if self._again:
+            for task in [self._again.popleft() for _ in range(len(self._again))]:
+                self._start_again(task, batches, now)
         for route, queue in list(self._queues.items()):
             self._drain(queue, batches, now)
             if not queue.tasks:
@@ -192,7 +203,7 @@ class Scheduler:
                     continue
                 if isinstance(result, Artifact):
                     task.artifact = result
-                    if all(other.artifact is not None for other in task.job.tasks):
+                    if len(task.job.tasks) == 1 or all(other.artifact is not None for other in task.job.tasks):
                         done.append(self._resolve(task.job, JobStatus.SUCCEEDED, None, now))
                 elif result.refused:
                     done.append(self._fail(task.job, InvalidRequest(result.message, param="prompt"), now))
@@ -298,7 +309,7 @@ class Scheduler:
         """A second try does not stand in line again: it goes first, to an endpoint that it has not tried."""
         if task.job.is_over:
             return
-        endpoint = self._pick(_Queue(task.job.route).tiers, task, now)
+        endpoint = self._pick(_tiers_of(task.job.route), task, now)
         if endpoint is None:
             self._again.append(task)
             return
@@ -306,9 +317,12 @@ class Scheduler:
 
     @staticmethod
     def _model_for(task: Task, endpoint: EndpointState) -> str | None:
-        return next(target.model for target in task.job.route if target.backend == endpoint.backend)
+        for target in task.job.route:
+            if target.backend == endpoint.backend:
+                return target.model
+        raise LookupError(f"{endpoint.backend} is not on the route")
 
-    def _pick(self, tiers: tuple[tuple[Target, ...], ...], task: Task, now: float) -> EndpointState | None:
+    def _pick(self, tiers: Tiers, task: Task, now: float) -> EndpointState | None:
         """The endpoint for a task, or None if it has to wait.
 
         The first tier with a usable endpoint serves, its full endpoints included: those are worth waiting for. Where no
@@ -381,7 +395,8 @@ class Scheduler:
 
     def _note(self, endpoint: EndpointState, batch: Batch, ended: Ended, now: float) -> None:
         """Breaker, speed and last error of the endpoint. Cancellations, refusals and "busy" count for nothing."""
-        if ended.results is not None and any(isinstance(result, Artifact) for result in ended.results):
+        results = ended.results
+        if results and (isinstance(results[0], Artifact) or any(isinstance(result, Artifact) for result in results)):
             endpoint.learn(batch.cost, max(now - batch.started_at, 1e-6))
             endpoint.breaker.end(batch.era, ok=True, now=now)
         elif ended.results is not None:
@@ -493,8 +508,9 @@ class Scheduler:
         job.error = error
         job.finished_at = now
         del self._jobs[job.id]
-        if status is not JobStatus.SUCCEEDED:
-            self._suspects.update(task.batch for task in job.tasks if task.batch is not None)
+        if status is JobStatus.SUCCEEDED:
+            return job  # all of it was started: there is nothing left to find
+        self._suspects.update(task.batch for task in job.tasks if task.batch is not None)
         # Its waiting tasks leave the count now, and the queue when they come up or when the dead are the majority.
         self._queued -= sum(1 for task in job.tasks if not task.started)
         queue = self._queues.get(job.route)
