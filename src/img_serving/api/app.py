@@ -1,4 +1,4 @@
-"""The ASGI application: finds the route, authenticates, charges, calls the handler, and answers whatever happens.
+"""The HTTP application: finds the route, authenticates, charges, calls the handler, and answers whatever happens.
 
 The order is the policy: a key before a charge (only somebody can be charged), a charge before the body is read (a refused
 caller costs no body bytes).
@@ -13,11 +13,12 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from img_serving.api.asgi import AsgiConnection, Receive, Scope, Send
 from img_serving.api.backends import Backends
 from img_serving.api.cross_origin import CrossOrigin
 from img_serving.api.docs import Docs
 from img_serving.api.errors import reply_to
-from img_serving.api.exchange import ClientDisconnected, Exchange, Receive, Reply, Scope, Send
+from img_serving.api.exchange import ClientDisconnected, Connection, Exchange, Reply
 from img_serving.api.files import Files
 from img_serving.api.health import Health
 from img_serving.api.images import Images
@@ -64,7 +65,7 @@ class Route:
 
 
 class App:
-    """The gateway's HTTP face, a bare ASGI callable."""
+    """The gateway's HTTP face: `serve` for our own server's connections, a plain ASGI callable for any other."""
 
     def __init__(self, services: Services) -> None:
         self._services = services
@@ -92,11 +93,14 @@ class App:
         self._prefixed = [route for route in routes if route.variable is not None]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one HTTP request; other scopes are none of ours (lifespan is the server's, websockets are refused)."""
-        if scope["type"] != "http":
-            return
+        """Serve one ASGI request; scopes other than HTTP are none of ours (lifespan is the server's)."""
+        if scope["type"] == "http":
+            await self.serve(AsgiConnection(scope, receive, send))
+
+    async def serve(self, connection: Connection) -> None:
+        """Answer one request, whatever happens."""
         services = self._services
-        exchange = Exchange(scope, receive, send, services.clock())
+        exchange = Exchange(connection, services.clock())
         keep_alive = True
         try:
             reply = await self._answer(exchange)

@@ -1,26 +1,21 @@
-"""One HTTP exchange over ASGI: the request's head, its body on demand, and the reply.
+"""One HTTP exchange: the request's head, its body on demand, and the reply.
 
-No framework object stands between: on the hot route every allocation counts, and on the others it is no loss.
+No framework object stands between: on the hot route every allocation counts, and on the others it is no loss. An exchange
+runs over a `Connection`: the server's own (`http_protocol`) or any ASGI server's (`asgi`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Protocol
 
 from img_serving.domain.errors import InvalidRequest, PayloadTooLarge
 from img_serving.domain.tenants import ANONYMOUS, Tenant
 from img_serving.gateway.identifiers import new_id
 
-Message = MutableMapping[str, Any]
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-
-CONNECTION = "img_serving.connection"
-"""The key in the ASGI scope under which our own server's protocol leaves its `Connection` (see `http_protocol`)."""
+Headers = list[tuple[bytes, bytes]]
 
 DISCARD_BYTES = 64 * 1024
 """How much of a refused caller's body is read and dropped so that the answer arrives on a connection worth keeping."""
@@ -28,12 +23,65 @@ DISCARD_BYTES = 64 * 1024
 BODY_SECONDS = 60.0
 """How long the rest of a body may take once its first piece was there: a client that drips holds nothing for longer."""
 
-
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
 class ClientDisconnected(Exception):
     """The client left before its answer."""
+
+
+class Connection(Protocol):
+    """One request as a server has it, and the way back. Header names are lower case; of repeated ones the first stands."""
+
+    @property
+    def method(self) -> str:
+        """GET, POST, …."""
+        ...
+
+    @property
+    def path(self) -> str:
+        """The path, percent-decoded, without the query."""
+        ...
+
+    @property
+    def headers(self) -> Mapping[bytes, bytes]:
+        """The request's headers."""
+        ...
+
+    @property
+    def scheme(self) -> str:
+        """`http` or `https`, as the connection itself is."""
+        ...
+
+    @property
+    def client(self) -> tuple[str, int] | None:
+        """Who connected: address and port."""
+        ...
+
+    @property
+    def server(self) -> tuple[str, int | None] | None:
+        """What was connected to: address and port."""
+        ...
+
+    async def receive(self) -> tuple[bytes, bool]:
+        """The next piece of the body, and whether there is more.
+
+        Raises:
+            ClientDisconnected: the client left.
+        """
+        ...
+
+    def on_disconnect(self, callback: Callable[[], None] | None) -> None:
+        """Call this once if the client leaves before its reply; None takes it back. The body must have been read."""
+        ...
+
+    async def respond(self, status: int, headers: Headers, parts: tuple[bytes | memoryview, ...]) -> None:
+        """Send a whole reply. `headers` say its length; a reply to HEAD leaves the parts out."""
+        ...
+
+    async def stream(self, status: int, headers: Headers, chunks: AsyncIterator[bytes]) -> None:
+        """Send a reply piece by piece. `headers` say its length."""
+        ...
 
 
 class Reply:
@@ -47,7 +95,7 @@ class Reply:
         parts: tuple[bytes | memoryview, ...] = (),
         *,
         media_type: bytes | None = b"application/json",
-        headers: list[tuple[bytes, bytes]] | None = None,
+        headers: Headers | None = None,
         stream: AsyncIterator[bytes] | None = None,
         length: int | None = None,
     ) -> None:
@@ -65,12 +113,10 @@ class Exchange:
 
     __slots__ = (
         "_headers",
-        "_receive",
-        "_send",
         "body_read",
         "bytes_in",
         "bytes_out",
-        "content_length",
+        "connection",
         "disconnected",
         "extra_headers",
         "job_fields",
@@ -79,25 +125,21 @@ class Exchange:
         "reply_started",
         "request_id",
         "route",
-        "scope",
         "started",
         "status",
         "tenant",
         "variables",
     )
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, started: float) -> None:
+    def __init__(self, connection: Connection, started: float) -> None:
         """`started` in seconds of the gateway's clock. A caller's X-Request-Id that is fit for a log is adopted."""
-        self.scope = scope
-        self._receive = receive
-        self._send = send
-        # reversed: of a repeated header the first value stands
-        self._headers: dict[bytes, bytes] = dict(reversed(scope["headers"]))
+        self.connection = connection
+        self._headers = connection.headers
         theirs = self._headers.get(b"x-request-id")
         self.request_id = theirs.decode() if theirs and _REQUEST_ID.fullmatch(theirs) else new_id("req_")
         self.started = started
-        self.method: str = scope["method"]
-        self.path: str = scope["path"]
+        self.method = connection.method
+        self.path = connection.path
         self.route = "unknown"
         self.variables: dict[str, str] = {}
         self.tenant: Tenant = ANONYMOUS
@@ -107,8 +149,7 @@ class Exchange:
         self.reply_started = False
         self.body_read = False
         self.disconnected = False
-        self.content_length: int | None = None
-        self.extra_headers: list[tuple[bytes, bytes]] = []
+        self.extra_headers: Headers = []
         self.job_fields: dict[str, object] = {}
 
     def header(self, name: bytes) -> bytes | None:
@@ -118,7 +159,7 @@ class Exchange:
     @property
     def client_address(self) -> str:
         """The address of whoever opened the connection ("" over a Unix socket)."""
-        client = self.scope.get("client")
+        client = self.connection.client
         return client[0] if client else ""
 
     async def body(self, limit: int) -> bytes:
@@ -132,56 +173,28 @@ class Exchange:
         length = self._declared_length()
         if length is not None and length > limit:
             raise PayloadTooLarge(f"the body has {length} bytes; this route reads at most {limit}")
-        message = await self._receive()
-        chunk = _chunk_of(message)
-        if not message.get("more_body"):
+        chunk, more = await self.connection.receive()
+        self.bytes_in = len(chunk)
+        if not more:
             self.body_read = True
-            self.bytes_in = len(chunk)
             if len(chunk) > limit:
                 raise PayloadTooLarge(f"the body has {len(chunk)} bytes; this route reads at most {limit}")
             return chunk
         pieces = [chunk]
-        self.bytes_in = len(chunk)
         try:
             async with asyncio.timeout(BODY_SECONDS):
-                while message.get("more_body"):
+                while more:
                     if self.bytes_in > limit:
                         raise PayloadTooLarge(f"the body is over the {limit} bytes that this route reads")
-                    message = await self._receive()
-                    chunk = _chunk_of(message)
+                    chunk, more = await self.connection.receive()
                     self.bytes_in += len(chunk)
                     pieces.append(chunk)
         except TimeoutError:
             raise InvalidRequest(f"the body did not arrive within {BODY_SECONDS:g} s", code="body_timeout") from None
+        self.body_read = True
         if self.bytes_in > limit:
             raise PayloadTooLarge(f"the body is over the {limit} bytes that this route reads")
-        self.body_read = True
         return b"".join(pieces)
-
-    def watch(self, on_gone: Callable[[], None]) -> Callable[[], None]:
-        """Call `on_gone` once if the client leaves; returns what ends the watch. The body must have been read before."""
-        connection = self.scope.get(CONNECTION)
-        if connection is not None:
-            if connection.is_gone:
-                on_gone()
-            connection.on_disconnect(on_gone)
-            return lambda: connection.on_disconnect(None)
-        return self._watch_by_task(on_gone)
-
-    def _watch_by_task(self, on_gone: Callable[[], None]) -> Callable[[], None]:
-        """The same for a server that is not ours: plain ASGI tells only those who wait for it."""
-
-        async def wait() -> None:
-            while (await self._receive())["type"] != "http.disconnect":
-                pass
-            on_gone()
-
-        task = asyncio.get_running_loop().create_task(wait())
-
-        def stop() -> None:
-            task.cancel()
-
-        return stop
 
     async def discard_body(self) -> bool:
         """Read and drop a small rest of the body; returns whether the connection may be kept."""
@@ -195,16 +208,13 @@ class Exchange:
             return False
         try:
             async with asyncio.timeout(1.0):
-                while True:
-                    message = await self._receive()
-                    if message["type"] == "http.disconnect":
-                        return False
-                    if not message.get("more_body"):
-                        return True
-        except TimeoutError:
+                while (await self.connection.receive())[1]:
+                    pass
+        except (TimeoutError, ClientDisconnected):
             return False
+        return True
 
-    async def send(self, reply: Reply, headers: list[tuple[bytes, bytes]]) -> None:
+    async def send(self, reply: Reply, headers: Headers) -> None:
         """Send a complete reply; `headers` come before the reply's own."""
         self.status = reply.status
         self.reply_started = True
@@ -214,26 +224,12 @@ class Exchange:
             if reply.media_type is not None:
                 head.append((b"content-type", reply.media_type))
         self.bytes_out = reply.length
-        connection = self.scope.get(CONNECTION)
-        if connection is not None and reply.stream is None:
-            await connection.respond(reply.status, head, reply.parts)
-            return
-        await self._send({"type": "http.response.start", "status": reply.status, "headers": head})
-        if reply.stream is not None:
-            async for chunk in reply.stream:
-                await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
-        last = len(reply.parts) - 1
-        for index in range(last):
-            await self._send({"type": "http.response.body", "body": reply.parts[index], "more_body": True})
-        await self._send({"type": "http.response.body", "body": reply.parts[last] if last >= 0 else b""})
+        if reply.stream is None:
+            await self.connection.respond(reply.status, head, reply.parts)
+        else:
+            await self.connection.stream(reply.status, head, reply.stream)
 
     def _declared_length(self) -> int | None:
-        text = self.header(b"content-length")
+        text = self._headers.get(b"content-length")
         # isdigit of bytes is ASCII only; the server has refused anything else before
         return int(text) if text is not None and text.isdigit() and len(text) < 19 else None
-
-
-def _chunk_of(message: Message) -> bytes:
-    if message["type"] == "http.disconnect":
-        raise ClientDisconnected
-    return message.get("body") or b""

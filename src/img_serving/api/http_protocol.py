@@ -1,32 +1,50 @@
-"""The server's HTTP/1.1 connection, where uvicorn's is not strict, not kind or not cheap enough.
+"""The server's HTTP/1.1 connection: uvicorn's protocol with a request object of our own instead of an ASGI cycle.
 
-- What cannot be parsed is answered with the four-key error object too; a request's head may be neither endless nor for ever
-  in coming.
-- A reply is written in one piece, its head joined once (uvicorn's own way searches every header with two regular
-  expressions and costs three times as much).
-- A client that leaves is told of by a callback, not by a task that waits for it.
-- Idle and stalled connections are found by one sweep a second instead of a timer armed and cancelled for every request.
+uvicorn keeps the parser's loop, the lifecycle and TLS. What it does for ASGI's sake (a scope, an event and a wrapper for
+every request, two regular expressions for every header, a timer armed and cancelled for every silence) costs more than the
+rest of a small request, and a client that leaves can only be noticed by a task that waits for it. Besides:
+
+- what cannot be parsed is answered with the four-key error object too;
+- a request's head may be neither endless nor for ever in coming;
+- idle and stalled connections are found by one sweep a second (`close_stalled`).
+
+It leans on names of `HttpToolsProtocol` that are not documented but old (`flow`, `parser`, `tasks`, `connections`,
+`server_state`); the tests below `tests/smoke` hold them.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
-from typing import Any
+import logging
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from functools import partial
+from typing import Any, Protocol
+from urllib.parse import unquote
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+import httptools
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from img_serving.api.errors import reply_to
-from img_serving.api.exchange import CONNECTION
+from img_serving.api.exchange import ClientDisconnected, Connection, Headers
 from img_serving.domain.errors import GatewayError, InvalidRequest
 from img_serving.gateway.identifiers import new_id
+
+log = logging.getLogger(__name__)
 
 MAX_HEAD_BYTES = 64 * 1024
 HEAD_SECONDS = 30.0
 JOIN_BYTES = 64 * 1024
 """Up to here a reply's parts are joined with its head into one write; bigger parts are never copied."""
 
-Headers = list[tuple[bytes, bytes]]
+
+class Application(Protocol):
+    """What the protocol needs of the application."""
+
+    def serve(self, connection: Connection) -> Coroutine[Any, Any, None]:
+        """Answer one request."""
+        ...
 
 
 class HeadTooLarge(GatewayError):
@@ -37,84 +55,185 @@ class HeadTooLarge(GatewayError):
     status = 431
 
 
-class Connection:
-    """What the application may do with the connection of one request, besides ASGI."""
+class HttpRequest:
+    """One request on a connection of ours (see `exchange.Connection`), and its reply."""
 
-    __slots__ = ("_cycle", "_protocol")
+    __slots__ = (
+        "_callback",
+        "_protocol",
+        "_waiter",
+        "body",
+        "disconnected",
+        "expects_continue",
+        "headers",
+        "keep_alive",
+        "method",
+        "more_body",
+        "path",
+        "response_complete",
+        "response_started",
+    )
 
-    def __init__(self, protocol: HttpProtocol, cycle: RequestResponseCycle) -> None:
+    def __init__(
+        self, protocol: HttpProtocol, method: str, path: str, headers: dict[bytes, bytes], *, keep_alive: bool
+    ) -> None:
         self._protocol = protocol
-        self._cycle = cycle
-
-    def on_disconnect(self, callback: Callable[[], None] | None) -> None:
-        """Call this once when the client leaves before its reply; None takes it back."""
-        self._protocol.disconnect_callback = callback
+        self._callback: Callable[[], None] | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self.method = method
+        self.path = path
+        self.headers = headers
+        self.keep_alive = keep_alive
+        self.expects_continue = headers.get(b"expect", b"").lower() == b"100-continue"
+        self.body = bytearray()
+        self.more_body = True
+        self.disconnected = False
+        self.response_started = False
+        self.response_complete = False
 
     @property
-    def is_gone(self) -> bool:
-        """Whether the client has left."""
-        return self._cycle.disconnected
+    def scheme(self) -> str:
+        """`http` or `https`."""
+        return self._protocol.scheme or "http"
+
+    @property
+    def client(self) -> tuple[str, int] | None:
+        """Who connected."""
+        return self._protocol.client
+
+    @property
+    def server(self) -> tuple[str, int | None] | None:
+        """What was connected to."""
+        return self._protocol.server
+
+    async def receive(self) -> tuple[bytes, bool]:
+        """The next piece of the body, and whether there is more; see `Connection`."""
+        if self.more_body and not self.body and not self.disconnected:
+            if self.expects_continue:
+                self.expects_continue = False
+                self._protocol.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self._protocol.flow.resume_reading()
+            self._waiter = self._protocol.loop.create_future()
+            await self._waiter
+        if self.disconnected:
+            raise ClientDisconnected
+        chunk = bytes(self.body)
+        self.body.clear()
+        return chunk, self.more_body
+
+    def wake(self) -> None:
+        """Something came, or the client left: whoever waits in `receive` goes on."""
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def leave(self) -> None:
+        """The client left."""
+        if self.response_complete:
+            return
+        self.disconnected = True
+        self.wake()
+        callback, self._callback = self._callback, None
+        if callback is not None:
+            callback()
+
+    def on_disconnect(self, callback: Callable[[], None] | None) -> None:
+        """Call this once if the client leaves; see `Connection`."""
+        self._callback = callback
+        if callback is not None and self.disconnected:
+            self._callback = None
+            callback()
 
     async def respond(self, status: int, headers: Headers, parts: tuple[bytes | memoryview, ...]) -> None:
-        """Write a whole reply. `headers` say its length; the parts of a reply to HEAD are left out."""
-        cycle = self._cycle
-        if cycle.disconnected:
+        """Send a whole reply; see `Connection`."""
+        if self.disconnected:
             return
-        cycle.response_started = True
-        lines = [STATUS_LINE[status]]
-        for name, value in cycle.default_headers:
-            lines += (name, b": ", value, b"\r\n")
-        for name, value in headers:
-            if name == b"connection" and value == b"close":
-                cycle.keep_alive = False
-            lines += (name, b": ", value, b"\r\n")
-        if not cycle.keep_alive and (b"connection", b"close") not in headers:
+        head = self._head(status, headers)
+        protocol = self._protocol
+        if self.method == "HEAD":
+            parts = ()
+        if len(parts) <= 1 or sum(map(len, parts)) <= JOIN_BYTES:
+            protocol.transport.write(b"".join((head, *parts)))
+        else:
+            protocol.transport.write(head)
+            for part in parts:
+                await self._write(part)
+        self._finish()
+
+    async def stream(self, status: int, headers: Headers, chunks: AsyncIterator[bytes]) -> None:
+        """Send a reply piece by piece; see `Connection`."""
+        if self.disconnected:
+            return
+        self._protocol.transport.write(self._head(status, headers))
+        if self.method != "HEAD":
+            async for chunk in chunks:
+                await self._write(chunk)
+                if self.disconnected:
+                    raise ClientDisconnected
+        self._finish()
+
+    async def _write(self, part: bytes | memoryview) -> None:
+        flow = self._protocol.flow
+        if flow.write_paused and not self.disconnected:
+            await flow.drain()
+        if not self.disconnected:
+            self._protocol.transport.write(part)
+
+    def _head(self, status: int, headers: Headers) -> bytes:
+        self.response_started = True
+        self.expects_continue = False
+        lines = [STATUS_LINE[status], *[b"%b: %b\r\n" % one for one in self._protocol.server_state.default_headers]]
+        lines += [b"%b: %b\r\n" % one for one in headers]
+        if (b"connection", b"close") in headers:
+            self.keep_alive = False
+        elif not self.keep_alive:
             lines.append(b"connection: close\r\n")
         lines.append(b"\r\n")
         head = b"".join(lines)
-        if head.count(b"\n") != head.count(b"\r\n") or head.find(b"\r\n\r\n") != len(head) - 4:
+        # every value is ours or was checked; should one ever hold a line break, the reply is not sent
+        if head.count(b"\n") != len(lines):
             raise RuntimeError("a header value holds a line break")
-        transport, flow = cycle.transport, cycle.flow
-        if cycle.scope["method"] == "HEAD":
-            parts = ()
-        if sum(map(len, parts)) <= JOIN_BYTES:
-            transport.write(b"".join((head, *parts)))
-        else:
-            transport.write(head)
-            for part in parts:
-                if flow.write_paused and not cycle.disconnected:
-                    await flow.drain()
-                transport.write(part)
-        cycle.response_complete = True
-        cycle.message_event.set()
-        if not cycle.keep_alive:
-            transport.close()
-        cycle.on_response()
+        return head
+
+    def _finish(self) -> None:
+        self.response_complete = True
+        self._callback = None
+        self.wake()
+        if not self.keep_alive:
+            self._protocol.transport.close()
+        self._protocol.on_response_complete()
 
 
 class HttpProtocol(HttpToolsProtocol):
     """One connection.
 
-    `head_since` is when the head it waits for began (None while a request is being served), `idle_since` when it fell
-    silent between requests, both in the loop's seconds.
+    `head_since` is when the head it waits for began (None while there is none), `idle_since` when it fell silent between
+    requests, both in the loop's seconds. `cycle` (uvicorn's name) is the newest request, `serving` the one that is being
+    answered; requests that came meanwhile wait in `waiting`.
     """
 
     head_since: float | None = None
     idle_since: float | None = None
-    disconnect_callback: Callable[[], None] | None = None
+    cycle: HttpRequest | None  # type: ignore[assignment]
+    serving: HttpRequest | None = None
     _head_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client connected: its first head is awaited from now on."""
         super().connection_made(transport)
+        self.waiting: deque[HttpRequest] = deque()
         self.head_since = self.loop.time()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The client left, or we closed."""
-        super().connection_lost(exc)
-        callback, self.disconnect_callback = self.disconnect_callback, None
-        if callback is not None:
-            callback()
+        self.connections.discard(self)
+        for request in (self.serving, self.cycle):
+            if request is not None:
+                request.leave()
+        self.waiting.clear()
+        self.flow.resume_writing()
+        if exc is None:
+            self.transport.close()
+        self.parser = None  # type: ignore[assignment] # it holds a reference to this
 
     def data_received(self, data: bytes) -> None:
         """Bytes came; while they belong to a head they are counted."""
@@ -124,38 +243,98 @@ class HttpProtocol(HttpToolsProtocol):
             if self._head_bytes > MAX_HEAD_BYTES:
                 self._refuse(HeadTooLarge(f"the request's head is over {MAX_HEAD_BYTES} bytes"))
                 return
-        super().data_received(data)
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            # no other protocol is spoken here: the request is answered as it stands, and what follows is not read
+            if self.cycle is not None:
+                self.cycle.keep_alive = False
+        except httptools.HttpParserError as error:
+            if not isinstance(error.__context__, (type(None), UnicodeDecodeError, httptools.HttpParserError)):
+                log.error("unexpected error in a parser callback", exc_info=error.__context__)  # noqa: TRY400
+            self._refuse(InvalidRequest("this is not valid HTTP", code="invalid_http"))
+
+    # what the parser calls
 
     def on_message_begin(self) -> None:
         """A request begins."""
         self.head_since = self.loop.time()
-        super().on_message_begin()
+        self.url = b""
+        self.head: dict[bytes, bytes] = {}
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """One header; of repeated ones the first stands."""
+        self.head.setdefault(name.lower(), value)
 
     def on_headers_complete(self) -> None:
-        """Its head is complete."""
+        """The head is complete: the request is served, or waits behind the one before it."""
         self.head_since = None
         self._head_bytes = 0
-        super().on_headers_complete()
+        parser = self.parser
+        path = self.url.decode("ascii")
+        if not path.startswith("/") or "?" in path or "#" in path:
+            # another form of target, or a query, which nothing here reads
+            parsed = httptools.parse_url(self.url)
+            path = (parsed.path or b"*").decode("ascii")
+        if "%" in path:
+            path = unquote(path)
+        request = HttpRequest(
+            self,
+            parser.get_method().decode("ascii"),
+            path,
+            self.head,
+            keep_alive=parser.get_http_version() != "1.0" and parser.should_keep_alive(),
+        )
+        self.cycle = request
+        if self.serving is None:
+            self._serve(request)
+        else:
+            self.flow.pause_reading()
+            self.waiting.append(request)
 
-    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
-        cycle.scope[CONNECTION] = Connection(self, cycle)  # type: ignore[literal-required]
-        super()._start_asgi_task(cycle, app)
+    def on_body(self, body: bytes) -> None:
+        """A piece of the newest request's body."""
+        request = self.cycle
+        if request is None or request.response_complete:
+            return
+        request.body += body
+        if len(request.body) > HIGH_WATER_LIMIT:
+            self.flow.pause_reading()
+        request.wake()
+
+    def on_message_complete(self) -> None:
+        """The newest request's body is complete."""
+        if self.cycle is not None:
+            self.cycle.more_body = False
+            self.cycle.wake()
+
+    # serving
+
+    def _serve(self, request: HttpRequest) -> None:
+        self.serving = request
+        application: Application = self.app  # uvicorn takes it for an ASGI callable
+        task = self.loop.create_task(application.serve(request))
+        self.tasks.add(task)
+        task.add_done_callback(partial(self._on_served, request))
+
+    def _on_served(self, request: HttpRequest, task: asyncio.Task[None]) -> None:
+        self.tasks.discard(task)
+        broke = task.cancelled() or task.exception() is not None
+        if broke and not request.response_complete:
+            # nothing can be said any more: the client sees that the reply is not complete
+            self.transport.close()
 
     def on_response_complete(self) -> None:
-        """The reply is written: the next pipelined request, or silence, follows."""
+        """The reply is written: the next request that waits, or silence, follows."""
         self.server_state.total_requests += 1
-        self.disconnect_callback = None
+        self.serving = None
         if self.transport.is_closing():
             return
         self.flow.resume_reading()
-        if self.pipeline:
-            self._start_asgi_task(*self.pipeline.pop())
+        if self.waiting:
+            self._serve(self.waiting.popleft())
         else:
             self.idle_since = self.loop.time()
-
-    def send_400_response(self, msg: str) -> None:
-        """What uvicorn calls for bytes that are not HTTP."""
-        self._refuse(InvalidRequest(msg.rstrip("."), code="invalid_http"))
 
     def _refuse(self, error: GatewayError) -> None:
         if self.transport.is_closing():
@@ -176,6 +355,7 @@ def close_stalled(connections: Iterable[Any], now: float, keep_alive_seconds: fl
         one
         for one in connections
         if isinstance(one, HttpProtocol)
+        and one.serving is None
         and (
             (one.idle_since is not None and now - one.idle_since > keep_alive_seconds)
             or (one.idle_since is None and one.head_since is not None and now - one.head_since > HEAD_SECONDS)

@@ -62,7 +62,8 @@ class Images:
         )
         exchange.extra_headers.append((b"x-job-id", job.id.encode()))
         # Node's fetch and proxies close at once when their user leaves: the job is not worth its slot then.
-        stop_watching = exchange.watch(_canceller(exchange)) if self._cancel else None
+        if self._cancel:
+            exchange.connection.on_disconnect(_canceller(exchange))
         try:
             answer = await services.pipeline.run(job, response_format, lambda: services.origin.base_url(exchange))
         except asyncio.CancelledError:
@@ -73,8 +74,7 @@ class Images:
             exchange.extra_headers += _headers(job)
             raise
         finally:
-            if stop_watching is not None:
-                stop_watching()
+            exchange.connection.on_disconnect(None)
             _note(fields, job)
         headers = _headers(job)
         ignored = services.pipeline.ignored(job)

@@ -59,7 +59,7 @@ class Origin:
         """
         if self._public_url is not None:
             return self._public_url
-        scheme = str(exchange.scope.get("scheme", "http"))
+        scheme = exchange.connection.scheme
         host = exchange.header(b"host")
         prefix = b""
         if self._trusts(exchange.client_address):
@@ -73,7 +73,7 @@ class Origin:
             claimed = (_first(exchange.header(b"x-forwarded-prefix")) or b"").rstrip(b"/")
             prefix = claimed if _PREFIX.fullmatch(claimed) else b""
         if host is None or len(host) > 255 or not _HOST.fullmatch(host):
-            address, port_number = exchange.scope.get("server") or ("localhost", None)
+            address, port_number = exchange.connection.server or ("localhost", None)
             name = f"[{address}]" if ":" in address else address
             host = (f"{name}:{port_number}" if port_number else name).encode()
         return f"{scheme}://{host.decode()}{prefix.decode()}"
