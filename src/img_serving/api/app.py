@@ -33,6 +33,7 @@ from img_serving.domain.errors import (
     RateLimited,
     Unauthorized,
 )
+from img_serving.domain.jobs import Job
 from img_serving.domain.tenants import ANONYMOUS, Tenant
 from img_serving.policy.rate_limits import FREE, Charge
 from img_serving.telemetry.logs import timestamp
@@ -70,6 +71,7 @@ class App:
     def __init__(self, services: Services) -> None:
         self._services = services
         self._auth = services.config.auth.enabled
+        self._prompts = services.config.logging.prompts
         self._cross_origin = CrossOrigin(services.config.server.cors_allow_origins)
         images, models, backends = Images(services), Models(services), Backends(services)
         files, health, docs = Files(services), Health(services), Docs(services)
@@ -218,23 +220,40 @@ class App:
         metrics.requests.add(exchange.route, exchange.method if exchange.route != "unknown" else "other", status)
         metrics.bytes_out.add(by=exchange.bytes_out)
         metrics.bytes_in.add(by=exchange.bytes_in)
-        if exchange.job_fields:
+        job = exchange.job
+        if job is not None:
             metrics.stage_seconds.observe(seconds, "total")
         if services.request_log.enabled:
-            line: dict[str, object] = {
-                "ts": timestamp(time.time()),
-                "level": "info",
-                "event": "request",
-                "request_id": exchange.request_id,
-                "method": exchange.method,
-                "path": exchange.path if exchange.path.isprintable() else ascii(exchange.path),
-                "status": exchange.status,
-                "tenant": exchange.tenant.name,
-                "ms": round(seconds * 1000, 2),
-                "bytes": exchange.bytes_out,
-            }
-            line.update(exchange.job_fields)
-            services.request_log.write(line)
+            services.request_log.write(self._line(exchange, seconds, job))
+
+    def _line(self, exchange: Exchange, seconds: float, job: Job | None) -> dict[str, object]:
+        """What the log says of an exchange: no secret ever, the prompt only where the operator wants it."""
+        line: dict[str, object] = {
+            "ts": timestamp(time.time()),
+            "level": "info",
+            "event": "request",
+            "request_id": exchange.request_id,
+            "method": exchange.method,
+            "path": exchange.path if exchange.path.isprintable() else ascii(exchange.path),
+            "status": exchange.status,
+            "tenant": exchange.tenant.name,
+            "ms": round(seconds * 1000, 2),
+            "bytes": exchange.bytes_out,
+        }
+        if job is not None:
+            line["job_id"] = job.id
+            line["model"] = job.request.model
+            line["n"] = job.request.n
+            line["backend"] = job.backend
+            line["attempts"] = job.attempts
+            line["outcome"] = job.status
+            if job.started_at is not None:
+                line["queue_ms"] = round((job.started_at - job.submitted_at) * 1000, 2)
+                if job.finished_at is not None:
+                    line["run_ms"] = round((job.finished_at - job.started_at) * 1000, 2)
+            if self._prompts:
+                line["prompt"] = job.request.prompt
+        return line
 
 
 def _read(handler: Handler) -> dict[str, Handler]:

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Protocol
 
 from img_serving.domain.errors import InvalidRequest, PayloadTooLarge
+from img_serving.domain.jobs import Job
 from img_serving.domain.tenants import ANONYMOUS, Tenant
 from img_serving.gateway.identifiers import new_id
 
@@ -119,7 +120,7 @@ class Exchange:
         "connection",
         "disconnected",
         "extra_headers",
-        "job_fields",
+        "job",
         "method",
         "path",
         "reply_started",
@@ -150,7 +151,7 @@ class Exchange:
         self.body_read = False
         self.disconnected = False
         self.extra_headers: Headers = []
-        self.job_fields: dict[str, object] = {}
+        self.job: Job | None = None
 
     def header(self, name: bytes) -> bytes | None:
         """The first value of a header, or None."""

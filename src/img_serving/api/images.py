@@ -26,7 +26,6 @@ class Images:
         self._decoder = msgspec.json.Decoder(GenerationBody)
         config = services.config
         self._limit = config.server.max_body_bytes
-        self._prompts = config.logging.prompts
         self._cancel = config.jobs.cancel_on_disconnect
         self._bounds = Bounds(
             max_n=config.limits.max_n,
@@ -48,13 +47,8 @@ class Images:
                 log.debug("unknown fields ignored", extra={"fields": told})
         response_format = response_format_of(body, self._bounds)
         request = to_request(body, self._bounds)
-        fields = exchange.job_fields
-        fields["model"] = body.model
-        fields["n"] = request.n
-        if self._prompts:
-            fields["prompt"] = request.prompt
         traceparent = exchange.header(b"traceparent")
-        job = services.pipeline.admit(
+        job = exchange.job = services.pipeline.admit(
             exchange.tenant,
             request,
             exchange.request_id,
@@ -75,7 +69,6 @@ class Images:
             raise
         finally:
             exchange.connection.on_disconnect(None)
-            _note(fields, job)
         headers = _headers(job)
         ignored = services.pipeline.ignored(job)
         if ignored:
@@ -103,14 +96,3 @@ def _headers(job: Job) -> list[tuple[bytes, bytes]]:
         (b"x-attempts", b"%d" % job.attempts),
         (b"x-queue-ms", b"%d" % (job.queued_seconds * 1000)),
     ]
-
-
-def _note(fields: dict[str, object], job: Job) -> None:
-    """What the request's log line says of its job."""
-    fields["job_id"] = job.id
-    fields["backend"] = job.backend
-    fields["attempts"] = job.attempts
-    fields["queue_ms"] = round(job.queued_seconds * 1000, 2)
-    if job.started_at is not None and job.finished_at is not None:
-        fields["run_ms"] = round((job.finished_at - job.started_at) * 1000, 2)
-    fields["outcome"] = job.status

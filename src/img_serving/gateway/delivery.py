@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import msgspec
@@ -78,18 +79,21 @@ class Delivery:
                 self._metrics.wrong_size.add(backend)
                 break
         parts: list[bytes | memoryview] = []
-        separator = b'{"created":%d,"data":[' % int(time.time())
+        opening = b'{"created":%d,"data":[{' % int(time.time())
         for artifact in artifacts:
-            parts.append(separator + b"{")
             if response_format == "b64_json":
-                parts += (b'"b64_json":"', base64_text(artifact), b'"')
+                parts += (opening + b'"b64_json":"', base64_text(artifact))
+                closing = b'"' + _about(artifact)
             else:
-                parts.append(await self._stored(artifact, response_format, base_url))
-            parts.append(_about(artifact))
-            separator = b","
-        parts.append(b"]," + _effective(artifacts[0], request) + b"}")
+                parts.append(opening)
+                closing = await self._stored(artifact, response_format, base_url) + _about(artifact)
+            opening = closing + b",{"
+        first = artifacts[0]
+        parts.append(
+            closing + _effective(first.width, first.height, request.quality, request.background, first.media_type)
+        )
         self._metrics.stage_seconds.observe(self._clock() - started, "deliver")
-        return Answer(_joined_if_small(parts), job)
+        return Answer(tuple(parts), job)
 
     def close(self) -> None:
         """Give up the codec threads."""
@@ -140,19 +144,13 @@ def effective_quality(quality: str | None) -> str:
     return {None: "medium", "auto": "medium", "standard": "medium", "hd": "high"}.get(quality, quality or "medium")
 
 
-def _effective(artifact: Artifact, request: ImageRequest) -> bytes:
-    background = "transparent" if request.background == "transparent" else "opaque"
-    return b'"size":"%dx%d","quality":%s,"background":"%s","output_format":"%s"' % (
-        artifact.width,
-        artifact.height,
-        _quoted(effective_quality(request.quality)),
-        background.encode(),
-        FORMATS[artifact.media_type].encode(),
+@lru_cache(maxsize=256)
+def _effective(width: int, height: int, quality: str | None, background: str | None, media_type: str) -> bytes:
+    """The end of a reply: what was really made."""
+    return b'],"size":"%dx%d","quality":%s,"background":"%s","output_format":"%s"}' % (
+        width,
+        height,
+        _quoted(effective_quality(quality)),
+        b"transparent" if background == "transparent" else b"opaque",
+        FORMATS[media_type].encode(),
     )
-
-
-def _joined_if_small(parts: list[bytes | memoryview]) -> tuple[bytes | memoryview, ...]:
-    """One write for a small reply; a big one is never copied together."""
-    if sum(map(len, parts)) < 64 * 1024:
-        return (b"".join(parts),)
-    return tuple(parts)

@@ -269,7 +269,8 @@ class Dispatcher:
             self._settle(job)
         self._stop(self.scheduler.unwanted())
         self._endpoints.batch_ended(batch)
-        self.pump()
+        if self.scheduler.queued:
+            self.pump()
 
     # time
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from img_serving.domain.images import ImageRequest
-from img_serving.domain.jobs import Job
+from img_serving.domain.jobs import Job, Route
 from img_serving.domain.tenants import Tenant
 from img_serving.gateway.delivery import Answer, Delivery, ResponseFormat
 from img_serving.gateway.dispatcher import Dispatcher
 from img_serving.gateway.identifiers import new_id
 from img_serving.gateway.registry import Registry
-from img_serving.policy.routing import RoutingOptions, ignored_by, plan
+from img_serving.policy.routing import Candidate, RoutingOptions, ignored_by, plan
+
+MAX_PLANS = 1024
+"""Routes remembered at most; past it all are forgotten."""
 
 
 class Pipeline:
@@ -34,6 +37,8 @@ class Pipeline:
         self._routing = routing
         self._clock = clock
         self._timeout_seconds = timeout_seconds
+        self._plans: dict[tuple[object, ...], Route] = {}
+        self._planned_with: tuple[Candidate, ...] = ()
 
     def admit(self, tenant: Tenant, request: ImageRequest, request_id: str, traceparent: str | None = None) -> Job:
         """Find the route and make the job.
@@ -45,13 +50,33 @@ class Pipeline:
         return Job(
             id=new_id("job_"),
             request=request,
-            route=plan(request, tenant, self._registry.candidates(), self._routing),
+            route=self._route(tenant, request),
             tenant=tenant,
             submitted_at=now,
             deadline=now + self._timeout_seconds,
             request_id=request_id,
             traceparent=traceparent,
         )
+
+    def _route(self, tenant: Tenant, request: ImageRequest) -> Route:
+        """`plan`, remembered for as long as the backends are what they were: most requests are like one before."""
+        candidates = self._registry.candidates()
+        if candidates is not self._planned_with or len(self._plans) >= MAX_PLANS:
+            self._plans.clear()
+            self._planned_with = candidates
+        key = (
+            tenant.name,
+            request.model,
+            request.backend,
+            request.operation,
+            request.width,
+            request.height,
+            request.given if request.strict else None,
+        )
+        route = self._plans.get(key)
+        if route is None:
+            route = self._plans[key] = plan(request, tenant, candidates, self._routing)
+        return route
 
     async def run(self, job: Job, response_format: ResponseFormat, base_url: Callable[[], str]) -> Answer:
         """Wait for the pictures and make the answer of them; `base_url` is asked for where URLs are made."""

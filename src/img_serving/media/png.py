@@ -24,6 +24,7 @@ SHOWN_CHUNKS = frozenset(
 
 _LENGTH = Struct(">I")
 _CHUNK_HEAD = Struct(">I4s")
+_BEGINNING = SIGNATURE + b"\x00\x00\x00\x0dIHDR"
 _SIZE = Struct(">II")
 _UP = 2
 _PIXEL_BYTES = 3
@@ -109,17 +110,31 @@ def strip_metadata(data: bytes | memoryview) -> bytes:
     return b"".join(parts)
 
 
+def size_if_complete(data: bytes | memoryview) -> tuple[int, int] | None:
+    """Width and height of a PNG that is complete, in one pass; None for anything else. Never raises."""
+    size = len(data)
+    if size < 57 or data[:16] != _BEGINNING:
+        return None
+    width, height = _SIZE.unpack_from(data, 16)
+    if not (0 < width < LENGTH_LIMIT and 0 < height < LENGTH_LIMIT) or not _reaches_end(data, size):
+        return None
+    return width, height
+
+
 def is_complete(data: bytes | memoryview) -> bool:
     """Whether the chunks, one after the other by their lengths, lead from IHDR over pixels to IEND. Never raises."""
     try:
         read_header(data)
     except ValueError:
         return False
-    view = memoryview(data)
-    start, size, has_pixels = len(SIGNATURE), len(view), False
-    # the same walk as `_chunks`, without making anything of each chunk: this stands on the way of every picture
+    return _reaches_end(data, len(data))
+
+
+def _reaches_end(data: bytes | memoryview, size: int) -> bool:
+    """The same walk as `_chunks`, without making anything of each chunk: this stands on the way of every picture."""
+    start, has_pixels = len(SIGNATURE), False
     while start + 12 <= size:
-        length, kind = _CHUNK_HEAD.unpack_from(view, start)
+        length, kind = _CHUNK_HEAD.unpack_from(data, start)
         start += 12 + length
         if start > size or length >= LENGTH_LIMIT or not kind.isalpha():
             return False

@@ -64,6 +64,9 @@ def check_picture(data: bytes | bytearray | memoryview) -> tuple[MediaType, int,
     Raises:
         ValueError: "not a picture: …" or "cut short: …".
     """
+    size = png.size_if_complete(data) if isinstance(data, bytes) else None
+    if size is not None:
+        return "image/png", *size
     media_type = sniff(data)
     if media_type is None:
         raise ValueError("not a picture: neither PNG, JPEG nor WebP")
