@@ -20,6 +20,9 @@ _TARGET = re.compile(r"/[\x21\x22\x24-\x7e]*")
 
 _REPEATABLE = frozenset({"GET", "HEAD", "OPTIONS"})
 _BODY_EXPECTED = frozenset({"POST", "PUT", "PATCH"})
+_OF_ONE_REQUEST = frozenset({"x-request-id", "traceparent"})
+"""Headers that change from request to request; callers put them last."""
+
 _OURS = frozenset({"connection", "content-length", "transfer-encoding", "upgrade", "trailer", "te", "expect"})
 
 
@@ -140,28 +143,33 @@ class HttpTransport:
         if not _TARGET.fullmatch(path):
             raise ValueError("the path must begin with '/' and be percent-encoded ASCII, without a fragment")
         given = tuple(headers)
-        if given != self._last_headers:
+        count = len(self._last_headers)
+        if given[:count] != self._last_headers or not count:
+            # what is the same for every request comes first, so its lines are made once
+            count = len(given)
+            while count and given[count - 1][0].lower() in _OF_ONE_REQUEST:
+                count -= 1
+            self._last_lines = self._header_lines(given[:count])
+            self._last_headers = given[:count]
+        elif any(name.lower() not in _OF_ONE_REQUEST for name, _ in given[count:]):
+            count = len(given)
             self._last_lines = self._header_lines(given)
             self._last_headers = given
+        lines = self._last_lines
+        if len(given) > count:
+            lines += "".join([_line(name, value) for name, value in given[count:]])
         if body is not None:
             length = f"Content-Length: {len(body)}\r\n"
         else:
             length = "Content-Length: 0\r\n" if method in _BODY_EXPECTED else ""
-        return f"{method} {self._origin.prefix}{path} HTTP/1.1\r\n{self._last_lines}{length}\r\n".encode("latin-1")
+        return f"{method} {self._origin.prefix}{path} HTTP/1.1\r\n{lines}{length}\r\n".encode("latin-1")
 
     def _header_lines(self, headers: tuple[tuple[str, str], ...]) -> str:
         defaults = dict(self._default_lines)
         lines = []
         for name, value in headers:
-            if not _TOKEN.fullmatch(name):
-                raise ValueError("a header's name is not an HTTP token")
-            if not _FIELD_VALUE.fullmatch(value):
-                raise ValueError(f"the value of header {name!r} has characters that HTTP does not carry")
-            lowered = name.lower()
-            if lowered in _OURS:
-                raise ValueError(f"header {name!r} is set by the transport alone")
-            defaults.pop(lowered, None)
-            lines.append(f"{name}: {value}\r\n")
+            lines.append(_line(name, value))
+            defaults.pop(name.lower(), None)
         return "".join([*defaults.values(), *lines])
 
     async def _connect(self, loop: asyncio.AbstractEventLoop, deadline: float) -> Connection:
@@ -188,6 +196,17 @@ class HttpTransport:
 
     def _error(self, outcome: Outcome, reason: str) -> AttemptError:
         return AttemptError(outcome, f"{self._origin.peer}: {reason}")
+
+
+def _line(name: str, value: str) -> str:
+    """One header's line, checked."""
+    if not _TOKEN.fullmatch(name):
+        raise ValueError("a header's name is not an HTTP token")
+    if not _FIELD_VALUE.fullmatch(value):
+        raise ValueError(f"the value of header {name!r} has characters that HTTP does not carry")
+    if name.lower() in _OURS:
+        raise ValueError(f"header {name!r} is set by the transport alone")
+    return f"{name}: {value}\r\n"
 
 
 def make_ssl_context(ca_file: str | None, verify: bool) -> ssl.SSLContext:
