@@ -130,23 +130,22 @@ def to_request(body: GenerationBody, bounds: Bounds) -> ImageRequest:
     if count > bounds.max_n:
         raise InvalidRequest(f"n is {count}; at most {bounds.max_n} are allowed", param="n")
     width, height = _size(body, bounds)
-    steps, steps_name = _one_of(
-        "num_inference_steps",
-        body.num_inference_steps,
-        (("steps", body.steps), ("step", body.step), ("sample_steps", body.sample_steps)),
-    )
+    steps, steps_name = body.num_inference_steps, "num_inference_steps"
+    if body.steps is not None or body.step is not None or body.sample_steps is not None:
+        aliases = (("steps", body.steps), ("step", body.step), ("sample_steps", body.sample_steps))
+        steps, steps_name = _one_of(steps_name, steps, aliases)
     if steps is not None and steps > bounds.max_steps:
         raise InvalidRequest(f"{steps_name} is {steps}; at most {bounds.max_steps} are allowed", param=steps_name)
-    guidance, guidance_name = _one_of(
-        "guidance_scale",
-        body.guidance_scale,
-        (("cfg_scale", body.cfg_scale), ("cfg", body.cfg), ("guidance", body.guidance)),
-    )
+    guidance, guidance_name = body.guidance_scale, "guidance_scale"
+    if body.cfg_scale is not None or body.cfg is not None or body.guidance is not None:
+        others = (("cfg_scale", body.cfg_scale), ("cfg", body.cfg), ("guidance", body.guidance))
+        guidance, guidance_name = _one_of(guidance_name, guidance, others)
     if guidance is not None and not 0 <= guidance <= MAX_GUIDANCE:
         raise InvalidRequest(f"{guidance_name} must be from 0 to {MAX_GUIDANCE:g}", param=guidance_name)
-    sampler, _ = _one_of(
-        "sampler", body.sampler, (("sampler_name", body.sampler_name), ("sample_method", body.sample_method))
-    )
+    sampler = body.sampler
+    if body.sampler_name is not None or body.sample_method is not None:
+        names = (("sampler_name", body.sampler_name), ("sample_method", body.sample_method))
+        sampler, _ = _one_of("sampler", sampler, names)
     seed_given = body.seed is not None and body.seed >= 0
     if body.seed is not None and body.seed >= SEED_LIMIT:
         raise InvalidRequest(f"seed must be below {SEED_LIMIT}", param="seed")

@@ -100,9 +100,15 @@ class Dispatcher:
         """
         if self._draining:
             raise Draining("the gateway is stopping", retry_after_seconds=5.0)
-        self.scheduler.submit(job)
-        self._waiting[job.id] = None
-        own = self._start(job)
+        now = self._clock()
+        batch = self.scheduler.start_at_once(job, now)
+        if batch is not None:
+            self._waiting[job.id] = None
+            own: _Attempt | None = self._attempt(batch, now)
+        else:
+            self.scheduler.submit(job)
+            self._waiting[job.id] = None
+            own = self._start(job)
         if own is not None:
             await self._run_here(own, job)
         if not job.is_over:
@@ -135,9 +141,7 @@ class Dispatcher:
         now = self._clock()
         own: _Attempt | None = None
         for batch in self.scheduler.next_batches(now):
-            # what the call needs is looked up now: the backend may be removed before the task's first step
-            attempt = _Attempt(batch, self._call(batch), self._endpoints.adapter_of(batch.endpoint_id), now)
-            self._attempts[batch] = attempt
+            attempt = self._attempt(batch, now)
             tasks = batch.tasks
             if (
                 caller is not None
@@ -150,9 +154,20 @@ class Dispatcher:
             attempt.task = self._tasks.spawn(self._run(attempt), "attempt")
             # a callback and not a `finally`: a task cancelled before its first step never enters its `try`
             attempt.task.add_done_callback(lambda _, attempt=attempt: self._finish(attempt))  # type: ignore[misc]
-        if self._timer is None and (self.scheduler.queued or self._attempts):
-            self._timer = asyncio.get_running_loop().call_later(TICK_SECONDS, self._tick)
+        if self.scheduler.queued:
+            self._watch_the_clock()
         return own
+
+    def _attempt(self, batch: Batch, now: float) -> _Attempt:
+        """What the call needs is looked up now: the backend may be removed before its first step."""
+        attempt = _Attempt(batch, self._call(batch), self._endpoints.adapter_of(batch.endpoint_id), now)
+        self._attempts[batch] = attempt
+        self._watch_the_clock()
+        return attempt
+
+    def _watch_the_clock(self) -> None:
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(TICK_SECONDS, self._tick)
 
     async def _run_here(self, attempt: _Attempt, job: Job) -> None:
         """Run an attempt in the task of the only one who wants it."""
@@ -286,6 +301,8 @@ class Dispatcher:
             self._settle(job)
         self._stop(self.scheduler.unwanted())
         self.pump()
+        if self._attempts:
+            self._watch_the_clock()
 
     # ends
 

@@ -86,4 +86,5 @@ class RateLimits:
         wait = bucket.take(1, now)
         if wait > 0 and self._global is not None:
             self._global.give_back(1)
-        return Charge(wait, "key", int(bucket.burst), bucket.remaining(now), bucket.full_in(now))
+        tokens = bucket.tokens
+        return Charge(wait, "key", int(bucket.burst), int(tokens + 1e-9), (bucket.burst - tokens) / bucket.rate)

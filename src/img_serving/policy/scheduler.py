@@ -160,6 +160,21 @@ class Scheduler:
         queue.tasks.extend(job.tasks)
         self._queued += count
 
+    def start_at_once(self, job: Job, now: float) -> Batch | None:
+        """`submit` and `next_batches` in one, for a single picture while nobody waits; None where that is not so.
+
+        Then the job has not been submitted. Most requests of a gateway with free slots go this way, and it is half as long.
+        """
+        if self._queued or len(job.tasks) != 1:
+            return None
+        task = job.tasks[0]
+        endpoint = self._pick(_tiers_of(job.route), task, now)
+        if endpoint is None:
+            return None
+        self._jobs[job.id] = job
+        self._queued += 1
+        return self._start(endpoint, self._model_for(task, endpoint), [task], now)
+
     def wait_estimate(self) -> float:
         """Seconds until what waits now has probably started: tasks x mean latency / slots (1 s where nothing is known)."""
         live = [endpoint for endpoint in self._endpoints.values() if not endpoint.removed and endpoint.enabled]
@@ -377,15 +392,7 @@ class Scheduler:
                 job.status = JobStatus.RUNNING
             job.attempts = max(job.attempts, len(task.tried))
             job.backend = endpoint.backend
-        batch = Batch(
-            endpoint_id=endpoint.id,
-            backend=endpoint.backend,
-            model=model,
-            tasks=tuple(members),
-            era=endpoint.breaker.start(now),
-            cost=cost,
-            started_at=now,
-        )
+        batch = Batch(endpoint.id, endpoint.backend, model, tuple(members), endpoint.breaker.start(now), cost, now)
         for task in members:
             task.batch = batch
         self._running.add(batch)
