@@ -29,6 +29,10 @@ class AsgiConnection:
         # reversed: of a repeated header the first value stands
         self.headers: dict[bytes, bytes] = dict(reversed(scope["headers"]))
 
+    def whole_body(self) -> bytes | None:
+        """ASGI tells only those who wait."""
+        return None
+
     async def receive(self) -> tuple[bytes, bool]:
         """The next piece of the body, and whether there is more; see `Connection`."""
         message = await self._receive()

@@ -30,7 +30,9 @@ async def read_json(exchange: Exchange, decoder: msgspec.json.Decoder[Body], lim
         if kind != b"application/json" and not kind.endswith(b"+json"):
             shown = kind.decode("latin-1")[:80]
             raise UnsupportedMediaType(f"this route reads application/json, not {shown!r}; set the Content-Type header")
-    raw = await exchange.body(limit)
+    raw = exchange.body_at_hand(limit)
+    if raw is None:
+        raw = await exchange.body(limit)
     return decode_json(raw, decoder), raw
 
 

@@ -64,6 +64,10 @@ class Connection(Protocol):
         """What was connected to: address and port."""
         ...
 
+    def whole_body(self) -> bytes | None:
+        """The body, if all of it is here already; None means `receive` it."""
+        ...
+
     async def receive(self) -> tuple[bytes, bool]:
         """The next piece of the body, and whether there is more.
 
@@ -163,6 +167,21 @@ class Exchange:
         client = self.connection.client
         return client[0] if client else ""
 
+    def body_at_hand(self, limit: int) -> bytes | None:
+        """The whole body, if it is here already; None means: await `body`.
+
+        Raises:
+            PayloadTooLarge: it is over `limit` bytes.
+        """
+        chunk = self.connection.whole_body()
+        if chunk is None:
+            return None
+        self.body_read = True
+        self.bytes_in = len(chunk)
+        if len(chunk) > limit:
+            raise PayloadTooLarge(f"the body has {len(chunk)} bytes; this route reads at most {limit}")
+        return chunk
+
     async def body(self, limit: int) -> bytes:
         """The whole body.
 
@@ -174,14 +193,8 @@ class Exchange:
         length = self._declared_length()
         if length is not None and length > limit:
             raise PayloadTooLarge(f"the body has {length} bytes; this route reads at most {limit}")
-        chunk, more = await self.connection.receive()
-        self.bytes_in = len(chunk)
-        if not more:
-            self.body_read = True
-            if len(chunk) > limit:
-                raise PayloadTooLarge(f"the body has {len(chunk)} bytes; this route reads at most {limit}")
-            return chunk
-        pieces = [chunk]
+        pieces: list[bytes] = []
+        more = True
         try:
             async with asyncio.timeout(BODY_SECONDS):
                 while more:

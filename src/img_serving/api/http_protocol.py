@@ -106,6 +106,12 @@ class HttpRequest:
         """What was connected to."""
         return self._protocol.server
 
+    def whole_body(self) -> bytes | None:
+        """The body, if all of it is here already; see `Connection`."""
+        if self.more_body or self.disconnected:
+            return None
+        return bytes(self.body)
+
     async def receive(self) -> tuple[bytes, bool]:
         """The next piece of the body, and whether there is more; see `Connection`."""
         if self.more_body and not self.body and not self.disconnected:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from enum import StrEnum
 
 import msgspec
@@ -35,8 +34,7 @@ Route = tuple[Target, ...]
 """The backends that could serve a request, in file order; the queue is chosen by it."""
 
 
-@dataclass(slots=True, eq=False)
-class Task:
+class Task(msgspec.Struct, eq=False):
     """One image of a job: the unit that is queued, batched and retried. Only the scheduler writes to it."""
 
     job: Job
@@ -44,7 +42,7 @@ class Task:
     seed: int
     attempts: int = 0
     """Attempts that may have drawn; one that never started costs nothing."""
-    tried: set[int] = field(default_factory=set)
+    tried: set[int] = msgspec.field(default_factory=set)
     """Identifiers of the endpoints that had it."""
     alone: bool = False
     """Set after a batch failed as a whole: it is tried without company, so that one bad member fails alone."""
@@ -53,9 +51,11 @@ class Task:
     """The running batch that it travels in."""
     artifact: Artifact | None = None
 
+    def __repr__(self) -> str:
+        return f"<Task {self.index} of {self.job.id}>"
 
-@dataclass(slots=True, eq=False)
-class Job:
+
+class Job(msgspec.Struct, eq=False):
     """One request's life. Times are seconds of the loop's clock. Only the scheduler writes to it."""
 
     id: str
@@ -67,7 +67,7 @@ class Job:
     request_id: str = ""
     traceparent: str | None = None
     status: JobStatus = JobStatus.QUEUED
-    tasks: list[Task] = field(default_factory=list)
+    tasks: list[Task] = msgspec.field(default_factory=list)
     started_at: float | None = None
     finished_at: float | None = None
     backend: str | None = None
@@ -80,7 +80,14 @@ class Job:
     error: GatewayError | None = None
 
     def __post_init__(self) -> None:
-        self.tasks = [Task(self, index, self.request.seed_of(index)) for index in range(self.request.n)]
+        request = self.request
+        if request.n == 1:
+            self.tasks = [Task(self, 0, request.seed)]
+        else:
+            self.tasks = [Task(self, index, request.seed_of(index)) for index in range(request.n)]
+
+    def __repr__(self) -> str:
+        return f"<Job {self.id}: {self.status}, {len(self.tasks)} pictures>"
 
     @property
     def is_over(self) -> bool:
@@ -93,8 +100,7 @@ class Job:
         return (self.started_at if self.started_at is not None else self.submitted_at) - self.submitted_at
 
 
-@dataclass(slots=True, eq=False)
-class Batch:
+class Batch(msgspec.Struct, eq=False):
     """Compatible tasks that travel to one endpoint in one call."""
 
     endpoint_id: int
@@ -104,6 +110,9 @@ class Batch:
     era: int
     cost: float
     started_at: float
+
+    def __repr__(self) -> str:
+        return f"<Batch of {len(self.tasks)} for {self.backend}>"
 
 
 class Ended(msgspec.Struct, frozen=True):
