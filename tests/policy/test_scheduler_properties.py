@@ -155,8 +155,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         seed=st.integers(0, 3),
         seed_given=st.booleans(),
         patience=st.sampled_from([5.0, 60.0, 1000.0]),
+        at_once=st.booleans(),
     )
-    def submit(self, *, n, route, prompt, steps, seed, seed_given, patience):
+    def submit(self, *, n, route, prompt, steps, seed, seed_given, patience, at_once):
         job = Job(
             id=f"job {len(self.submitted)}",
             request=ImageRequest(prompt, n=n, steps=steps, seed=seed, seed_given=seed_given),
@@ -170,6 +171,16 @@ class SchedulerMachine(RuleBasedStateMachine):
             endpoint.enabled and not endpoint.removed and endpoint.backend in {target.backend for target in route}
             for endpoint in self.endpoints.values()
         )
+        usable = {number for number, endpoint in self.endpoints.items() if endpoint.is_usable(self.now)}
+        if at_once and (batch := self.scheduler.start_at_once(job, self.now)) is not None:
+            assert before == 0
+            assert served
+            assert batch.tasks == (job.tasks[0],)
+            self.submitted.append(job)
+            self.open_jobs[job.id] = job
+            self.check_batch(batch, {id(job.tasks[0]): set()}, usable)
+            assert self.scheduler.queued == 0
+            return
         try:
             self.scheduler.submit(job)
         except NoUsableBackend:
@@ -202,23 +213,27 @@ class SchedulerMachine(RuleBasedStateMachine):
         usable = {number for number, endpoint in self.endpoints.items() if endpoint.is_usable(self.now)}
         seen: set[int] = set()
         for batch in self.scheduler.next_batches(self.now):
-            endpoint = self.endpoints[batch.endpoint_id]
-            assert endpoint.enabled
-            assert not endpoint.removed
-            assert 1 <= len(batch.tasks) <= endpoint.max_batch_size
-            assert may_travel_together(endpoint.capabilities.batch, batch.tasks)
-            target = next(one for one in batch.tasks[0].job.route if one.backend == endpoint.backend)
-            assert (batch.backend, batch.model) == (endpoint.backend, target.model)
             for task in batch.tasks:
                 assert id(task) not in seen
                 seen.add(id(task))
-                assert not task.job.is_over
-                assert task.artifact is None
-                assert endpoint.id not in before[id(task)]
-                assert task.attempts <= self.max_attempts
-                self.nothing_better_was_left(task, endpoint, before[id(task)], usable)
-            self.running.append(batch)
+            self.check_batch(batch, before, usable)
         self.nobody_waits_in_vain()
+
+    def check_batch(self, batch: Batch, before: dict[int, set[int]], usable: set[int]) -> None:
+        endpoint = self.endpoints[batch.endpoint_id]
+        assert endpoint.enabled
+        assert not endpoint.removed
+        assert 1 <= len(batch.tasks) <= endpoint.max_batch_size
+        assert may_travel_together(endpoint.capabilities.batch, batch.tasks)
+        target = next(one for one in batch.tasks[0].job.route if one.backend == endpoint.backend)
+        assert (batch.backend, batch.model) == (endpoint.backend, target.model)
+        for task in batch.tasks:
+            assert not task.job.is_over
+            assert task.artifact is None
+            assert endpoint.id not in before[id(task)]
+            assert task.attempts <= self.max_attempts
+            self.nothing_better_was_left(task, endpoint, before[id(task)], usable)
+        self.running.append(batch)
 
     def nothing_better_was_left(self, task: Task, chosen: EndpointState, tried: set[int], usable: set[int]) -> None:
         """A lower tier, or an endpoint that is not usable, is taken only where no usable endpoint stands before it."""
