@@ -7,25 +7,20 @@ import base64
 import gc
 import logging
 import os
-import secrets
-import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AsyncExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from types import FrameType
 from typing import Any
-
-import uvicorn
 
 from img_serving import __version__
 from img_serving.api.app import App
-from img_serving.api.http_protocol import HttpProtocol, close_stalled
 from img_serving.api.origin import Origin
+from img_serving.api.server import Server, listen
 from img_serving.api.services import Services
 from img_serving.backends.a1111 import A1111Backend
 from img_serving.backends.builtin import BuiltinBackend
@@ -33,7 +28,7 @@ from img_serving.backends.http import DetectingBackend
 from img_serving.backends.openai import OpenAIBackend
 from img_serving.backends.scripted import ScriptedBackend
 from img_serving.config import BackendConfig, Config, EndpointConfig
-from img_serving.domain.errors import GatewayError, StorageFailed
+from img_serving.domain.errors import StartError, StorageFailed
 from img_serving.domain.tenants import Tenant
 from img_serving.gateway.delivery import Delivery
 from img_serving.gateway.dispatcher import Dispatcher
@@ -46,6 +41,7 @@ from img_serving.policy.retry import RetryOptions
 from img_serving.policy.routing import RoutingOptions
 from img_serving.policy.scheduler import Scheduler, SchedulerOptions
 from img_serving.ports import ArtifactStore, Backend, StateStore
+from img_serving.state.admin_key import ENV_KEY, admin_key, remember_keys
 from img_serving.state.sqlite import SqliteState
 from img_serving.storage.local_disk import LocalDiskStore
 from img_serving.telemetry.logs import RequestLog, choose_format, set_up
@@ -58,12 +54,7 @@ log = logging.getLogger("img_serving")
 BUILTIN = BackendConfig(name="procedural", protocol="builtin")
 """What serves while the configuration names no backend."""
 
-KEY_HASHES = "admin_key_hashes"
 SWEEP_SECONDS = 60.0
-
-
-class StartError(Exception):
-    """The start is impossible; the message says what is wrong and what to do."""
 
 
 @dataclass(slots=True)
@@ -89,6 +80,10 @@ class Gateway:
     async def drain(self, seconds: float) -> None:
         """Take no new work, let what runs finish, answer the rest with 503."""
         await self.dispatcher.drain(seconds)
+
+    def abort(self) -> None:
+        """Answer everything with 503 at once."""
+        self.dispatcher.abort()
 
     async def stop(self) -> None:
         """Let go of everything, in the reverse order of the start."""
@@ -262,150 +257,6 @@ def _limits(config: Config) -> RateLimits:
     return RateLimits(allowance(limit), everybody=allowance(limit.global_), per_address=allowance(limit.address))
 
 
-# keys
-
-
-async def admin_key(config: Config, state: StateStore, env_file: Path | None) -> tuple[list[bytes], str | None]:
-    """The digests of the keys made at earlier starts, and a new key where there is none to call with.
-
-    Only a key's digest is kept. `env_file` (`make serve`) also remembers the key itself; if its key is lost or unknown, a
-    new one is made beside the old ones, which stay good.
-    """
-    if not config.auth.enabled:
-        return [], None
-    stored = await state.get_value(KEY_HASHES)
-    digests = [bytes.fromhex(one) for one in (stored or "").split(",") if one]
-    known = {*digests, *(digest_of(key.key) for key in config.auth.key_list())}
-    remembered = read_env_key(env_file) if env_file is not None else None
-    if remembered is not None and digest_of(remembered) in known:
-        return digests, None
-    if env_file is None and known:
-        return digests, None
-    if env_file is not None and config.auth.key_list():
-        # the operator has keys of their own: the file gets the first that may do everything
-        first = next((key.key for key in config.auth.key_list() if key.role == "admin"), None)
-        if first is not None:
-            write_env_key(env_file, first)
-            return digests, None
-    key = "sk-" + secrets.token_urlsafe(32)
-    digests.append(digest_of(key))
-    await state.put_value(KEY_HASHES, ",".join(one.hex() for one in digests))
-    if env_file is not None:
-        write_env_key(env_file, key)
-    return digests, key
-
-
-ENV_KEY = "IMG_SERVING_API_KEY"
-
-
-def read_env_key(path: Path) -> str | None:
-    """The key in an env file, or None."""
-    with suppress(OSError, UnicodeDecodeError):
-        for line in path.read_text().splitlines():
-            name, separator, value = line.removeprefix("export ").partition("=")
-            if separator and name.strip() == ENV_KEY:
-                return value.strip().strip("'\"") or None
-    return None
-
-
-def write_env_key(path: Path, key: str) -> None:
-    """Add or replace the one line with the key; the file is for its owner's eyes only.
-
-    Raises:
-        StartError: it cannot be written.
-    """
-    try:
-        lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if line.removeprefix("export ").partition("=")[0].strip() != ENV_KEY]
-        part = path.with_name(path.name + ".part")
-        with suppress(FileNotFoundError):
-            part.unlink()
-        fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(fd, "w") as file:
-            file.write("\n".join([*kept, f"{ENV_KEY}={key}"]) + "\n")
-        part.replace(path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise StartError(f"cannot write the API key to {path}: {error}") from error
-
-
-# serving
-
-
-class Server(uvicorn.Server):
-    """uvicorn's server with our order of stopping: no new connections, drain, then close."""
-
-    def __init__(self, config: uvicorn.Config, gateway: Gateway, drain_seconds: float) -> None:
-        super().__init__(config)
-        self._gateway = gateway
-        self._drain_seconds = drain_seconds
-        self._stop_now = asyncio.Event()
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT stop in order; a second one stops at once. The exit code stays 0."""
-        signals = (signal.SIGINT, signal.SIGTERM)
-        before = {sig: signal.signal(sig, self.handle_exit) for sig in signals}
-        try:
-            yield
-        finally:
-            for sig, handler in before.items():
-                signal.signal(sig, handler)
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - the handler's shape
-        """First signal: stop in order. Second: at once."""
-        if self.should_exit:
-            self.force_exit = True
-            asyncio.get_running_loop().call_soon_threadsafe(self._stop_now.set)
-        self.should_exit = True
-
-    async def on_tick(self, counter: int) -> bool:
-        """Uvicorn calls this ten times a second; once a second stalled connections are looked for."""
-        if counter % 10 == 0:
-            now = asyncio.get_running_loop().time()
-            close_stalled(list(self.server_state.connections), now, self.config.timeout_keep_alive)
-        return await super().on_tick(counter)
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stop accepting, let what runs finish or answer it with 503, then close connections."""
-        for server in self.servers:
-            server.close()
-        for one in sockets or []:
-            one.close()
-        log.info("stopping: no new connections; work in flight has %g s", self._drain_seconds)
-        drain = asyncio.ensure_future(self._gateway.drain(self._drain_seconds))
-        stop = asyncio.ensure_future(self._stop_now.wait())
-        await asyncio.wait({drain, stop}, return_when=asyncio.FIRST_COMPLETED)
-        stop.cancel()
-        if not drain.done():
-            drain.cancel()
-            self._gateway.dispatcher.abort()
-        await asyncio.wait({drain, stop})
-        await super().shutdown(sockets=None)
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket.
-
-    Raises:
-        StartError: the address is taken, or not ours.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(8192)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise StartError(
-            f"cannot listen on {host}:{port}: {reason}. Choose another with --port, or server.port in the configuration"
-        ) from error
-    listener.setblocking(False)
-    return listener
-
-
 def open_state(config: Config) -> SqliteState:
     """The state store in the data directory.
 
@@ -432,13 +283,17 @@ def open_store(config: Config) -> LocalDiskStore:
     return LocalDiskStore(Path(config.storage.dir), ttl_seconds=ttl or None, max_bytes=config.storage.max_bytes)
 
 
+def _say(line: str) -> None:
+    print(line, flush=True)  # noqa: T201 - what a person who starts it reads; the log goes to standard error
+
+
 async def serve(
     config: Config,
     *,
     source: Path | None,
     notes: tuple[str, ...] = (),
     env_file: Path | None = None,
-    announce: Callable[[str], None] = print,
+    announce: Callable[[str], None] = _say,
 ) -> None:
     """Run the gateway until a signal ends it.
 
@@ -449,48 +304,34 @@ async def serve(
     set_up(config.logging.level, chosen)
     for note in notes:
         log.warning("%s", note)
-    listener = listen(config.server.host, config.server.port)
-    state = open_state(config)
-    await state.open()
-    store = open_store(config)
-    try:
-        await store.prepare()
-    except StorageFailed as error:
-        log.warning('%s; response_format "b64_json" works all the same', error.message)
-    request_log = RequestLog(sys.stderr.fileno(), chosen, enabled=logging.getLogger().isEnabledFor(logging.INFO))
-    digests, new_key = await admin_key(config, state, env_file)
-    gateway = await build(
-        config,
-        state=state,
-        store=store,
-        key_hashes=digests,
-        request_log=request_log,
-        config_file=str(source) if source else None,
-    )
-    try:
+    async with AsyncExitStack() as stack:
+        listener = stack.enter_context(closing(listen(config.server.host, config.server.port)))
+        state = open_state(config)
+        await state.open()
+        stack.push_async_callback(state.close)
+        store = open_store(config)
+        stack.callback(store.close)
+        try:
+            await store.prepare()
+        except StorageFailed as error:
+            log.warning('%s; response_format "b64_json" works all the same', error.message)
+        digests, new_key = await admin_key(config, state, env_file)
+        gateway = await build(
+            config,
+            state=state,
+            store=store,
+            key_hashes=digests,
+            request_log=RequestLog(sys.stderr.fileno(), chosen, enabled=logging.getLogger().isEnabledFor(logging.INFO)),
+            config_file=str(source) if source else None,
+        )
+        stack.push_async_callback(gateway.stop)
         await gateway.start()
         _spare_the_collector()
-        _announce(config, listener, source, gateway, new_key=new_key, env_file=env_file, announce=announce)
-        server = Server(
-            uvicorn.Config(
-                gateway.app,
-                http=HttpProtocol,
-                loop="none",
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                timeout_keep_alive=75,
-                timeout_graceful_shutdown=2,
-                proxy_headers=False,
-            ),
-            gateway,
-            config.server.drain_timeout_seconds,
-        )
-        await server.serve(sockets=[listener])
-    finally:
-        await gateway.stop()
+        if new_key is not None:
+            _show_key(new_key, env_file, announce)
+            await remember_keys(digests, state)
+        _announce(config, listener, source, gateway, announce)
+        await Server(gateway.app, gateway, config.server.drain_timeout_seconds).serve(sockets=[listener])
 
 
 def _spare_the_collector() -> None:
@@ -503,25 +344,21 @@ def _spare_the_collector() -> None:
     gc.set_threshold(20_000, 20, 50)
 
 
+def _show_key(key: str, env_file: Path | None, announce: Callable[[str], None]) -> None:
+    announce(f"admin API key (shown once): {key}")
+    if env_file is not None:
+        place = env_file if env_file.is_absolute() else f"./{env_file}"
+        announce(f"it is also in {env_file} as {ENV_KEY}: run `. {place}` and use ${ENV_KEY}")
+
+
 def _announce(
-    config: Config,
-    listener: socket.socket,
-    source: Path | None,
-    gateway: Gateway,
-    *,
-    new_key: str | None,
-    env_file: Path | None,
-    announce: Callable[[str], None],
+    config: Config, listener: socket.socket, source: Path | None, gateway: Gateway, announce: Callable[[str], None]
 ) -> None:
     host, port = listener.getsockname()[:2]
     shown = {"0.0.0.0": "localhost", "::": "localhost"}.get(host, f"[{host}]" if ":" in host else host)
     names = ", ".join(one.name for one in gateway.registry.snapshots())
-    announce(f"img-serving {__version__} listens on http://{shown}:{port}  (docs: /docs)")
     announce(f"configuration: {source or 'defaults'}; backends: {names}")
-    if new_key is not None:
-        announce(f"admin API key (shown once): {new_key}")
-        if env_file is not None:
-            announce(f"it is also in {env_file} as {ENV_KEY}: run `. ./{env_file}` and use ${ENV_KEY}")
+    announce(f"img-serving {__version__} listens on http://{shown}:{port}  (docs: /docs)")
     if not config.auth.enabled and host not in {"127.0.0.1", "::1"}:
         log.warning(
             "AUTHENTICATION IS OFF and the gateway listens on %s: everybody who reaches it may draw, and may add and "
@@ -540,6 +377,3 @@ def run(main: Callable[[], Any]) -> None:
         factory = None
     with asyncio.Runner(loop_factory=factory) as runner:
         runner.run(main())
-
-
-__all__ = ["GatewayError", "StartError", "build", "run", "serve"]

@@ -16,6 +16,7 @@ import pytest
 from img_serving import main as root
 from img_serving.cli import main
 from img_serving.config import Config
+from img_serving.domain.errors import StartError
 from img_serving.state.sqlite import StateError
 from img_serving.transport import allocator
 
@@ -111,7 +112,7 @@ def test_a_file_that_is_not_there_is_exit_code_2(capsys: Out) -> None:
     assert 'there is no file "nowhere.toml"' in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("error", [root.StartError("the port is taken"), StateError("the state file is damaged")])
+@pytest.mark.parametrize("error", [StartError("the port is taken"), StateError("the state file is damaged")])
 def test_a_start_that_is_impossible_is_one_message(
     error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: Out
 ) -> None:
@@ -149,10 +150,13 @@ def test_the_real_program_listens_announces_its_key_and_ends_with_0_on_sigterm(t
         command, cwd=tmp_path, env=environ, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as program:
         assert program.stdout is not None
-        lines = [program.stdout.readline() for _ in range(3)]
-        port = int(lines[0].split("://127.0.0.1:")[1].split()[0])
-        with socket.create_connection(("127.0.0.1", port), timeout=5):
-            pass
-        program.send_signal(signal.SIGTERM)
-        assert program.wait(10) == 0
-    assert "sk-" in lines[2]
+        try:
+            lines = [program.stdout.readline() for _ in range(3)]
+            port = int(lines[2].split("://127.0.0.1:")[1].split()[0])
+            with socket.create_connection(("127.0.0.1", port), timeout=5):
+                pass
+            program.send_signal(signal.SIGTERM)
+            assert program.wait(10) == 0
+        finally:
+            program.kill()
+    assert "sk-" in lines[0]

@@ -84,7 +84,7 @@ def _wait(process: subprocess.Popen[str], directory: Path) -> tuple[str, str]:
     while time.monotonic() < until:
         said = (directory / "stdout.txt").read_text()
         found = re.search(r"listens on (http://\S+?:\d+)", said)
-        if found and "configuration:" in said and said.endswith("\n"):
+        if found and said.endswith("\n"):
             return found.group(1), said
         if process.poll() is not None:
             break

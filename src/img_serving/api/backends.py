@@ -93,6 +93,10 @@ class Backends:
             snapshot = await self._services.registry.add(config)
         except ValueError as error:
             raise InvalidRequest(str(error), code="invalid_backend", param=config.protocol) from None
+        except OSError as error:
+            # the only file that a backend names
+            reason = error.strerror or str(error)
+            raise InvalidRequest(f"ca_file: {reason}", code="invalid_backend", param="ca_file") from None
         return Reply(201, (msgspec.json.encode(_record(snapshot)),))
 
     async def remove(self, exchange: Exchange) -> Reply:

@@ -155,7 +155,7 @@ def _remembered_key() -> str | None:
     path = Path(".env")
     if not path.exists():
         return None
-    from img_serving.main import read_env_key
+    from img_serving.state.admin_key import read_env_key
 
     return read_env_key(path)
 

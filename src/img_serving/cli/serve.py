@@ -60,6 +60,7 @@ def _serve(args: argparse.Namespace) -> int:
     import msgspec
 
     from img_serving import main
+    from img_serving.domain.errors import StartError
     from img_serving.state.sqlite import StateError
 
     given = {name: value for name in ("host", "port") if (value := getattr(args, name)) is not None}
@@ -75,7 +76,7 @@ def _serve(args: argparse.Namespace) -> int:
                 announce=_announce,
             )
         )
-    except (main.StartError, StateError) as error:
+    except (StartError, StateError) as error:
         raise CommandFailed(str(error)) from error
     except (OSError, ValueError):
         check_backends(config)  # says so if an adapter refuses what its backend is configured with

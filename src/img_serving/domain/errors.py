@@ -163,6 +163,10 @@ class Cancelled(GatewayError):
     status = 499
 
 
+class StartError(Exception):
+    """The gateway cannot start; the message says what is wrong and what to do."""
+
+
 class Outcome(StrEnum):
     """How an attempt ended. A client error and a cancellation are none of these four (see `BackendRefusal`)."""
 

@@ -115,15 +115,15 @@ class Registry:
         for record in await self._state.backends():
             try:
                 config = backend_from_mapping(msgspec.json.decode(record))
-            except (ValueError, msgspec.DecodeError) as error:
+                if config.name not in self._entries:
+                    self._bring_up(config, "api")
+                    continue
+            except (ValueError, OSError, msgspec.DecodeError) as error:
                 log.error(  # noqa: TRY400 - the record is at fault, not the code: no traceback
                     "a backend stored in the data directory cannot be used and is left out: %s", error
                 )
                 continue
-            if config.name in self._entries:
-                log.warning("the stored backend %r is hidden by the one of the same name in the file", config.name)
-                continue
-            self._bring_up(config, "api")
+            log.warning("the stored backend %r is hidden by the one of the same name in the file", config.name)
         for entry in self._entries.values():
             await self._ask_in_process(entry)
 
