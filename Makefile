@@ -20,7 +20,7 @@ $(STAMP): requirements/dev.txt pyproject.toml
 install: $(STAMP) ## make .venv with the program and everything that the tests need
 
 serve: $(STAMP) ## start the gateway on :8080 with the built-in backend
-	@IMG_SERVING_ENV_FILE=.env $(BIN)/img-serving serve $(SERVE_ARGS)
+	@set -a; if [ -f .env ]; then . ./.env; fi; IMG_SERVING_ENV_FILE=.env; exec $(BIN)/img-serving serve $(SERVE_ARGS)
 
 test: $(STAMP) ## run the whole suite
 	@$(BIN)/python -m pytest -n auto $(TEST_ARGS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import msgspec
@@ -13,10 +14,24 @@ from img_serving.domain.errors import InvalidRequest, UnsupportedMediaType
 Body = TypeVar("Body")
 
 _FIELD = re.compile(r" - at `\$\.?([^`]*)`$")
+_TYPES = re.compile(r"Expected `([a-z| ]+)`, got `([a-z]+)`")
+_KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "a string",
+    "bool": "true or false",
+    "object": "an object",
+    "array": "a list",
+    "null": "null",
+}
+Choices = Mapping[str, Sequence[str]]
+
 _MISSING = re.compile(r"Object missing required field `([^`]+)`")
 
 
-async def read_json(exchange: Exchange, decoder: msgspec.json.Decoder[Body], limit: int) -> tuple[Body, bytes]:
+async def read_json(
+    exchange: Exchange, decoder: msgspec.json.Decoder[Body], limit: int, choices: Choices | None = None
+) -> tuple[Body, bytes]:
     """The decoded body and its bytes.
 
     Raises:
@@ -33,15 +48,15 @@ async def read_json(exchange: Exchange, decoder: msgspec.json.Decoder[Body], lim
     raw = exchange.body_at_hand(limit)
     if raw is None:
         raw = await exchange.body(limit)
-    return decode_json(raw, decoder), raw
+    return decode_json(raw, decoder, choices), raw
 
 
-def decode_json(raw: bytes, decoder: msgspec.json.Decoder[Body]) -> Body:
+def decode_json(raw: bytes, decoder: msgspec.json.Decoder[Body], choices: Choices | None = None) -> Body:
     """Decode and validate; see `read_json` for what is raised."""
     try:
         return decoder.decode(raw)
     except msgspec.ValidationError as error:
-        raise invalid(error) from None
+        raise invalid(error, choices) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         text = "the body is empty" if not raw.strip() else f"the body is not valid JSON: {error}"
         raise InvalidRequest(text, code="invalid_json") from None
@@ -49,8 +64,8 @@ def decode_json(raw: bytes, decoder: msgspec.json.Decoder[Body]) -> Body:
         raise InvalidRequest("the body is nested too deeply", code="invalid_json") from None
 
 
-def invalid(error: msgspec.ValidationError) -> InvalidRequest:
-    """A validation error with its field in `param`: `$.n` becomes `n`."""
+def invalid(error: msgspec.ValidationError, choices: Choices | None = None) -> InvalidRequest:
+    """A validation error with its field in `param`: `$.n` becomes `n`. `choices` are the words that a field takes."""
     text = str(error)
     missing = _MISSING.match(text)
     field = _FIELD.search(text)
@@ -61,5 +76,11 @@ def invalid(error: msgspec.ValidationError) -> InvalidRequest:
     reason = _FIELD.sub("", text)
     if not path:
         return InvalidRequest(f"the body must be a JSON object: {reason}", code="invalid_type")
-    code = "invalid_type" if re.match(r"Expected `[a-z| ]+`, got", reason) else "invalid_value"
-    return InvalidRequest(f"{path}: {reason[0].lower()}{reason[1:]}", code=code, param=path)
+    mistyped = _TYPES.fullmatch(reason)
+    if mistyped:
+        names = [_KINDS.get(one, one) for one in mistyped.group(1).split(" | ") if one != "null"]
+        told = f"{path}: must be {' or '.join(names)}, not {_KINDS.get(mistyped.group(2), mistyped.group(2))}"
+        return InvalidRequest(told, code="invalid_type", param=path)
+    if reason.startswith("Invalid enum value") and choices is not None and path in choices:
+        reason = f"{reason}; it must be one of {', '.join(choices[path])}"
+    return InvalidRequest(f"{path}: {reason[0].lower()}{reason[1:]}", code="invalid_value", param=path)

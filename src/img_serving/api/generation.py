@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeVar
@@ -78,6 +79,17 @@ class GenerationBody(msgspec.Struct, kw_only=True, gc=False):
 
 
 KNOWN_FIELDS = frozenset(GenerationBody.__struct_fields__)
+
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "quality": ("auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"),
+    "style": ("vivid", "natural"),
+    "background": ("auto", "transparent", "opaque"),
+    "moderation": ("auto", "low"),
+    "response_format": ("url", "b64_json", "base64", "file"),
+    "output_format": ("png", "jpeg", "jpg", "webp"),
+}
+"""The words that a field takes, for messages; a test holds them to the types."""
 
 
 class Image(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -249,6 +261,18 @@ def unknown_fields(raw: bytes) -> list[str]:
     except msgspec.DecodeError:
         return []
     return sorted(set(body) - KNOWN_FIELDS) if isinstance(body, dict) else []
+
+
+def refuse_unknown(raw: bytes) -> None:
+    """For `strict`: a field that nobody here knows is refused instead of ignored.
+
+    Raises:
+        InvalidRequest: naming the first, and the nearest known one.
+    """
+    for name in unknown_fields(raw):
+        near = difflib.get_close_matches(name, KNOWN_FIELDS, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise InvalidRequest(f"unknown field {name[:80]!r}{hint}", code="unknown_parameter", param=name[:80])
 
 
 def _check_text(text: str, name: str, bounds: Bounds) -> None:

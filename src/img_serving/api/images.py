@@ -10,9 +10,17 @@ import msgspec
 
 from img_serving.api.bodies import read_json
 from img_serving.api.exchange import ClientDisconnected, Exchange, Reply
-from img_serving.api.generation import Bounds, GenerationBody, response_format_of, to_request, unknown_fields
+from img_serving.api.generation import (
+    CHOICES,
+    Bounds,
+    GenerationBody,
+    refuse_unknown,
+    response_format_of,
+    to_request,
+    unknown_fields,
+)
 from img_serving.api.services import Services
-from img_serving.domain.errors import GatewayError
+from img_serving.domain.errors import GatewayError, NotFound
 from img_serving.domain.jobs import Job
 
 log = logging.getLogger(__name__)
@@ -39,12 +47,14 @@ class Images:
     async def generate(self, exchange: Exchange) -> Reply:
         """`POST /v1/images/generations`."""
         services = self._services
-        body, raw = await read_json(exchange, self._decoder, self._limit)
+        body, raw = await read_json(exchange, self._decoder, self._limit, CHOICES)
         if log.isEnabledFor(logging.DEBUG):
             unknown = unknown_fields(raw)
             if unknown:
                 told = {"request_id": exchange.request_id, "unknown": unknown}
                 log.debug("unknown fields ignored", extra={"fields": told})
+        if body.strict:
+            refuse_unknown(raw)
         response_format = response_format_of(body, self._bounds)
         request = to_request(body, self._bounds)
         traceparent = exchange.header(b"traceparent")
@@ -74,6 +84,12 @@ class Images:
         if ignored:
             headers.append((b"x-img-serving-ignored", ", ".join(ignored).encode()))
         return Reply(200, answer.parts, headers=headers)
+
+    async def not_yet(self, exchange: Exchange) -> Reply:
+        """Edits and variations: routes of the API that this version does not serve, said so."""
+        raise NotFound(
+            f"{exchange.path} is not supported by this version; it makes new pictures only", code="unsupported"
+        )
 
 
 def _canceller(exchange: Exchange) -> Callable[[], None]:

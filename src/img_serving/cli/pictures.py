@@ -120,6 +120,8 @@ def check_output(output: str | None, count: int) -> None:
     directory = path if output is None or is_directory(output) else path.parent
     if not directory.is_dir():
         raise CommandFailed(f"there is no directory {directory}: make it first (mkdir -p {directory})")
+    if output is not None and path.exists() and not (path.is_file() or path.is_dir()):
+        return  # a device or a pipe is written to, not replaced, so its directory does not matter
     if not os.access(directory, os.W_OK | os.X_OK):
         raise CommandFailed(f"the directory {directory} cannot be written to by this user")
 

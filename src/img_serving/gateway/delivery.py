@@ -55,8 +55,10 @@ class Delivery:
         self._strip = strip
         self._pool: ThreadPoolExecutor | None = None
 
-    async def answer(self, job: Job, response_format: ResponseFormat, base_url: Callable[[], str]) -> Answer:
-        """Encode, store or inline every picture of `job`.
+    async def answer(
+        self, job: Job, response_format: ResponseFormat, base_url: Callable[[], str], *, transparent: bool = False
+    ) -> Answer:
+        """Encode, store or inline every picture of `job`. `transparent`: its backend honoured such a background.
 
         Raises:
             StorageFailed: a picture could not be stored; its message says what works instead.
@@ -90,7 +92,7 @@ class Delivery:
             opening = closing + b",{"
         first = artifacts[0]
         parts.append(
-            closing + _effective(first.width, first.height, request.quality, request.background, first.media_type)
+            closing + _effective(first.width, first.height, request.quality, first.media_type, transparent=transparent)
         )
         self._metrics.stage_seconds.observe(self._clock() - started, "deliver")
         return Answer(tuple(parts), job)
@@ -145,12 +147,12 @@ def effective_quality(quality: str | None) -> str:
 
 
 @lru_cache(maxsize=256)
-def _effective(width: int, height: int, quality: str | None, background: str | None, media_type: str) -> bytes:
+def _effective(width: int, height: int, quality: str | None, media_type: str, *, transparent: bool) -> bytes:
     """The end of a reply: what was really made."""
     return b'],"size":"%dx%d","quality":%s,"background":"%s","output_format":"%s"}' % (
         width,
         height,
         _quoted(effective_quality(quality)),
-        b"transparent" if background == "transparent" else b"opaque",
+        b"transparent" if transparent else b"opaque",
         FORMATS[media_type].encode(),
     )

@@ -81,7 +81,8 @@ class Pipeline:
     async def run(self, job: Job, response_format: ResponseFormat, base_url: Callable[[], str]) -> Answer:
         """Wait for the pictures and make the answer of them; `base_url` is asked for where URLs are made."""
         await self._dispatcher.run(job)
-        return await self._delivery.answer(job, response_format, base_url)
+        transparent = job.request.background == "transparent" and "background" not in self.ignored(job)
+        return await self._delivery.answer(job, response_format, base_url, transparent=transparent)
 
     def ignored(self, job: Job) -> tuple[str, ...]:
         """Parameters the client set that the backend which drew could not honour."""

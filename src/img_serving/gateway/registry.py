@@ -16,7 +16,7 @@ from img_serving.config import BackendConfig, EndpointConfig, backend_from_mappi
 from img_serving.domain.errors import Conflict, NotFound
 from img_serving.domain.jobs import Batch, Job
 from img_serving.gateway.tasks import TaskRegistry
-from img_serving.policy.circuit_breaker import BreakerOptions, CircuitBreaker
+from img_serving.policy.circuit_breaker import BreakerOptions, BreakerState, CircuitBreaker
 from img_serving.policy.endpoint import EndpointSnapshot, EndpointState
 from img_serving.policy.health import Health, HealthOptions, HealthRecord
 from img_serving.policy.routing import Candidate
@@ -39,6 +39,8 @@ class Endpoint:
     adapter: Backend
     config: EndpointConfig
     models: tuple[str, ...] = ()
+    breaker: BreakerState = BreakerState.CLOSED
+    """What the log last said of its breaker."""
 
 
 @dataclass(slots=True, eq=False)
@@ -226,7 +228,16 @@ class Registry:
         )
 
     def batch_ended(self, batch: Batch) -> None:
-        """Close a removed backend's adapters once its last batch is over."""
+        """Tell of a breaker that moved, and close a removed backend's adapters once its last batch is over."""
+        known = self._by_id.get(batch.endpoint_id)
+        if known is not None:
+            _, endpoint = known
+            state = endpoint.state.breaker.standing
+            if state is not endpoint.breaker:
+                endpoint.breaker = state
+                fields = {"backend": batch.backend, "endpoint": endpoint.state.url, "error": endpoint.state.last_error}
+                level = logging.WARNING if state is BreakerState.OPEN else logging.INFO
+                log.log(level, "circuit breaker is %s", state.value, extra={"fields": fields})
         if batch.backend in self._leaving and self._scheduler.is_idle(batch.backend):
             for endpoint in self._leaving.pop(batch.backend):
                 self._retire(endpoint)

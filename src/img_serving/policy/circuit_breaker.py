@@ -46,6 +46,11 @@ class CircuitBreaker:
         self._open_until = 0.0
         self._trials = 0
 
+    @property
+    def standing(self) -> BreakerState:
+        """What the last call made of it, whatever time has passed since."""
+        return self._state
+
     def state(self, now: float) -> BreakerState:
         """What it is at `now`; changes nothing."""
         if self._state is BreakerState.OPEN and now >= self._open_until:

@@ -152,7 +152,8 @@ def _default(enabled: Sequence[Candidate], options: RoutingOptions) -> Candidate
     for backend in enabled:
         if backend.name == options.default_backend:
             return backend
-    return enabled[0]
+    # the built-in one stands in only where there is no other
+    return next((backend for backend in enabled if not backend.serves_any), enabled[0])
 
 
 def _default_model(backend: Candidate) -> str | None:
