@@ -7,6 +7,7 @@ import base64
 import io
 import logging
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 from PIL import Image
@@ -14,6 +15,7 @@ from tests.support.asgi import Client
 from tests.support.gateways import ADMIN, running, scripted
 from tests.support.virtual_time import run_virtual
 
+from img_serving.api.generation import CHOICES, GenerationBody
 from img_serving.storage.local_disk import LocalDiskStore
 
 ONE = scripted("one")
@@ -685,3 +687,88 @@ backends = ["b"]
             assert [one["id"] for one in (await kim.get("/v1/models")).json()["data"]] == ["m1"]
 
     run_virtual(main())
+
+
+def test_the_words_in_messages_are_those_of_the_types() -> None:
+    hints = get_type_hints(GenerationBody, include_extras=False)
+    for name, words in CHOICES.items():
+        literals = [one for one in get_args(hints[name]) if get_args(one)] or [hints[name]]
+        assert tuple(get_args(literals[0])) == words, name
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"output_format": "gif"}, "one of png, jpeg, jpg, webp"),
+        ({"n": "two"}, "n: must be a whole number, not a string"),
+        ({"prompt": 5}, "prompt: must be a string, not a whole number"),
+        ({"stream": "yes"}, "stream: must be true or false, not a string"),
+    ],
+)
+def test_messages_say_what_would_be_right(fields: dict[str, object], says: str) -> None:
+    async def main() -> None:
+        async with running(ONE) as gateway:
+            assert says in (await gateway.client.draw(**fields)).error["message"]
+
+    run_virtual(main())
+
+
+def test_strict_refuses_fields_that_nobody_knows() -> None:
+    async def main() -> None:
+        async with running(ONE) as gateway:
+            reply = await gateway.client.draw(size="16x16", strict=True, sizee="1x1")
+            assert reply.status == 400
+            assert reply.error["param"] == "sizee"
+            assert "size" in reply.error["message"]
+            assert (await gateway.client.draw(size="16x16", strict=True)).status == 200
+
+    run_virtual(main())
+
+
+def test_the_background_told_is_the_one_that_was_drawn() -> None:
+    async def main() -> None:
+        async with running("") as gateway:
+            reply = await gateway.client.draw(size="32x32", steps=1, background="transparent")
+            assert reply.json()["background"] == "opaque"
+            assert reply.headers["x-img-serving-ignored"] == "background"
+        async with running(ONE) as gateway:
+            reply = await gateway.client.draw(size="16x16", background="transparent")
+            assert reply.json()["background"] == "transparent"
+
+    asyncio.run(main())
+
+
+def test_the_built_in_backend_is_the_last_resort() -> None:
+    async def main() -> None:
+        async with running("") as gateway:
+            await gateway.client.post(
+                "/v1/backends", {"name": "mine", "protocol": "scripted", "models": ["m"], "default_size": "16x16"}
+            )
+            assert (await gateway.client.draw()).headers["x-backend"] == "mine"
+            assert (await gateway.client.draw(model="m")).headers["x-backend"] == "mine"
+            other = await gateway.client.draw(model="dall-e-3", size="32x32", steps=1)
+            assert other.headers["x-backend"] == "procedural"
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("path", ["/v1/images/edits", "/v1/images/variations", "/images/edits"])
+def test_what_is_not_served_yet_says_so(path: str) -> None:
+    async def main() -> None:
+        async with running(ONE) as gateway:
+            reply = await gateway.client.post(path, {"prompt": "x"})
+            assert reply.status == 404
+            assert "not supported" in reply.error["message"]
+
+    run_virtual(main())
+
+
+def test_a_breaker_that_opens_is_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        async with running(scripted("a", sequence=["fail"])) as gateway:
+            for _ in range(6):
+                await gateway.client.draw(size="16x16")
+
+    with caplog.at_level(logging.INFO, logger="img_serving.gateway.registry"):
+        run_virtual(main())
+    assert [one.message for one in caplog.records if "breaker" in one.message] == ["circuit breaker is open"]

@@ -177,14 +177,17 @@ def read_script(kind: type[Kind], script: Mapping[str, Any]) -> Kind:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)
             raise ValueError(
-                f"{name}: unknown option" + (f"; did you mean {near[0]}?" if near else f" (known: {known})")
+                f"{name}: unknown option" + (f"; did you mean {near[0]}?" if near else f" (known: {', '.join(known)})")
             )
     for name, value in script.items():
         try:
             # one at a time, so that the message can name the option
             msgspec.convert({name: value}, kind)
         except msgspec.ValidationError as error:
-            raise ValueError(f"{name}: {str(error).partition(' - at ')[0]}") from None
+            reason = str(error).partition(" - at ")[0]
+            if name == "sequence" and reason.startswith("Invalid enum value"):
+                reason += f"; a step is one of {', '.join(STEPS)}"
+            raise ValueError(f"{name}: {reason}") from None
         if name == "sequence" and not value:
             raise ValueError("sequence: it needs at least one step")
     return msgspec.convert(dict(script), kind)

@@ -45,7 +45,7 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
         "--seed", type=whole(0, 2**63 - 1), metavar="N", help="of the first picture; the next have N+1 …"
     )
     picture.add_argument("--guidance", type=number, metavar="F", help="how strongly the words bind the picture")
-    picture.add_argument("--negative", type=words, metavar="TEXT", help="what not to draw")
+    picture.add_argument("--negative", "--negative-prompt", type=words, metavar="TEXT", help="what not to draw")
     picture.add_argument("--model", type=words, metavar="M", help="a model, an alias, or a backend's name")
     picture.add_argument("--backend", type=words, metavar="B", help="use this backend and no other")
     picture.add_argument("--format", choices=("png", "jpeg", "webp"), help="of the file")

@@ -59,9 +59,11 @@ def words(text: str) -> str:
 
 
 def size(text: str) -> str:
-    """WIDTHxHEIGHT in pixels."""
-    if not _SIZE.fullmatch(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size: it must be WIDTHxHEIGHT, such as 1024x1024")
+    """WIDTHxHEIGHT in pixels, or "auto"."""
+    if text != "auto" and not _SIZE.fullmatch(text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a size: it must be WIDTHxHEIGHT with sides of 1 to 99999 pixels, such as 1024x1024, or auto"
+        )
     return text
 
 
