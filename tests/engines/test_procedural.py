@@ -124,7 +124,68 @@ def test_english_and_korean_words_mean_the_same(english: str, korean: str) -> No
         assert not {"night", "sunset"} & set(english.split())
 
 
-@pytest.mark.parametrize("word", ["달리는", "강아지", "산책", "눈물", "category", "sung"])
+@pytest.mark.parametrize(
+    ("english", "korean", "places"),
+    [
+        ("lighthouse", "등대", {"sea"}),
+        ("boat", "배", {"sea"}),
+        ("island", "섬", {"sea"}),
+        ("beach", "해변", {"sea"}),
+        ("river", "강", {"lake"}),
+        ("bridge", "다리", {"lake", "hills"}),
+        ("castle", "성", {"mountain", "forest"}),
+        ("tower", "탑", {"city"}),
+        ("house", "집", {"hills"}),
+        ("tree", "나무", {"forest"}),
+        ("garden", "정원", {"flower"}),
+        ("cat", "고양이", {"flower"}),
+        ("dog", "강아지", {"flower"}),
+        ("fox", "여우", {"forest"}),
+    ],
+)
+def test_a_thing_alone_stands_where_it_belongs(english: str, korean: str, places: set[str]) -> None:
+    for word in (english, korean, f"{english} at dusk", f"황혼의 {korean}"):
+        scene = compose(word, None, 7, 7.0)
+        assert scene.places == places, word
+        assert scene.lighthouse is (english == "lighthouse")
+        assert scene.time == "dusk" or word in {english, korean}
+
+
+def test_a_thing_stays_where_words_put_it() -> None:
+    for prompt in ("a boat on a lake", "호수 위의 배"):
+        assert compose(prompt, None, 7, 7.0).places == {"lake"}
+    assert compose("a castle in the desert", None, 7, 7.0).places == {"desert"}
+    assert "sea" not in compose("a boat", "sea", 7, 7.0).places
+
+
+@pytest.mark.parametrize(("english", "korean", "aspect"), [("rain", "비", "clouds"), ("fog", "안개", "mist")])
+def test_weather_words_mean_the_same(english: str, korean: str, aspect: str) -> None:
+    assert all(getattr(compose(word, None, 7, 7.0), aspect) >= 0.95 for word in (english, korean))
+
+
+def test_words_without_a_place_are_painted_as_a_landscape() -> None:
+    for prompt in ("teapot", "a wooden chair", "찻주전자", "justice", "zxqv"):
+        for seed in range(5):
+            assert "abstract" not in compose(prompt, None, seed, 7.0).places
+    for prompt in ("abstract", "추상", "a pattern"):
+        assert compose(prompt, None, 7, 7.0).place == "abstract"
+
+
+@pytest.mark.parametrize("prompt", ["a lighthouse at dusk", "노을 지는 등대"])
+def test_a_lighthouse_stands_aside(prompt: str) -> None:
+    """Its dark rock is on the side away from the sun, and it is the same at every size."""
+    for seed in range(4):
+        scene = compose(prompt, None, seed, 7.0)
+        small, large = draw(prompt, seed=seed).astype(int), draw(prompt, seed=seed, width=192, height=192).astype(int)
+        without = draw(prompt, negative_prompt="lighthouse", seed=seed, width=192, height=192)
+        dark = large.max(axis=2)[-20:] < 90
+        sides = (dark[:, :96].mean(), dark[:, 96:].mean())
+        assert (sides[0] > sides[1]) == (scene.light[0] > 0)  # the rock is where the sun is not
+        assert changed(large.astype(np.uint8), without) > 0.15
+        assert np.abs(small - large.reshape(96, 2, 96, 2, 3).mean(axis=(1, 3))).mean() < 12
+
+
+@pytest.mark.parametrize("word", ["달리는", "강력한", "배경", "산책", "눈물", "category", "sung"])
 def test_a_word_that_only_begins_like_a_known_one_is_unknown(word: str) -> None:
     assert senses(unicodedata.normalize("NFC", word)) == ()
 
@@ -216,6 +277,7 @@ def test_the_scene_is_the_same_at_every_size() -> None:
         "abstract",
         "aurora over a mountain lake, forest, moon",
         "minimal desert beach",
+        "lighthouse at dusk",
     ],
 )
 def test_every_size_can_be_drawn(prompt: str, size: tuple[int, int]) -> None:

@@ -13,7 +13,8 @@ How a picture comes about, and where:
     both  -> `Frame`   one size and stage, and its coordinates        frame
           -> pixels    in bands of rows, from back to front           canvas, finish
                          at reduced resolution                        backdrop: sky, space, abstract
-                         at full resolution                           stars, bodies, ranges (land, flora, city), water
+                         at full resolution                           stars, bodies, ranges (land, flora, city),
+                                                                      lighthouse, water
                          on top                                       foreground
 Underneath: chance and noise (all that is random), fields and colours (all arithmetic), limits (what is taken).
 

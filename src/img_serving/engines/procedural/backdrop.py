@@ -43,7 +43,7 @@ def _drawn(frame: Frame) -> Array:
     scene = frame.scene
     if scene.place == "abstract" and frame.open:
         return silk(frame)
-    share = 1.0 if frame.open else scene.horizon
+    share = 1.0 if frame.open else scene.horizon + (0.0 if scene.water else 0.10)  # hills may dip below the horizon
     rows = min(frame.rows, math.ceil(frame.rows * share) + 2)
     return nebula(frame, rows) if scene.time == "space" else sky(frame, rows)
 

@@ -17,6 +17,7 @@ from img_serving.engines.procedural.finish import Finish
 from img_serving.engines.procedural.foreground import stamps
 from img_serving.engines.procedural.frame import Frame
 from img_serving.engines.procedural.land import land
+from img_serving.engines.procedural.lighthouse import Lighthouse
 from img_serving.engines.procedural.ranges import Ground
 from img_serving.engines.procedural.stars import Stars
 from img_serving.engines.procedural.water import Water
@@ -37,10 +38,13 @@ def draw(frame: Frame, pause: Pause) -> Array:
     ranges, fronts = land(frame)
     ground = Ground(frame, ranges + fronts)
     water = Water(frame) if scene.water else None
+    lighthouse = Lighthouse(frame) if scene.lighthouse and not frame.open else None
     for first, last in _bands(frame):
         pause()
         if water is not None and first >= frame.horizon:
             planes = water.reflect(image, first, last)
+            if lighthouse is not None:
+                lighthouse.show(planes, first, last)
             ground.lay(planes, fronts, first, last)
         else:
             shown = ranges if water is not None else ranges + fronts
@@ -50,7 +54,14 @@ def draw(frame: Frame, pause: Pause) -> Array:
                 if stars is not None:
                     stars.shine(planes, first, last)
                 bodies.show(planes, first, last)
-            ground.lay(planes, shown, first, last)
+                if lighthouse is not None:
+                    lighthouse.beam(planes, first, last)
+            if lighthouse is None:
+                ground.lay(planes, shown, first, last)
+            else:
+                ground.lay(planes, ranges, first, last)
+                lighthouse.show(planes, first, last)
+                ground.lay(planes, shown[len(ranges) :], first, last)
         finish.write(planes, image, first, last)
     for stamp in stamps(frame):
         pause()

@@ -12,6 +12,7 @@ from img_serving.engines.procedural.colours import mix
 from img_serving.engines.procedural.fields import smooth
 from img_serving.engines.procedural.flora import firs, spikes, woods
 from img_serving.engines.procedural.frame import Frame
+from img_serving.engines.procedural.lighthouse import headland
 from img_serving.engines.procedural.noise import profile
 from img_serving.engines.procedural.ranges import Range, depths, range_at
 
@@ -38,8 +39,10 @@ def land(frame: Frame) -> tuple[list[Range], list[Range]]:
         ranges += _coast(frame)
     if scene.water and scene.beach:
         fronts += _beach(frame)
-    elif scene.water and scene.places & {"forest", "mountain"} and not flat:
+    elif scene.water and scene.places & {"forest", "mountain"} and not flat and not scene.lighthouse:
         fronts += firs(frame)
+    if scene.lighthouse:
+        fronts += headland(frame)
     return ranges, fronts
 
 
@@ -55,7 +58,10 @@ def _mountains(frame: Frame, count: int) -> list[Range]:
         middle = np.float32(0.55 * (chance("peak", scene.key, i) - 0.5))
         lone = 1.0 / (1.0 + (frame.x - middle) ** 2 * np.float32(3.0))
         tall = (0.50 - 0.30 * near) * (0.80 if scene.water else 1.0) * (1.0 if alone else 0.9)
-        crest = np.float32(foot) - peaks * (np.float32(0.45) + lone * np.float32(0.65)) * np.float32(tall)
+        rolls = profile(f"{scene.key}:foot{i}", x, min(0.6, frame.detail), octaves=5) * np.float32(0.022)
+        crest = (
+            np.float32(foot - 0.012) - rolls - peaks * (np.float32(0.45) + lone * np.float32(0.65)) * np.float32(tall)
+        )
         snow = 0.62 if scene.snow >= 1.0 else 0.40 if scene.snow and near < 0.6 else 0.0
         ranges.append(
             range_at(
@@ -114,10 +120,13 @@ def _beach(frame: Frame) -> list[Range]:
     """A line of foam and the sand behind it."""
     scene, colours = frame.scene, frame.scene.colours
     curve = profile(f"{scene.key}:beach", frame.x * np.float32(0.8), min(0.4, frame.detail), octaves=4, gain=0.3)
-    lean = np.float32(0.16 if scene.light[0] < 0 else -0.16)
-    crest = np.float32(0.85) - curve * np.float32(0.07) - frame.x * lean + frame.x * frame.x * np.float32(0.22)
-    foam = range_at(frame, crest - np.float32(0.012), 0.9, span=0.02, colour="snow")
+    out = frame.x / (np.abs(frame.x) + np.float32(1.0))  # levels off at the sides of a wide picture
+    lean = np.float32(0.30 if scene.light[0] < 0 else -0.30)
+    crest = np.float32(0.88) - curve * np.float32(0.05) - out * lean - out * out * np.float32(0.25)
+    np.maximum(crest, np.float32(scene.horizon + 0.06), out=crest)
+    fringe = profile(f"{scene.key}:foam", frame.x * np.float32(9.0), frame.detail, octaves=4) * np.float32(0.005)
+    foam = range_at(frame, crest - np.float32(0.007) - fringe, 0.9, span=0.02, colour="snow")
     foam = replace(foam, top=mix(foam.top, colours["horizon"], 0.5), foot=colours["sand"], rim=False)
     sand = range_at(frame, crest, 0.9, span=0.22, colour="sand", relief=0.10)
-    wet, dry = mix(colours["sand"], colours["near"], 0.4), mix(colours["sand"], colours["glow"], 0.15)
-    return [foam, replace(sand, top=wet, foot=dry)]
+    wet, dry = mix(colours["sand"], colours["mid"], 0.35), mix(colours["sand"], colours["glow"], 0.15)
+    return [foam, replace(sand, top=wet, foot=dry, rim=False)]

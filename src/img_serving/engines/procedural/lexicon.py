@@ -25,32 +25,50 @@ LEXICON: dict[str, str] = {
     # times of day
     "day": "day daylight noon midday daytime sunny summer 낮 한낮 대낮 정오 여름 맑은",
     "dawn": "dawn sunrise morning daybreak 새벽 일출 아침 여명 해돋이 동틀 봄날",
-    "sunset": "sunset sundown evening 노을 석양 일몰 저녁 해질 저녁노을 황혼",
-    "dusk": "dusk twilight gloaming 땅거미 어스름 해거름 박명",
+    "sunset": "sunset sundown evening 노을 석양 일몰 저녁 해질 저녁노을",
+    "dusk": "dusk twilight gloaming nightfall 황혼 땅거미 어스름 해거름 박명",
     "night": "night midnight nocturnal nighttime moonlit moonlight starry 밤 한밤 야경 야간 심야 밤하늘 달밤 달빛 별빛",
+    # things that are painted where they belong; before the places, so that a colour word finds the thing first
+    "lighthouse": "lighthouse beacon 등대",
     # places
-    "sea": "sea ocean seascape coast beach shore waves wave lagoon island bay 바다 대양 해변 바닷가 해안 파도 섬 물결",
-    "lake": "lake river pond water reflection reflections fjord lakeside 호수 강 강가 연못 물 물가 반영 호숫가",
+    "sea": "sea ocean seascape coast beach shore waves wave lagoon island bay harbor harbour pier "
+    "바다 대양 해변 바닷가 해안 파도 섬 물결 항구 부두",
+    "lake": "lake river stream pond water waterfall reflection reflections fjord lakeside "
+    "호수 강 강가 개울 연못 물 물가 폭포 반영 호숫가",
     "beach": "beach shore seashore 해변 바닷가 모래사장",
-    "mountain": "mountain mount alps alpine peak peaks cliff fjord himalaya everest 산 산맥 봉우리 설산 산봉우리 절벽 알프스",
-    "hills": "hill countryside valley field fields landscape 언덕 들판 골짜기 계곡 초원 시골 풍경",
+    "mountain": "mountain mount alps alpine peak peaks cliff fjord himalaya everest waterfall "
+    "산 산맥 봉우리 설산 산봉우리 절벽 폭포 알프스",
+    "hills": "hill countryside valley field fields grassland landscape 언덕 들판 골짜기 계곡 초원 시골 풍경",
     "forest": "forest woods woodland tree trees pine jungle taiga 숲 나무 소나무 침엽수 밀림 정글 산림",
     "city": "city town skyline cityscape urban skyscraper metropolis cyberpunk seoul tokyo "
     "도시 시내 서울 빌딩 고층 마천루 야경 도심",
     "desert": "desert dune sahara sand 사막 모래 모래언덕 사구 사하라",
-    "flower": "flower floral blossom bloom tulip daisy garden meadow poppy rose lavender sakura "
-    "꽃 꽃밭 벚꽃 장미 튤립 정원 들꽃 코스모스 라벤더 개나리 유채",
+    "flower": "flower floral blossom bloom tulip daisy garden park meadow poppy rose lavender sakura "
+    "꽃 꽃밭 벚꽃 장미 튤립 정원 공원 들꽃 코스모스 라벤더 개나리 유채",
     "sky": "sky skies heaven 하늘 창공 밤하늘",
     "space": "space nebula galaxy cosmos cosmic universe outer interstellar 우주 은하 성운 은하계 갤럭시",
     "planet": "planet saturn jupiter mars ringed 행성 토성 목성 화성",
     "abstract": "abstract marble fluid swirl pattern silk ink psychedelic 추상 추상화 대리석 무늬 소용돌이 패턴",
+    # things that are not painted, but that belong to a place
+    "boat": "boat ship sailboat yacht sail ferry 배 돛단배 조각배 나룻배 요트 선박 범선",
+    "whale": "whale dolphin fish shark seagull gull 고래 돌고래 물고기 상어 갈매기",
+    "bridge": "bridge 다리 교량 duck swan 오리 백조",
+    "castle": "castle fortress palace temple dragon eagle 성 고성 성곽 궁전 사원 용 독수리",
+    "tower": "tower street road car train cafe robot 탑 타워 거리 도로 자동차 기차 카페 로봇",
+    "house": "house home cottage cabin hut barn farm village 집 오두막 초가집 한옥 시골집 농장 마을",
+    "pet": "cat kitten dog puppy rabbit butterfly bird 고양이 강아지 토끼 나비 새끼고양이",
+    "grazer": "horse cow sheep 조랑말 젖소 양떼",
+    "fox": "fox wolf deer bear owl squirrel 여우 늑대 사슴 부엉이 올빼미 다람쥐",
+    "camel": "camel pyramid cactus 낙타 피라미드 선인장",
+    "rocket": "rocket spaceship astronaut alien ufo 로켓 우주선 우주인 외계인",
     # lights and weather
     "sun": "sun sunlight sunshine 태양 햇살 햇빛 해",
     "moon": "moon moonlit moonlight crescent lunar 달 보름달 달빛 달밤 초승달 반달",
     "stars": "star starry starlight constellation milkyway 별 별빛 별들 별자리 은하수 별이",
     "aurora": "aurora borealis northern-lights 오로라 극광",
-    "clouds": "cloud cloudy overcast cumulus storm stormy 구름 먹구름 뭉게구름 흐린 폭풍",
-    "mist": "mist misty fog foggy haze hazy 안개 물안개 연무 아지랑이",
+    "clouds": "cloud cloudy overcast cumulus storm stormy rain rainy rainfall drizzle "
+    "비 봄비 빗속 빗줄기 소나기 장마 비오는 구름 먹구름 뭉게구름 흐린 폭풍",
+    "mist": "mist misty fog foggy haze hazy rain rainy drizzle 비 봄비 빗속 장마 비오는 안개 물안개 연무 아지랑이",
     "snow": "snow snowy winter ice frozen glacier blizzard 눈 눈밭 눈꽃 겨울 설산 설경 얼음 빙하 눈보라",
     "fireflies": "firefly fireflies lantern lanterns magical 반딧불 반딧불이 등불 풍등",
     # moods and styles
@@ -83,6 +101,21 @@ HUES: dict[str, Colour] = {
 }
 TIMES = ("day", "dawn", "sunset", "dusk", "night")
 PLACES = ("sea", "lake", "mountain", "hills", "forest", "city", "desert", "flower", "sky", "space", "abstract")
+HOMES: dict[str, tuple[str, ...]] = {
+    "boat": ("sea",),
+    "whale": ("sea",),
+    "bridge": ("lake", "hills"),
+    "castle": ("mountain", "forest"),
+    "tower": ("city",),
+    "house": ("hills",),
+    "pet": ("flower",),
+    "grazer": ("hills",),
+    "fox": ("forest",),
+    "camel": ("desert",),
+    "rocket": ("space",),
+}
+"""Where a thing belongs that no word has put anywhere."""
+
 STYLES = ("minimal", "watercolor", "neon", "pastel", "dark", "vivid", "mono", "dreamy", "vintage")
 
 _ENDINGS = """
@@ -96,8 +129,8 @@ PARTICLES = frozenset(_ENDINGS.split())
 ENGLISH_ENDINGS = ("s", "es", "y", "ish", "lit", "side", "scape")
 """What may follow an English stem likewise."""
 
-LOOKALIKES = frozenset(("눈물", "눈빛", "해물", "산물"))
-"""Made of known syllables, but about something else: tears, a gaze, seafood, a product."""
+LOOKALIKES = frozenset(("눈물", "눈빛", "해물", "산물", "배색", "성인", "성적", "성과", "집게"))
+"""Made of known syllables, but about something else: tears, a gaze, seafood, a product, an adult, tongs …"""
 
 _SMALL_WORDS = """
     a an the of in on at by with and or over under to from is are it its as for into near very beautiful

@@ -35,9 +35,13 @@ _EXTRA_COLOURS = {
     "snow": "f3f7ff",
     "leaf": "2f6b3a",
     "planet": "d99a6c",
+    "tower": "f4efe4",
+    "band": "c2352c",
+    "lamp": "ffdf95",
 }
 _TARGETS = {
     # which colour roles a colour word reaches when it stands before one of these nouns
+    "lighthouse": ("band",),
     "sky": ("top", "mid", "low", "lit"),
     "sea": ("water",),
     "lake": ("water",),
@@ -104,7 +108,15 @@ def _by_time(reading: Reading, time: str, styles: frozenset[str], seed: int) -> 
         colours["shade"] = hsv_to_rgb((hue + 0.22 + 0.3 * chance("nebula 2", seed)) % 1.0, 0.75, 0.55)
         colours["planet"] = hsv_to_rgb((hue + 0.45) % 1.0, 0.45, 0.9)
     dim = {"night": 0.05, "dusk": 0.58, "sunset": 0.75, "dawn": 0.85, "neon": 0.4}.get(time, 1.0)
-    for role in ("flower", "flower2", "sand", "snow", "leaf"):  # what is lit by the sky takes the sky's colour
+    for role in (
+        "flower",
+        "flower2",
+        "sand",
+        "snow",
+        "leaf",
+        "tower",
+        "band",
+    ):  # what is lit by the sky takes the sky's colour
         light = 0.28 + 0.72 * max(dim, 0.45 if role == "snow" else 0.0)
         lit = mix(BLACK, colours[role], light)
         colours[role] = mix(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from img_serving.engines.procedural.chance import chance
 from img_serving.engines.procedural.colours import Colour
-from img_serving.engines.procedural.lexicon import HUES, PLACES, STYLES, TIMES
+from img_serving.engines.procedural.lexicon import HOMES, HUES, PLACES, STYLES, TIMES
 from img_serving.engines.procedural.limits import DEFAULT_GUIDANCE
 from img_serving.engines.procedural.palette import palette
 from img_serving.engines.procedural.words import Reading, read
@@ -49,6 +49,7 @@ class Scene:
     fireflies: bool
     planet: bool
     beach: bool
+    lighthouse: bool
     rough: float
     drift: tuple[float, float] = field(default=(0.0, 0.0))
 
@@ -111,6 +112,7 @@ def compose(prompt: str, negative_prompt: str | None, seed: int, guidance: float
         fireflies="fireflies" in wanted,
         planet="planet" in wanted or (place == "space" and "planet" not in unwanted and draws.base("planet") < 0.6),
         beach="beach" in wanted,
+        lighthouse="lighthouse" in wanted,
         rough=0.85 + 0.5 * draws.base("rough") + 0.3 * draws.spread("rough"),
         drift=(draws.spread("drift x") * 0.9, draws.spread("drift y") * 0.9),
     )
@@ -122,6 +124,11 @@ def _places(reading: Reading) -> tuple[list[str], frozenset[str]]:
     places = [sense for sense in reading.senses if sense in PLACES]
     if "planet" in wanted and not places:
         places = ["space"]
+    if "lighthouse" in wanted and not set(places) & {"sea", "lake", "abstract"} and "sea" not in reading.unwanted:
+        places = ["sea", *places]
+    if not places or set(places) == {"sky"}:
+        homes = (home for sense in reading.senses for home in HOMES.get(sense, ()))
+        places += [home for home in homes if home not in reading.unwanted]
     if not places or set(places) == {"sky"}:
         places = _default_places(reading.text, wanted, reading.unwanted, only_sky=bool(places))
     if "space" in places and set(places) & _GROUNDED:
@@ -175,12 +182,13 @@ def _default_places(text: str, wanted: Iterable[str], unwanted: set[str], *, onl
     else:
         choices = [
             ["mountain", "lake"],
-            ["abstract"],
             ["sea"],
             ["hills", "forest"],
-            ["abstract"],
+            ["flower"],
+            ["forest", "lake"],
             ["desert"],
             ["mountain"],
+            ["hills"],
         ]
     allowed = [choice for choice in choices if not unwanted & set(choice)]
     allowed = allowed or [[place] for place in PLACES if place not in unwanted] or [["abstract"]]

@@ -76,6 +76,7 @@ def _clouds(frame: Frame, planes: Array, dx: Array, dy: Array) -> None:
     share = smooth(edge, edge + 0.70, density)
     lit = _cloud_light(frame, density, dx, dy)
     share *= np.float32(0.90) - t * t * np.float32(0.45)
+    share *= smooth(0.03, 0.24, 1.0 - t)  # they melt into the haze: at the horizon they would be mere streaks
     for plane, light, shade in zip(planes, colours["lit"], colours["shade"], strict=True):
         colour = lit * np.float32(light - shade)
         colour += np.float32(shade)
