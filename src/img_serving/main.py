@@ -203,7 +203,8 @@ def make_adapter(config: BackendConfig, endpoint: EndpointConfig) -> Backend:
     if config.protocol == "scripted":
         return ScriptedBackend(config.options())
     tls = make_ssl_context(config.ca_file, config.tls_verify) if endpoint.url.startswith("https:") else None
-    transport = HttpTransport(endpoint.url, ssl_context=tls)
+    # as many connections are kept as calls may be in flight: a burst must not end in a storm of reconnecting
+    transport = HttpTransport(endpoint.url, ssl_context=tls, max_idle=max(64, endpoint.max_concurrency or 0))
     headers = tuple(config.headers.items())
     basic = (_basic(config.username, config.password or ""),) if config.username is not None else ()
     bearer = (("Authorization", f"Bearer {config.api_key}"),) if config.api_key is not None else ()

@@ -90,5 +90,7 @@ class Pipeline:
             return ()
         for candidate in self._registry.candidates():
             if candidate.name == job.backend:
+                if job.request.given <= candidate.capabilities.honours:
+                    return ()
                 return ignored_by(job.request, candidate.capabilities)
         return ()

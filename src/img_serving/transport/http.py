@@ -20,6 +20,7 @@ _TARGET = re.compile(r"/[\x21\x22\x24-\x7e]*")
 
 _REPEATABLE = frozenset({"GET", "HEAD", "OPTIONS"})
 _BODY_EXPECTED = frozenset({"POST", "PUT", "PATCH"})
+_REQUEST_LINES_KEPT = 64
 _OF_ONE_REQUEST = frozenset({"x-request-id", "traceparent"})
 """Headers that change from request to request; callers put them last."""
 
@@ -75,6 +76,7 @@ class HttpTransport:
             "accept-encoding": "Accept-Encoding: identity\r\n",
         }
         # An adapter sends the same headers with every request: they are checked and joined when they change.
+        self._request_lines: dict[tuple[str, str], str] = {}
         self._last_headers: tuple[tuple[str, str], ...] = ()
         self._last_lines = self._header_lines(())
 
@@ -138,10 +140,9 @@ class HttpTransport:
 
     def _head(self, method: str, path: str, headers: Sequence[tuple[str, str]], body: bytes | None) -> bytes:
         """The request's head, checked: what is in it came from configuration and callers."""
-        if not _TOKEN.fullmatch(method):
-            raise ValueError("the method is not an HTTP token")
-        if not _TARGET.fullmatch(path):
-            raise ValueError("the path must begin with '/' and be percent-encoded ASCII, without a fragment")
+        request_line = self._request_lines.get((method, path))
+        if request_line is None:
+            request_line = self._request_line(method, path)
         given = tuple(headers)
         count = len(self._last_headers)
         if given[:count] != self._last_headers or not count:
@@ -162,7 +163,17 @@ class HttpTransport:
             length = f"Content-Length: {len(body)}\r\n"
         else:
             length = "Content-Length: 0\r\n" if method in _BODY_EXPECTED else ""
-        return f"{method} {self._origin.prefix}{path} HTTP/1.1\r\n{lines}{length}\r\n".encode("latin-1")
+        return f"{request_line}{lines}{length}\r\n".encode("latin-1")
+
+    def _request_line(self, method: str, path: str) -> str:
+        if not _TOKEN.fullmatch(method):
+            raise ValueError("the method is not an HTTP token")
+        if not _TARGET.fullmatch(path):
+            raise ValueError("the path must begin with '/' and be percent-encoded ASCII, without a fragment")
+        line = f"{method} {self._origin.prefix}{path} HTTP/1.1\r\n"
+        if len(self._request_lines) < _REQUEST_LINES_KEPT:
+            self._request_lines[method, path] = line
+        return line
 
     def _header_lines(self, headers: tuple[tuple[str, str], ...]) -> str:
         defaults = dict(self._default_lines)
