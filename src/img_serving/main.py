@@ -46,7 +46,7 @@ from img_serving.state.sqlite import SqliteState
 from img_serving.storage.local_disk import LocalDiskStore
 from img_serving.telemetry.logs import RequestLog, choose_format, set_up
 from img_serving.telemetry.metrics import Metrics
-from img_serving.transport.fetch import SafeFetcher
+from img_serving.transport.fetch import FetchFailed, SafeFetcher
 from img_serving.transport.http import HttpTransport, make_ssl_context
 
 log = logging.getLogger("img_serving")
@@ -104,7 +104,8 @@ class Gateway:
             else:
                 if swept:
                     self.services.metrics.artifacts.add("swept", by=swept)
-            await asyncio.sleep(SWEEP_SECONDS)
+            # with a limit in bytes it is looked at more often: much can be drawn in a minute
+            await asyncio.sleep(SWEEP_SECONDS if not self.config.storage.max_bytes else SWEEP_SECONDS / 12)
 
 
 async def build(
@@ -150,6 +151,7 @@ async def build(
         config_file=config_file,
     )
     dispatcher = Dispatcher(scheduler, registry, tasks, metrics, clock)
+    registry.on_resolved = dispatcher.settle_all
     delivery = Delivery(store, metrics, clock, strip=config.storage.strip_metadata)
     pipeline = Pipeline(
         registry,
@@ -208,12 +210,17 @@ def make_adapter(config: BackendConfig, endpoint: EndpointConfig) -> Backend:
     headers = tuple(config.headers.items())
     basic = (_basic(config.username, config.password or ""),) if config.username is not None else ()
     bearer = (("Authorization", f"Bearer {config.api_key}"),) if config.api_key is not None else ()
+    try:
+        fetch = SafeFetcher(trusted_url=endpoint.url, headers=(*headers, *basic, *bearer), ssl_context=tls)
+    except FetchFailed as error:
+        raise ValueError(f"endpoints: {error.message}") from None
     openai = OpenAIBackend(
         transport,
         api_key=config.api_key,
         headers=(*headers, *basic),
         health_check_path=config.health_check_path,
-        fetch=SafeFetcher(trusted_url=endpoint.url, headers=(*headers, *basic, *bearer), ssl_context=tls),
+        fetch=fetch,
+        secrets=() if config.password is None else (config.password,),
     )
     if config.protocol == "openai":
         return openai

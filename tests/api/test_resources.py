@@ -11,6 +11,7 @@ from tests.support.gateways import running, scripted
 from tests.support.virtual_time import run_virtual
 
 from img_serving.state.memory import MemoryState
+from img_serving.state.sqlite import StateError
 from img_serving.storage.local_disk import LocalDiskStore
 from img_serving.storage.memory import MemoryStore
 
@@ -425,5 +426,65 @@ def test_metrics_are_prometheus_text_with_what_matters() -> None:
                 'img_serving_artifacts_total{event="stored"} 1',
             ):
                 assert name in text, name
+
+    run_virtual(main())
+
+
+def test_requests_for_a_backend_that_could_not_be_stored_are_answered() -> None:
+    class Broken(MemoryState):
+        async def put_backend(self, name: str, record: bytes) -> None:
+            await asyncio.sleep(2)
+            raise StateError("the state file is locked")
+
+    async def main() -> None:
+        async with running(ONE, state=Broken()) as gateway:
+            body = {
+                "name": "two", "protocol": "scripted", "models": ["m2"], "default_size": "16x16",
+                "scripted": {"sequence": ["hang"], "max_concurrency": 1, "batch": "single"},
+            }  # fmt: skip
+            adding = asyncio.create_task(gateway.client.post("/v1/backends", body))
+            await asyncio.sleep(1)
+            asking = [asyncio.create_task(gateway.client.draw(model="m2")) for _ in range(3)]
+            added = await adding
+            assert added.status == 503
+            assert added.error["code"] == "state_failed"
+            await asyncio.sleep(0.1)
+            assert [one.result().status for one in asking[1:]] == [503, 503]
+            asking[0].cancel()
+            await asyncio.gather(asking[0], return_exceptions=True)
+
+    run_virtual(main())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"ca_file": "/nowhere/ca.pem"}, {"endpoints": ["http://a'b<c>:80"]}, {"headers": {"Expect": "x"}}, {"name": ".."}],
+)
+def test_what_only_shows_when_the_adapter_is_made_is_400_too(change: dict[str, Any]) -> None:
+    async def main() -> None:
+        async with running(ONE) as gateway:
+            body = {"name": "two", "protocol": "openai", "endpoints": ["https://127.0.0.1:1"], **change}
+            reply = await gateway.client.post("/v1/backends", body)
+            assert reply.status == 400, reply.body
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    "fields", [{"size": "99999x1"}, {"width": int("9" * 4000), "height": int("9" * 4000)}, {"n": int("9" * 4000)}]
+)
+def test_absurd_numbers_are_400(fields: dict[str, object]) -> None:
+    async def main() -> None:
+        async with running(ONE) as gateway:
+            raw = (
+                '{"prompt": "x", ' + ", ".join(f'"{key}": {_json(value)}' for key, value in fields.items()) + "}"
+            ).encode()
+            reply = await gateway.client.post(
+                "/v1/images/generations", raw=raw, headers={"content-type": "application/json"}
+            )
+            assert reply.status == 400
+
+    def _json(value: object) -> str:
+        return f'"{value}"' if isinstance(value, str) else "9" * 4000
 
     run_virtual(main())

@@ -264,3 +264,55 @@ def test_a_corrupt_state_file_is_told_and_kept(tmp_path: Path) -> None:
     connection = sqlite3.connect(database)
     assert connection.execute("pragma integrity_check").fetchone() == ("ok",)
     connection.close()
+
+
+def test_a_big_body_in_one_write_with_its_head_is_no_big_head(shared_program: Program) -> None:
+    prompt = "바다" * 14_000
+    status, _ = call(shared_program, "POST", "/v1/images/generations", {"prompt": prompt, "size": "32x32", "steps": 1})
+    assert status == 200
+    body = json.dumps({"prompt": "x" * 900_000}).encode()
+    head = (
+        "POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        f"Authorization: Bearer {shared_program.key}\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    with shared_program.connect() as connection:
+        connection.sendall(head.encode() + body)
+        assert connection.recv(4000).startswith(b"HTTP/1.1 400 ")
+
+
+def test_a_request_to_upgrade_is_answered_as_it_stands(shared_program: Program) -> None:
+    body = b'{"prompt": "x", "size": "32x32", "steps": 1}'
+    head = (
+        "POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABk\r\n"
+        f"Authorization: Bearer {shared_program.key}\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    for pieces in ([head.encode() + body], [head.encode(), body[:10], body[10:]]):
+        with shared_program.connect() as connection:
+            for piece in pieces:
+                connection.sendall(piece)
+                time.sleep(0.05)
+            data = b""
+            while chunk := connection.recv(65536):
+                data += chunk
+            assert data.startswith(b"HTTP/1.1 200 "), data
+            assert b"connection: close" in data.lower()
+
+
+def test_clients_that_leave_at_once_do_not_keep_it_from_stopping(tmp_path: Path) -> None:
+    config = '[auth]\napi_keys = ["sk-test"]\n[[backends]]\nname = "up"\nprotocol = "openai"\nmodels = ["m"]\n'
+    with socket.socket() as upstream:
+        upstream.bind(("127.0.0.1", 0))
+        upstream.listen(128)
+        config += f'endpoints = ["http://127.0.0.1:{upstream.getsockname()[1]}"]\n'
+        with serving(tmp_path, config) as program:
+            body = b'{"prompt": "x", "model": "m"}'
+            head = b"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            head += b"Authorization: Bearer sk-test\r\nContent-Length: %d\r\n\r\n" % len(body)
+            for _ in range(40):
+                with program.connect() as connection:
+                    connection.sendall(head + body)
+            time.sleep(0.5)
+            before = time.monotonic()
+            assert program.stop() == 0
+            assert time.monotonic() - before < 5

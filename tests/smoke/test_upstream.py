@@ -6,7 +6,6 @@ import asyncio
 import http.client
 import json
 import time
-from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,7 +39,7 @@ def draw(program: Program, **fields: Any) -> tuple[int, dict[str, str], Any]:
         connection.close()
 
 
-async def beside(work: Coroutine[Any, Any, Result] | Any, *arguments: Any, **named: Any) -> Any:
+async def beside(work: Any, *arguments: Any, **named: Any) -> Any:
     """Run blocking client code while the scripted servers go on."""
     return await asyncio.get_running_loop().run_in_executor(None, lambda: work(*arguments, **named))
 
@@ -110,5 +109,50 @@ def test_an_a1111_server_is_found_out_without_generating_and_draws(tmp_path: Pat
                 assert headers["x-backend"] == "sd"
                 assert [one["seed"] for one in body["data"]] == [5, 6]
                 assert [one.path for one in server.posts] == ["/sdapi/v1/txt2img"] * len(server.posts)
+
+    asyncio.run(main())
+
+
+def test_a_client_that_leaves_is_heard_also_after_a_big_body_or_behind_a_second_request(tmp_path: Path) -> None:
+    big = json.dumps({"prompt": "x", "model": "m", "note": "y" * 70_000}).encode()
+    small = json.dumps({"prompt": "x", "model": "m"}).encode()
+
+    def ask(program: Program, body: bytes, then: bytes) -> None:
+        with program.connect() as connection:
+            connection.sendall(
+                b"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                b"Authorization: Bearer sk-test\r\nContent-Length: %d\r\n\r\n" % len(body)
+            )
+            time.sleep(0.1)
+            connection.sendall(body)
+            time.sleep(0.4)
+            connection.sendall(then)
+            time.sleep(0.1)
+
+    async def main() -> None:
+        async with ScriptedServer({"sequence": ["hang"]}) as server:
+            with serving(tmp_path, configured(backend("up", server.url, models=["m"]))) as program:
+                for count, (body, then) in enumerate(
+                    [(big, b""), (small, b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")], 1
+                ):
+                    await beside(ask, program, body, then)
+                    for _ in range(50):
+                        if len(server.posts) == count and server.posts[-1].disconnected_at is not None:
+                            break
+                        await asyncio.sleep(0.02)
+                    assert len(server.posts) == count
+                    assert server.posts[-1].disconnected_at is not None
+
+    asyncio.run(main())
+
+
+def test_a_password_is_never_quoted_whatever_the_upstream_says(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with ScriptedServer({"sequence": ["500"], "echo": "wrong password pwSECRET-3"}) as server:
+            config = configured(backend("up", server.url, models=["m"], username="user1", password="pwSECRET-3"))
+            with serving(tmp_path, config) as program:
+                _, _, body = await beside(draw, program, model="m")
+                assert "SECRET" not in json.dumps(body)
+                assert "SECRET" not in program.log
 
     asyncio.run(main())

@@ -24,18 +24,19 @@ FOREIGN = [
     "../../etc/passwd",
     "/etc/passwd",
     "holiday.png",
-    "a" * 32,
-    "A" * 32 + ".png",
+    "img-" + "a" * 32,
+    "a" * 32 + ".png",
+    "img-" + "A" * 32 + ".png",
     "a" * 31 + ".png",
     "a" * 33 + ".png",
-    "a" * 32 + ".PNG",
-    "a" * 32 + ".gif",
-    "a" * 32 + ".png\n",
-    "a" * 32 + ".png\0",
+    "img-" + "a" * 32 + ".PNG",
+    "img-" + "a" * 32 + ".gif",
+    "img-" + "a" * 32 + ".png\n",
+    "img-" + "a" * 32 + ".png\0",
     "a" * 31 + "\u0430.png",
-    "\uff11" * 32 + ".png",
-    "./" + "a" * 32 + ".png",
-    "." + "a" * 32 + ".part",
+    "img-" + "\uff11" * 32 + ".png",
+    "./" + "img-" + "a" * 32 + ".png",
+    "." + "img-" + "a" * 32 + ".part",
     "a" * 5000,
 ]
 
@@ -135,7 +136,7 @@ def test_names_cannot_be_guessed_and_never_repeat(run):
     async def check(store: Store, clock: Clock) -> None:
         names = {(await store.put(b"x", "png")).name for _ in range(20)}
         assert len(names) == 20
-        assert all(len(name) == 36 for name in names)
+        assert all(len(name) == 40 for name in names)
 
     run(check)
 
@@ -154,7 +155,7 @@ def test_a_name_that_no_store_gives_is_not_found(run, name):
 
 def test_an_unknown_picture_is_not_found(run):
     async def check(store: Store, clock: Clock) -> None:
-        name = "0" * 32 + ".png"
+        name = "img-" + "0" * 32 + ".png"
         assert await store.find(name) is None
         with pytest.raises(NotFound, match="gone"):
             await everything(store, name, 0, 1)

@@ -19,7 +19,8 @@ from img_serving.storage.local_disk import STALE_TEMPORARY_SECONDS, LocalDiskSto
 from img_serving.storage.memory import MemoryStore
 
 NOW = 1_700_000_000.0
-NAME = "0123456789abcdef" * 2
+DIGITS = "0123456789abcdef" * 2
+NAME = f"img-{DIGITS}"
 
 
 def run(
@@ -282,7 +283,7 @@ def test_a_symbolic_link_with_one_of_our_names_is_neither_followed_nor_swept(tmp
 
 def test_our_own_stale_temporary_files_are_swept_and_fresh_ones_are_not(tmp_path):
     stale = aged(tmp_path / f".{NAME}.part", STALE_TEMPORARY_SECONDS)
-    fresh = aged(tmp_path / f".{NAME[::-1]}.part", STALE_TEMPORARY_SECONDS - 1)
+    fresh = aged(tmp_path / f".img-{DIGITS[::-1]}.part", STALE_TEMPORARY_SECONDS - 1)
 
     async def check(store):
         assert await store.sweep() == 0  # a temporary file is no picture
@@ -303,8 +304,8 @@ def test_without_limits_nothing_is_swept(tmp_path):
 
 
 def test_pictures_of_an_earlier_run_are_served_and_swept_by_the_files_own_age(tmp_path):
-    young = aged(tmp_path / ("a" * 32 + ".jpg"), 50, b"young")
-    old = aged(tmp_path / ("b" * 32 + ".jpg"), 100, b"old")
+    young = aged(tmp_path / ("img-" + "a" * 32 + ".jpg"), 50, b"young")
+    old = aged(tmp_path / ("img-" + "b" * 32 + ".jpg"), 100, b"old")
 
     async def check(store):
         assert (await store.find(young.name)).media_type == "image/jpeg"

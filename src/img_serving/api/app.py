@@ -26,6 +26,7 @@ from img_serving.api.models import Models
 from img_serving.api.services import Services
 from img_serving.domain.errors import (
     Cancelled,
+    Draining,
     Forbidden,
     GatewayError,
     MethodNotAllowed,
@@ -116,8 +117,8 @@ class App:
             return
         except asyncio.CancelledError:
             # the server's own cancellation, at the end of the drain time
-            self._finish(exchange)
-            raise
+            keep_alive = False
+            reply = reply_to(Draining("the gateway is stopping", retry_after_seconds=5.0))
         except Exception:
             log.exception("unexpected error", extra={"fields": {"request_id": exchange.request_id}})
             services.metrics.internal_errors.add("api")

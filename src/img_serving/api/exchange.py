@@ -246,4 +246,4 @@ class Exchange:
     def _declared_length(self) -> int | None:
         text = self._headers.get(b"content-length")
         # isdigit of bytes is ASCII only; the server has refused anything else before
-        return int(text) if text is not None and text.isdigit() and len(text) < 19 else None
+        return int(text) if text is not None and text.isdigit() and len(text) < 21 else None

@@ -49,7 +49,11 @@ class Files:
         asked = exchange.header(b"range")
         if_range = exchange.header(b"if-range")
         if asked is not None and (if_range is None or if_range == etag):
-            part = _range_of(asked, size)
+            try:
+                part = _range_of(asked, size)
+            except RangeNotSatisfiable:
+                exchange.extra_headers.append((b"content-range", b"bytes */%d" % size))
+                raise
             if part is not None:
                 start, stop = part
                 status = 206

@@ -28,7 +28,9 @@ class GenerationBody(msgspec.Struct, kw_only=True, gc=False):
 
     prompt: Annotated[str, Meta(description="What to draw.", min_length=1)]
     model: Annotated[str | None, Meta(description="A model of GET /v1/models, an alias, or a backend's name.")] = None
-    n: Annotated[Annotated[int, Meta(ge=1)] | None, Meta(description="How many pictures (default 1).")] = None
+    n: Annotated[
+        Annotated[int, Meta(ge=1, le=1_000_000)] | None, Meta(description="How many pictures (default 1).")
+    ] = None
     size: Annotated[str | None, Meta(description='"WIDTHxHEIGHT" in pixels, or "auto": the backend\'s default.')] = None
     quality: Annotated[
         Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"] | None,
@@ -56,10 +58,10 @@ class GenerationBody(msgspec.Struct, kw_only=True, gc=False):
     ] = None
     guidance_scale: Annotated[float | None, Meta(description="How strongly the words bind the picture.")] = None
     num_inference_steps: Annotated[
-        Annotated[int, Meta(ge=1)] | None, Meta(description="How many steps to refine it in.")
+        Annotated[int, Meta(ge=1, le=1_000_000)] | None, Meta(description="How many steps to refine it in.")
     ] = None
-    width: Annotated[Annotated[int, Meta(ge=1)] | None, Meta(description="Pixels; goes with height.")] = None
-    height: Annotated[Annotated[int, Meta(ge=1)] | None, Meta(description="Pixels; goes with width.")] = None
+    width: Annotated[Annotated[int, Meta(ge=1, le=65535)] | None, Meta(description="Pixels; goes with height.")] = None
+    height: Annotated[Annotated[int, Meta(ge=1, le=65535)] | None, Meta(description="Pixels; goes with width.")] = None
     sampler: str | None = None
     scheduler: str | None = None
     clip_skip: Annotated[int, Meta(ge=1, le=12)] | None = None
@@ -68,9 +70,9 @@ class GenerationBody(msgspec.Struct, kw_only=True, gc=False):
         bool | None, Meta(description="Refuse a parameter that the backend cannot honour instead of ignoring it.")
     ] = None
     # names that other servers' clients use for the same things
-    steps: Annotated[int, Meta(ge=1)] | None = None
-    step: Annotated[int, Meta(ge=1)] | None = None
-    sample_steps: Annotated[int, Meta(ge=1)] | None = None
+    steps: Annotated[int, Meta(ge=1, le=1_000_000)] | None = None
+    step: Annotated[int, Meta(ge=1, le=1_000_000)] | None = None
+    sample_steps: Annotated[int, Meta(ge=1, le=1_000_000)] | None = None
     cfg_scale: float | None = None
     cfg: float | None = None
     guidance: float | None = None
@@ -258,7 +260,7 @@ def unknown_fields(raw: bytes) -> list[str]:
     """The fields of a body that nobody here knows: named in the debug log, since clients send all sorts."""
     try:
         body = msgspec.json.decode(raw)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return []
     return sorted(set(body) - KNOWN_FIELDS) if isinstance(body, dict) else []
 
@@ -309,6 +311,8 @@ def _size(body: GenerationBody, bounds: Bounds) -> tuple[int | None, int | None]
                 f'size must be "auto" or WIDTHxHEIGHT such as "1024x1024", not {shown!r}', param="size"
             )
         wide, high = int(match.group(1)), int(match.group(2))
+        if max(wide, high) > 65535:
+            raise InvalidRequest(f"a side of {max(wide, high)} pixels is more than any picture has", param="size")
         if width is not None and (width, height) != (wide, high):
             raise InvalidRequest(f"size is {wide}x{high}, but width and height say {width}x{height}", param="size")
         width, height, param = wide, high, "size"

@@ -35,6 +35,12 @@ log = logging.getLogger(__name__)
 
 MAX_HEAD_BYTES = 64 * 1024
 HEAD_SECONDS = 30.0
+WRITE_SECONDS = 60.0
+"""How long a client may take to read what is buffered for it."""
+
+MAX_PIPELINED = 16
+"""Requests that may wait behind the one being answered before the connection is not read any more."""
+
 JOIN_BYTES = 64 * 1024
 """Up to here a reply's parts are joined with its head into one write; bigger parts are never copied."""
 
@@ -45,6 +51,9 @@ class Application(Protocol):
     def serve(self, connection: Connection) -> Coroutine[Any, Any, None]:
         """Answer one request."""
         ...
+
+
+_TOO_LARGE = f"the request's head is over {MAX_HEAD_BYTES} bytes"
 
 
 class HeadTooLarge(GatewayError):
@@ -145,9 +154,14 @@ class HttpRequest:
     def on_disconnect(self, callback: Callable[[], None] | None) -> None:
         """Call this once if the client leaves; see `Connection`."""
         self._callback = callback
-        if callback is not None and self.disconnected:
+        if callback is None:
+            return
+        if self.disconnected:
             self._callback = None
             callback()
+        elif len(self._protocol.waiting) < MAX_PIPELINED:
+            # a connection that is not read is not heard to close; the body was paused while it was too much at once
+            self._protocol.flow.resume_reading()
 
     async def respond(self, status: int, headers: Headers, parts: tuple[bytes | memoryview, ...]) -> None:
         """Send a whole reply; see `Connection`."""
@@ -180,7 +194,13 @@ class HttpRequest:
     async def _write(self, part: bytes | memoryview) -> None:
         flow = self._protocol.flow
         if flow.write_paused and not self.disconnected:
-            await flow.drain()
+            try:
+                async with asyncio.timeout(WRITE_SECONDS):
+                    await flow.drain()
+            except TimeoutError:
+                # a client that does not read holds its picture in memory for no longer than this
+                self._protocol.transport.abort()
+                raise ClientDisconnected from None
         if not self.disconnected:
             self._protocol.transport.write(part)
 
@@ -222,6 +242,9 @@ class HttpProtocol(HttpToolsProtocol):
     cycle: HttpRequest | None  # type: ignore[assignment]
     serving: HttpRequest | None = None
     _head_bytes = 0
+    _unended_bytes = 0
+    _heads = 0
+    _raw_body_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client connected: its first head is awaited from now on."""
@@ -243,33 +266,70 @@ class HttpProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Bytes came; while they belong to a head they are counted."""
-        self.idle_since = None
-        if self.head_since is not None:
-            self._head_bytes += len(data)
-            if self._head_bytes > MAX_HEAD_BYTES:
-                self._refuse(HeadTooLarge(f"the request's head is over {MAX_HEAD_BYTES} bytes"))
-                return
+        if self._raw_body_bytes:
+            self._take_raw_body(data)
+            return
+        heads = self._heads
         try:
             self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            # no other protocol is spoken here: the request is answered as it stands, and what follows is not read
-            if self.cycle is not None:
-                self.cycle.keep_alive = False
+        except httptools.HttpParserUpgrade as upgrade:
+            self._ignore_upgrade(data[upgrade.args[0] :])
         except httptools.HttpParserError as error:
+            if isinstance(error.__context__, HeadTooLarge):
+                self._refuse(error.__context__)
+                return
             if not isinstance(error.__context__, (type(None), UnicodeDecodeError, httptools.HttpParserError)):
                 log.error("unexpected error in a parser callback", exc_info=error.__context__)  # noqa: TRY400
             self._refuse(InvalidRequest("this is not valid HTTP", code="invalid_http"))
+        else:
+            if self.head_since is not None and self._heads == heads:
+                # all of it belongs to a head that has not ended; a header that has not ended either is not counted yet
+                self._unended_bytes += len(data)
+                if self._unended_bytes > MAX_HEAD_BYTES:
+                    self._refuse(HeadTooLarge(_TOO_LARGE))
+
+    def _ignore_upgrade(self, rest: bytes) -> None:
+        """No other protocol is spoken here, so the request is answered as it stands (RFC 9110, 7.8).
+
+        The parser reads nothing after an upgrade: a body of known length is taken by hand, and the connection is not kept.
+        Java's and curl's HTTP/2 clients ask like that with every first request.
+        """
+        request = self.cycle
+        if request is None:
+            return
+        request.keep_alive = False
+        length = request.headers.get(b"content-length", b"")
+        if length.isdigit() and int(length):
+            request.more_body = True
+            self._raw_body_bytes = int(length)
+            if rest:
+                self._take_raw_body(rest)
+        elif b"transfer-encoding" in request.headers:
+            self._refuse(InvalidRequest("a request to upgrade cannot have a chunked body", code="invalid_http"))
+
+    def _take_raw_body(self, data: bytes) -> None:
+        piece = data[: self._raw_body_bytes]
+        self._raw_body_bytes -= len(piece)
+        self.on_body(piece)
+        if not self._raw_body_bytes:
+            self.on_message_complete()
 
     # what the parser calls
 
     def on_message_begin(self) -> None:
         """A request begins."""
+        self.idle_since = None
         self.head_since = self.loop.time()
+        self._heads += 1
+        self._head_bytes = self._unended_bytes = 0
         self.url = b""
         self.head: dict[bytes, bytes] = {}
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """One header; of repeated ones the first stands."""
+        self._head_bytes += len(name) + len(value) + 4
+        if self._head_bytes > MAX_HEAD_BYTES:
+            raise HeadTooLarge(_TOO_LARGE)
         self.head.setdefault(name.lower(), value)
 
     def on_headers_complete(self) -> None:
@@ -295,8 +355,9 @@ class HttpProtocol(HttpToolsProtocol):
         if self.serving is None:
             self._serve(request)
         else:
-            self.flow.pause_reading()
             self.waiting.append(request)
+            if len(self.waiting) >= MAX_PIPELINED:
+                self.flow.pause_reading()
 
     def on_body(self, body: bytes) -> None:
         """A piece of the newest request's body."""
@@ -368,5 +429,5 @@ def close_stalled(connections: Iterable[Any], now: float, keep_alive_seconds: fl
         )
     ]
     for one in stalled:
-        one.transport.close()
+        one.transport.abort()  # `close` would wait for a client that does not read
     return len(stalled)

@@ -90,6 +90,8 @@ class Server(uvicorn.Server):
         for one in sockets or []:
             one.close()
         log.info("stopping: no new connections; work in flight has %g s", self._drain_seconds)
+        loop = asyncio.get_running_loop()
+        until = loop.time() + self._drain_seconds
         drain = asyncio.ensure_future(self._stoppable.drain(self._drain_seconds))
         stop = asyncio.ensure_future(self._stop_now.wait())
         await asyncio.wait({drain, stop}, return_when=asyncio.FIRST_COMPLETED)
@@ -98,6 +100,10 @@ class Server(uvicorn.Server):
             drain.cancel()
             self._stoppable.abort()
         await asyncio.wait({drain, stop})
+        # the jobs are over; their pictures may still be encoded, stored or on the way to a slow client
+        left = set(self.server_state.tasks)
+        if left and not self.force_exit:
+            await asyncio.wait(left, timeout=max(2.0, until - loop.time()))
         await super().shutdown(sockets=None)
 
 

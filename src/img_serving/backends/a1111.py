@@ -27,7 +27,7 @@ from img_serving.domain.capabilities import Capabilities
 from img_serving.domain.errors import AttemptError, BackendRefusal, InvalidRequest, Outcome
 from img_serving.domain.images import SEED_LIMIT, Artifact, Call, ItemFailure
 from img_serving.media.payload import artifact_from_base64
-from img_serving.media.scan import split_string_list_json
+from img_serving.media.scan import SKELETON_BYTES, split_string_list_json
 from img_serving.ports import HealthReport, OnProgress, Transport, UpstreamReply
 
 GENERATE_PATH: Final = "/sdapi/v1/txt2img"
@@ -237,6 +237,8 @@ def _artifacts(body: bytes | bytearray, call: Call) -> list[Artifact]:
     """The pictures of a complete reply, one an item. Raises AttemptError."""
     try:
         skeleton, payloads = split_string_list_json(body)
+        if len(skeleton) > SKELETON_BYTES:
+            raise ValueError("what is left without its pictures is too large")
         reply = _REPLY.decode(skeleton)
     except (ValueError, RecursionError):
         raise AttemptError(

@@ -25,7 +25,7 @@ from img_serving.domain.capabilities import Capabilities
 from img_serving.domain.errors import AttemptError, Outcome
 from img_serving.domain.images import SEED_LIMIT, Artifact, Call, ItemFailure
 from img_serving.media.payload import artifact_from_base64, artifact_from_bytes
-from img_serving.media.scan import split_images_json
+from img_serving.media.scan import SKELETON_BYTES, split_images_json
 from img_serving.ports import HealthReport, OnProgress, Transport
 from img_serving.transport.fetch import FetchFailed, UrlFetcher
 
@@ -92,6 +92,7 @@ class OpenAIBackend:
         health_check_path: str | None = None,
         max_reply_bytes: int = MAX_REPLY_BYTES,
         fetch: UrlFetcher | None = None,
+        secrets: Sequence[str] = (),
     ) -> None:
         """Describe the endpoint.
 
@@ -101,6 +102,7 @@ class OpenAIBackend:
             headers: sent with every request.
             base_has_v1: whether the transport's base URL is the API's root already (`…/v1`).
             health_check_path: asked instead of the model list to learn about health.
+            secrets: what else must never be quoted (a password that `headers` hold in another form).
             max_reply_bytes: the largest reply, and the largest picture behind a URL.
             fetch: gets pictures that come as URLs; None refuses them.
         """
@@ -112,7 +114,7 @@ class OpenAIBackend:
         self._health_check_path = health_check_path
         self._max_reply_bytes = max_reply_bytes
         self._fetch = fetch
-        self._redactor = Redactor([api_key, *(value for _, value in headers)])
+        self._redactor = Redactor([api_key, *secrets, *(value for _, value in headers)])
         self._capabilities = Capabilities(
             batch="request",
             max_batch_size=MAX_BATCH_SIZE,
@@ -273,6 +275,8 @@ def _read_reply(body: bytes | bytearray) -> tuple[list[_Picture], list[memoryvie
                     picture.b64_json = str(len(small) - 1)
             return pictures, small
         skeleton, payloads = split_images_json(body)
+        if len(skeleton) > SKELETON_BYTES:
+            raise ValueError("what is left without its pictures is too large")
         return _REPLY.decode(skeleton).data, payloads
     except (ValueError, RecursionError):
         # what msgspec says would quote the document's paths, not why: the status was 200, so a person has to look

@@ -34,7 +34,7 @@ _PROTOCOL_LINE = f'What it speaks; "http" finds out by itself. Not in this versi
 _SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
 _HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,128}")
 _HOP_HEADERS = frozenset(
-    {"connection", "content-length", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade"}
+    {"connection", "content-length", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "expect"}
 )
 
 Text = Annotated[str, Meta(min_length=1)]
@@ -176,7 +176,7 @@ class BackendConfig(Section, frozen=True, kw_only=True):
 
     def findings(self) -> Iterator[Finding]:
         """Names, addresses, credentials and tables that cannot be."""
-        if not NAME_PATTERN.fullmatch(self.name):
+        if not NAME_PATTERN.fullmatch(self.name) or set(self.name) == {"."}:
             yield ("name",), NAME_RULE
         yield from self._protocol_findings()
         yield from self._endpoint_findings()

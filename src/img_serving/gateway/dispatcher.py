@@ -233,8 +233,8 @@ class Dispatcher:
                 raise
             # it was ours, and meant this call alone
             task = asyncio.current_task()
-            if task is not None:
-                task.uncancel()
+            if task is not None and task.uncancel() > 0:
+                raise  # the waiter left at the same moment
         except Exception as error:
             log.exception("the adapter of %s broke", batch.backend)
             self._metrics.internal_errors.add("adapter")

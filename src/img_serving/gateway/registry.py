@@ -103,6 +103,8 @@ class Registry:
         self._leaving: dict[str, list[Endpoint]] = {}
         self._probers: dict[int, asyncio.Task[None]] = {}
         self._candidates: tuple[Candidate, ...] | None = None
+        self.on_resolved: Callable[[list[Job]], None] = lambda _: None
+        """Who wakes the waiters of jobs that lost their backend; set by the composition root."""
         self._lock = asyncio.Lock()
 
     async def load(self, configured: tuple[BackendConfig, ...], *, builtin: BackendConfig) -> None:
@@ -143,7 +145,7 @@ class Registry:
             try:
                 await self._state.put_backend(config.name, msgspec.json.encode(backend_to_mapping(config)))
             except BaseException:
-                self._take_down(config.name)
+                self.on_resolved(self._take_down(config.name))
                 raise
             await self._ask_in_process(self._entries[config.name])
         return self.snapshot(config.name)

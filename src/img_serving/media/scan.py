@@ -18,6 +18,9 @@ Body = bytes | bytearray
 STRINGS_LIMIT = 50_000
 """Strings in one document: no reply with pictures has as many, and walking them would hold up the loop."""
 
+SKELETON_BYTES = 4 << 20
+"""What a reply may hold besides its pictures: millions of small values would stop the loop for as long as they are read."""
+
 _BACKSLASH = ord("\\")
 
 _ESCAPED_KEY_LIMIT = 6

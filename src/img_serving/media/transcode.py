@@ -10,8 +10,8 @@ from img_serving.domain.images import OutputFormat
 if TYPE_CHECKING:
     from PIL import Image
 
-MAX_PIXELS = 64 * 1024 * 1024
-"""A picture of more pixels (8192 x 8192) is not decoded: a small file can claim a size that fills the memory."""
+MAX_PIXELS = 32 * 1024 * 1024
+"""A picture of more pixels is not decoded: a small file can claim a size that fills the memory."""
 
 
 def transcode(data: bytes, to: OutputFormat, compression: int | None = None) -> bytes:
@@ -23,7 +23,7 @@ def transcode(data: bytes, to: OutputFormat, compression: int | None = None) -> 
     Raises:
         ValueError: it is not a picture, or over `MAX_PIXELS`.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     quality = 100 if compression is None else compression
     try:
@@ -32,17 +32,28 @@ def transcode(data: bytes, to: OutputFormat, compression: int | None = None) -> 
             if width * height > MAX_PIXELS:
                 raise ValueError(f"a picture of {width}x{height} is over {MAX_PIXELS} pixels and is not decoded")
             picture.load()
+            upright = _in_eight_bits(ImageOps.exif_transpose(picture))
             out = io.BytesIO()
             if to == "jpeg":
-                _without_alpha(picture).save(out, "JPEG", quality=max(1, quality))
+                _without_alpha(upright).save(out, "JPEG", quality=max(1, quality))
             elif to == "webp":
-                mode = "RGBA" if _has_alpha(picture) else "RGB"
-                picture.convert(mode).save(out, "WEBP", quality=quality, method=2)
+                mode = "RGBA" if _has_alpha(upright) else "RGB"
+                upright.convert(mode).save(out, "WEBP", quality=quality, method=2)
             else:
-                picture.save(out, "PNG", compress_level=1)
+                upright.save(out, "PNG", compress_level=1)
             return out.getvalue()
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except ValueError:
+        raise
+    except Exception as error:
+        # a broken picture makes Pillow raise nearly anything
         raise ValueError(f"the picture could not be decoded ({type(error).__name__})") from error
+
+
+def _in_eight_bits(picture: Image.Image) -> Image.Image:
+    """16-bit greys scaled (a plain conversion clips them to white), CMYK and the like as RGB."""
+    if picture.mode.startswith("I"):
+        return picture.convert("I").point(lambda value: value / 257).convert("L")
+    return picture.convert("RGB") if picture.mode in {"CMYK", "YCbCr", "LAB", "HSV", "F"} else picture
 
 
 def _has_alpha(picture: Image.Image) -> bool:

@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
+from img_serving.domain.errors import GatewayError
+
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
     (
         "CREATE TABLE backends (place INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, record BLOB NOT NULL)",
@@ -37,8 +39,11 @@ _ADVICE = {
 _T = TypeVar("_T")
 
 
-class StateError(Exception):
+class StateError(GatewayError):
     """The state cannot be read or written; the message names the file and says what to do."""
+
+    default_code = "state_failed"
+    status = 503
 
 
 class SqliteState:

@@ -31,8 +31,9 @@ STALE_TEMPORARY_SECONDS = 3600.0
 """A temporary file this old is nobody's any more: no write takes an hour."""
 THREADS = 4
 
-_NAME = re.compile(r"[0-9a-f]{32}\.(?:png|jpg|webp)")
-_TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.part")
+# The prefix is part of the claim that a file is ours: an operator's own pictures may well be named by an MD5 sum.
+_NAME = re.compile(r"img-[0-9a-f]{32}\.(?:png|jpg|webp)")
+_TEMPORARY = re.compile(r"\.img-[0-9a-f]{32}\.part")
 _REASONS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
@@ -66,7 +67,7 @@ def new_name(extension: str) -> str:
     """
     if extension not in MEDIA_TYPE_OF:
         raise ValueError(f"no picture has the extension {extension!r} (known: {', '.join(MEDIA_TYPE_OF)})")
-    return f"{secrets.token_hex(16)}.{extension}"
+    return f"img-{secrets.token_hex(16)}.{extension}"
 
 
 def is_name(name: str) -> bool:
@@ -198,7 +199,7 @@ class LocalDiskStore:
         return StorageFailed(f"{what} {self._directory}: {reason}")
 
     def _prepare(self) -> None:
-        probe = self._directory / f".{secrets.token_hex(16)}.part"
+        probe = self._directory / f".img-{secrets.token_hex(16)}.part"
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))

@@ -132,5 +132,13 @@ class RequestLog:
 def _console_line(fields: Mapping[str, object]) -> bytes:
     clock = time.strftime("%H:%M:%S")
     skip = {"ts", "level", "event", "method", "path", "status"}
-    rest = " ".join(f"{key}={value}" for key, value in fields.items() if key not in skip and value not in (None, ""))
+    rest = " ".join(
+        f"{key}={_on_one_line(value)}" for key, value in fields.items() if key not in skip and value not in (None, "")
+    )
     return f"{clock} info    {fields.get('method')} {fields.get('path')} → {fields.get('status')}  {rest}".encode()
+
+
+def _on_one_line(value: object) -> str:
+    """A value as it may stand on a terminal: what a client sent must not forge lines or move the cursor."""
+    text = str(value)
+    return text if text.isprintable() else ascii(text)

@@ -186,17 +186,23 @@ class HttpTransport:
     async def _connect(self, loop: asyncio.AbstractEventLoop, deadline: float) -> Connection:
         origin = self._origin
         limit = min(deadline, loop.time() + self._connect_timeout_seconds)
+        connection = Connection(self._pool, loop)
         try:
             async with asyncio.timeout_at(limit):
-                _, connection = await loop.create_connection(
-                    lambda: Connection(self._pool, loop),
+                await loop.create_connection(
+                    lambda: connection,
                     origin.host,
                     origin.port,
                     ssl=self._ssl_context,
                     server_hostname=origin.host if origin.tls else None,
                 )
-        except (OSError, UnicodeError) as error:
-            raise self._not_started(_why_not_connected(error)) from error
+        except BaseException as error:
+            # uvloop, cancelled between the connection and its waiter, closes it and never says so: the pool must hear
+            connection.drop()
+            self._pool.ended(connection)
+            if isinstance(error, (OSError, UnicodeError)):
+                raise self._not_started(_why_not_connected(error)) from error
+            raise
         if self._pool.is_closed or not connection.is_usable(0.0):
             connection.drop()
             raise self._not_started("the connection was closed before anything was sent")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import select
+from contextlib import suppress
 from dataclasses import dataclass
 
 from img_serving.domain.errors import Outcome
@@ -11,6 +12,7 @@ from img_serving.ports import UpstreamReply
 from img_serving.transport.reply import SCRATCH_BYTES, BadReply, ReplyReader
 
 _JOIN_LIMIT_BYTES = 64 * 1024
+_CLOSE_SECONDS = 5.0
 _QUIET_SECONDS = 1.0
 _TIMER_SLACK_SECONDS = 0.002  # uvloop's clock and timers count whole milliseconds
 
@@ -77,7 +79,10 @@ class ConnectionPool:
         self._closed = True
         for connection in tuple(self._open):
             connection.give_up(Outcome.UNKNOWN, "the connection was closed: shutting down")
-        await self._empty.wait()
+        # bounded: a socket that does not close must not keep the whole gateway from stopping
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_CLOSE_SECONDS):
+                await self._empty.wait()
 
     # What connections tell.
 

@@ -258,10 +258,15 @@ def _reason(error: HttpParserError) -> Exception:
     return BadReply("the reply is not HTTP")
 
 
+_INFLATED_LIMIT_BYTES = 64 << 20
+
+
 def _decoded(body: bytes | bytearray, coding: str, limit_bytes: int) -> bytes | bytearray:
     """Undo gzip or deflate without ever holding more than `limit_bytes` of the result."""
     if coding == "identity":
         return body
+    # nobody asked for compression: what comes so is no picture, and may unpack to a thousand times its size
+    limit_bytes = min(limit_bytes, _INFLATED_LIMIT_BYTES)
     if coding not in {"gzip", "x-gzip", "deflate"}:
         raise BadReply("the reply has a content coding that was not asked for")
     try:
