@@ -1,6 +1,10 @@
 # Two commands matter to a newcomer: `make serve` and `make test`. Both set everything up.
-PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3.14 python3; do \
-  command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; raise SystemExit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+# A distribution's own Python comes first: it is built with optimisations that self-compiled ones often lack (a tenth of a
+# small request's time). Any other: make PYTHON=/path/to/python3
+PYTHON ?= $(shell for p in /usr/bin/python3 python3.13 python3.12 python3.11 python3.14 python3; do \
+  command -v $$p >/dev/null 2>&1 \
+  && $$p -c 'import ensurepip, sqlite3, ssl, sys, venv; raise SystemExit(sys.version_info < (3, 11))' >/dev/null 2>&1 \
+  && echo $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed

@@ -207,18 +207,16 @@ class HttpRequest:
     def _head(self, status: int, headers: Headers) -> bytes:
         self.response_started = True
         self.expects_continue = False
-        lines = [STATUS_LINE[status], *[b"%b: %b\r\n" % one for one in self._protocol.server_state.default_headers]]
-        lines += [b"%b: %b\r\n" % one for one in headers]
         if (b"connection", b"close") in headers:
             self.keep_alive = False
         elif not self.keep_alive:
-            lines.append(b"connection: close\r\n")
-        lines.append(b"\r\n")
-        head = b"".join(lines)
+            headers.append((b"connection", b"close"))
+        headers += self._protocol.server_state.default_headers
+        head = b"\r\n".join([b": ".join(one) for one in headers])
         # every value is ours or was checked; should one ever hold a line break, the reply is not sent
-        if head.count(b"\n") != len(lines):
+        if head.count(b"\n") != len(headers) - 1:
             raise RuntimeError("a header value holds a line break")
-        return head
+        return b"%b%b\r\n\r\n" % (STATUS_LINE[status], head)
 
     def _finish(self) -> None:
         self.response_complete = True

@@ -93,6 +93,8 @@ def base64_text(artifact: Artifact) -> bytes | memoryview:
 
 def _without_prefix(text: bytes | memoryview) -> bytes | memoryview:
     """What stands behind `data:…;base64,`: a view, so that nothing is copied."""
+    if not text or text[0] not in b"dD":
+        return text  # most come without one
     head = bytes(text[:_PREFIX_LIMIT])
     if head[:5].lower() != b"data:":
         return text
