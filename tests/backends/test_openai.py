@@ -362,3 +362,10 @@ def test_a_redirect_says_where_to_without_what_may_be_secret():
 def test_how_long_a_busy_endpoint_is_left_alone(headers, seconds):
     now = datetime(2026, 3, 2, 10, 0, 0, tzinfo=UTC)
     assert busy_seconds(UpstreamReply(503, headers), now) == seconds
+
+
+def test_a_reply_of_millions_of_small_values_is_refused_unread():
+    hostile = UpstreamReply(200, {}, b'{"data":[' + b"{}," * 2_000_000 + b"{}]}")
+    with pytest.raises(AttemptError) as caught:
+        draw(OpenAIBackend(FakeTransport(hostile)), call_of())
+    assert caught.value.outcome is Outcome.FAILED

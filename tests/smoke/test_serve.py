@@ -10,6 +10,7 @@ import socket
 import sqlite3
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
@@ -316,3 +317,23 @@ def test_clients_that_leave_at_once_do_not_keep_it_from_stopping(tmp_path: Path)
             before = time.monotonic()
             assert program.stop() == 0
             assert time.monotonic() - before < 5
+
+
+def test_pictures_that_are_being_encoded_at_sigterm_still_arrive(tmp_path: Path) -> None:
+    with serving(tmp_path, '[auth]\napi_keys = ["sk-test"]\n') as program, ThreadPoolExecutor(2) as pool:
+        fields = {
+            "prompt": "바다",
+            "size": "1200x1200",
+            "steps": 1,
+            "n": 2,
+            "output_format": "webp",
+            "response_format": "b64_json",
+        }
+        asked = [pool.submit(call, program, "POST", "/v1/images/generations", fields, "sk-test") for _ in range(2)]
+        time.sleep(1.0)
+        program.process.send_signal(signal.SIGTERM)
+        for one in asked:
+            status, body = one.result(timeout=30)
+            assert status == 200, body
+            assert len(body["data"]) == 2
+        assert program.process.wait(timeout=20) == 0
