@@ -740,6 +740,7 @@ class TestSubstitution:
 class TestNotes:
     ONE_OF_EACH = """
     [server]
+    max_upload_bytes = 5
     keepalive_after_seconds = 5
     [auth]
     api_keys = [{ name = "a", key = "k", priority = 1, weight = 2, max_running = 3 }]
@@ -763,7 +764,7 @@ class TestNotes:
 
     def test_every_key_that_does_nothing_yet_is_said_when_it_is_set(self, from_text):
         notes = from_text(self.ONE_OF_EACH).notes
-        assert len(notes) == len(NOT_YET) == 14
+        assert len(notes) == len(NOT_YET) == 15
         assert all("this version does not act on it yet" in note and "settings.toml" in note for note in notes)
         assert any(note.startswith("backends[0].max_wait_ms is set") for note in notes)
         assert not any("hunter2" in note for note in notes)

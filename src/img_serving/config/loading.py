@@ -20,6 +20,7 @@ DEFAULT_FILE: Final = Path("config") / "default.toml"
 _NO_WEBHOOKS: Final = "webhooks are not sent"
 
 NOT_YET: Final[Mapping[str, str]] = {
+    "server.max_upload_bytes": "nothing is uploaded",
     "server.keepalive_after_seconds": "waiting replies are not kept open with blanks",
     "auth.api_keys[].priority": "keys are served in the order of arrival",
     "auth.api_keys[].weight": "keys are served in the order of arrival",

@@ -119,10 +119,6 @@ class EndpointState:
             and self.breaker.admits(now)
         )
 
-    def has_slot(self) -> bool:
-        """Whether a call could start now."""
-        return self.in_flight < self.slots
-
     def learn(self, cost: float, seconds: float) -> None:
         """A call of `cost` megapixel-steps took `seconds`."""
         speed = seconds / cost
