@@ -126,10 +126,40 @@ class TestDefaults:
             ),
             (
                 "routing",
-                {"strategy": "round_robin", "default_backend": None, "aliases": {}, "unknown_model": "reject"},
+                {
+                    "strategy": "round_robin",
+                    "default_backend": None,
+                    "aliases": {},
+                    "unknown_model": "reject",
+                    "affinity_seconds": 15,
+                    "tier_overflow_seconds": None,
+                    "slow_start_seconds": 30,
+                    "panic_mode": True,
+                },
             ),
-            ("queue", {"max_tasks": 1000, "max_wait_seconds": None, "request_timeout_seconds": 600}),
-            ("retry", {"max_attempts": 3, "budget_ratio": 0.2}),
+            (
+                "queue",
+                {
+                    "max_tasks": 1000,
+                    "max_work": None,
+                    "max_wait_seconds": None,
+                    "ageing_seconds": 60,
+                    "request_timeout_seconds": 600,
+                },
+            ),
+            ("retry", {"max_attempts": 3, "budget_ratio": 0.2, "hedge_after_factor": None}),
+            (
+                "breaker",
+                {
+                    "consecutive_failures": 5,
+                    "consecutive_timeouts": 2,
+                    "error_share": 0.5,
+                    "window_seconds": 30,
+                    "min_calls": 10,
+                    "open_seconds": 5,
+                    "max_open_seconds": 60,
+                },
+            ),
             ("limits", {"max_n": 10, "max_pixels": 16777216, "max_steps": 200, "max_prompt_chars": 32000}),
             (
                 "storage",
@@ -155,7 +185,8 @@ class TestDefaults:
         backend = BackendConfig(name="a")
         unset = {field.encode_name for field in fields_of(BackendConfig) if getattr(backend, field.name) is None}
         assert unset == {
-            *("max_concurrency", "max_batch_size", "retry_unknown", "api_key", "username", "password", "ca_file"),
+            *("max_concurrency", "max_batch_size", "max_batch_pixels", "exclusive_group", "retry_unknown"),
+            *("api_key", "username", "password", "ca_file"),
             *("health_check_path", "default_size", "openai", "a1111", "comfyui", "grpc", "kserve", "scripted"),
         }
         assert {name: value for name, value in msgspec.structs.asdict(backend).items() if name not in unset} == {
@@ -172,6 +203,9 @@ class TestDefaults:
             "headers": {},
             "tls_verify": True,
             "health_check_interval_secs": 30,
+            "health_check_rise": 1,
+            "health_check_fall": 2,
+            "cheap": False,
             "shared": False,
         }
 
@@ -277,7 +311,7 @@ class TestClosed:
             ("[sever]\nport = 1", "sever", "did you mean `server`?"),
             ("port = 1", "port", "did you mean `server.port`?"),
             ("[rate_limit.global]\nburst = 1", "rate_limit.global.burst", "did you mean `burst_size`?"),
-            ("[retry]\nzzz = 1", "retry.zzz", "known here: max_attempts, budget_ratio"),
+            ("[retry]\nzzz = 1", "retry.zzz", "known here: max_attempts, budget_ratio, hedge_after_factor"),
             ('[[auth.api_keys]]\nname="a"\nkey="k"\nrol="user"', "auth.api_keys[0].rol", "did you mean `role`?"),
             (
                 '[[backends]]\nname="a"\nendpoints=[{url="http://a", wieght=1}]',
@@ -764,9 +798,9 @@ class TestNotes:
 
     def test_every_key_that_does_nothing_yet_is_said_when_it_is_set(self, from_text):
         notes = from_text(self.ONE_OF_EACH).notes
-        assert len(notes) == len(NOT_YET) == 15
+        assert len(notes) == len(NOT_YET) == 11
         assert all("this version does not act on it yet" in note and "settings.toml" in note for note in notes)
-        assert any(note.startswith("backends[0].max_wait_ms is set") for note in notes)
+        assert any(note.startswith("backends[0].shared is set") for note in notes)
         assert not any("hunter2" in note for note in notes)
 
     def test_from_the_environment_the_variable_is_named(self):

@@ -36,10 +36,12 @@ from img_serving.gateway.pipeline import Pipeline
 from img_serving.gateway.registry import Registry
 from img_serving.gateway.tasks import TaskRegistry
 from img_serving.policy.api_keys import KeyRing, digest_of
+from img_serving.policy.circuit_breaker import BreakerOptions
+from img_serving.policy.options import SchedulerOptions
 from img_serving.policy.rate_limits import Allowance, RateLimits
 from img_serving.policy.retry import RetryOptions
 from img_serving.policy.routing import RoutingOptions
-from img_serving.policy.scheduler import Scheduler, SchedulerOptions
+from img_serving.policy.scheduler import Scheduler
 from img_serving.ports import ArtifactStore, Backend, StateStore
 from img_serving.state.admin_key import ENV_KEY, admin_key, remember_keys
 from img_serving.state.sqlite import SqliteState
@@ -135,8 +137,18 @@ async def build(
         SchedulerOptions(
             strategy=config.routing.strategy,
             max_tasks=config.queue.max_tasks,
+            max_work=config.queue.max_work,
             max_wait_seconds=config.queue.max_wait_seconds,
-            retry=RetryOptions(max_attempts=config.retry.max_attempts, budget_ratio=config.retry.budget_ratio),
+            ageing_seconds=config.queue.ageing_seconds,
+            affinity_seconds=config.routing.affinity_seconds,
+            slow_start_seconds=config.routing.slow_start_seconds,
+            tier_overflow_seconds=config.routing.tier_overflow_seconds,
+            panic_mode=config.routing.panic_mode,
+            retry=RetryOptions(
+                max_attempts=config.retry.max_attempts,
+                budget_ratio=config.retry.budget_ratio,
+                hedge_after_factor=config.retry.hedge_after_factor,
+            ),
         ),
         rng,
         clock(),
@@ -149,6 +161,15 @@ async def build(
         clock=clock,
         rng=rng,
         config_file=config_file,
+        breaker=BreakerOptions(
+            failures=config.breaker.consecutive_failures,
+            timeouts=config.breaker.consecutive_timeouts,
+            error_share=config.breaker.error_share,
+            window_seconds=config.breaker.window_seconds,
+            min_calls=config.breaker.min_calls,
+            open_seconds=config.breaker.open_seconds,
+            max_open_seconds=config.breaker.max_open_seconds,
+        ),
     )
     dispatcher = Dispatcher(scheduler, registry, tasks, metrics, clock)
     registry.on_resolved = dispatcher.settle_all

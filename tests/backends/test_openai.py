@@ -118,11 +118,6 @@ def test_paths_follow_the_base_url(base_has_v1, root):
     assert (headers["X-A"], headers["X-Request-Id"], headers["traceparent"]) == ("b", "r", "00-ab")
 
 
-def test_a_key_means_that_somebody_pays():
-    assert OpenAIBackend(FakeTransport(), api_key="k").capabilities.costs_money
-    assert not OpenAIBackend(FakeTransport()).capabilities.costs_money
-
-
 def test_a_big_reply_is_not_copied():
     padding = "x" * SMALL_BYTES
     reply = answer({"b64_json": b64(), "revised_prompt": "a red fox", "seed": 99, "note": padding})

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from random import Random
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from img_serving.domain.capabilities import Capabilities
+from img_serving.domain.jobs import Batch
 from img_serving.policy.balancing import STRATEGIES, Strategy
 from img_serving.policy.circuit_breaker import BreakerOptions, CircuitBreaker
 from img_serving.policy.endpoint import EndpointState
+from img_serving.policy.forecast import Forecast
 from img_serving.policy.health import HealthOptions, HealthRecord
 
 steady = settings(deadline=None, derandomize=True)
 
 
-def endpoint(number: int, weight: float = 1.0, **known: float) -> EndpointState:
+def endpoint(
+    number: int, weight: float = 1.0, *, slots: int = 100, speed: float | None = None, **known: float | None
+) -> EndpointState:
+    """`speed` in seconds a megapixel-step."""
     one = EndpointState(
         id=number,
         backend="a",
         url=f"http://{number}",
-        slots=100,
+        slots=slots,
         weight=weight,
         capabilities=Capabilities(),
         max_batch_size=1,
@@ -32,6 +39,8 @@ def endpoint(number: int, weight: float = 1.0, **known: float) -> EndpointState:
     )
     for name, value in known.items():
         setattr(one, name, value)
+    if speed is not None:
+        one.speed.learn(1.0, speed, 0.0)
     return one
 
 
@@ -42,7 +51,7 @@ class Turns:
         self.choose, self.rng, self.turn = STRATEGIES[strategy], Random(seed), 0
 
     def __call__(self, candidates: list[EndpointState], cost: float = 1.0) -> int:
-        chosen = self.choose(candidates, cost, self.rng)
+        chosen = self.choose(candidates, cost, 0.0, self.rng)
         self.turn += 1
         chosen.picked_at = self.turn
         return chosen.id
@@ -109,31 +118,75 @@ def test_least_connections_takes_turns_among_equals():
 
 def test_least_work_takes_the_one_done_soonest():
     turns = Turns("least_work")
-    slow = endpoint(0, seconds_per_unit=2.0, latency_seconds=1.0)
-    fast = endpoint(1, seconds_per_unit=0.5, latency_seconds=1.0, outstanding_cost=2.0)
-    assert turns([slow, fast], cost=1.0) == 1  # (2 + 1) x 0.5 < 1 x 2
-    fast.outstanding_cost = 4.0
-    assert turns([slow, fast], cost=1.0) == 0
+    slow, fast = endpoint(0, speed=2.0, slots=1), endpoint(1, speed=0.5, slots=1)
+    assert turns([slow, fast]) == 1
+    fast.expected_free = 1.4  # 1.4 + 0.5 < 2
+    assert turns([slow, fast]) == 1
+    fast.expected_free = 1.6
+    assert turns([slow, fast]) == 0
 
 
-def test_least_work_takes_an_unmeasured_endpoint_to_be_as_fast_as_the_others():
+def test_least_work_shares_out_what_runs_over_the_slots():
     turns = Turns("least_work")
-    known = endpoint(0, seconds_per_unit=3.0, latency_seconds=1.0, outstanding_cost=1.0)
-    assert turns([known, endpoint(1)]) == 1
-    assert turns([known, endpoint(1, outstanding_cost=5.0)]) == 0
+    slow = endpoint(0, speed=2.0, slots=4)
+    fast = endpoint(1, speed=0.5, slots=4, in_flight=3, outstanding_cost=8.0)  # (8 / 4 + 1) x 0.5 < 2
+    assert turns([slow, fast]) == 1
+    fast.outstanding_cost = 16.0
+    assert turns([slow, fast]) == 0
+
+
+def test_least_work_takes_an_unmeasured_endpoint_to_be_as_fast_as_the_fastest_by_weight():
+    turns = Turns("least_work")
+    fast, slow = endpoint(0, speed=3.0, slots=1, expected_free=1.0), endpoint(1, speed=6.0, slots=1)
+    assert turns([fast, slow, endpoint(2, slots=1)]) == 2
+    assert turns([fast, slow, endpoint(2, slots=1, expected_free=2.0)]) == 0
+    assert turns([fast, slow, endpoint(2, 0.5, slots=1)]) == 0  # 3 / 0.5
+
+
+def test_least_work_tries_an_endpoint_again_that_nobody_has_measured_for_long():
+    forecast = Forecast([endpoint(0, speed=1.0), endpoint(1, speed=9.0)], {}, 599.0, {})
+    assert forecast.soonest(1.0) == 0
+    fresh = endpoint(0, speed=1.0)
+    fresh.speed.learned_at = 700.0
+    assert Forecast([fresh, endpoint(1, speed=9.0)], {}, 700.0, {}).slopes == [1.0, 1.0]
+
+
+def test_least_work_takes_turns_among_equals():
+    turns, two = Turns("least_work"), [endpoint(0, speed=1.0), endpoint(1, speed=1.0)]
+    assert [turns(two) for _ in range(4)] == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("strategy", ["weighted_round_robin", "random", "least_connections", "peak_ewma"])
+def test_an_endpoint_that_has_recovered_begins_with_a_part_of_its_share(strategy):
+    def share(now: float) -> float:
+        old, back = endpoint(0), endpoint(1)
+        back.recovered(0.0, slow_start_seconds=10.0)
+        for one in (old, back):
+            one.latency_seconds = 1.0
+        choose, rng, count = STRATEGIES[strategy], Random(1), 0
+        for turn in range(1000):
+            chosen = choose([old, back], 1.0, now, rng)
+            chosen.in_flight += 1
+            chosen.picked_at = turn
+            count += chosen is back
+        return count / 1000
+
+    assert share(0.0) == pytest.approx(1 / 11, abs=0.03)
+    assert share(5.0) == pytest.approx(1 / 3, abs=0.05)
+    assert share(10.0) == pytest.approx(1 / 2, abs=0.05)
 
 
 def test_peak_ewma_weighs_latency_by_what_is_in_flight():
     turns = Turns("peak_ewma")
-    quick = endpoint(0, latency_seconds=1.0, seconds_per_unit=1.0, in_flight=4)
-    slow = endpoint(1, latency_seconds=3.0, seconds_per_unit=1.0)
+    quick = endpoint(0, latency_seconds=1.0, in_flight=4)
+    slow = endpoint(1, latency_seconds=3.0)
     assert turns([quick, slow]) == 1
     quick.in_flight = 1
     assert turns([quick, slow]) == 0
 
 
 def test_peak_ewma_measures_a_new_endpoint_first():
-    assert Turns("peak_ewma")([endpoint(0, latency_seconds=0.1, seconds_per_unit=1.0), endpoint(1)]) == 1
+    assert Turns("peak_ewma")([endpoint(0, latency_seconds=0.1), endpoint(1)]) == 1
 
 
 @pytest.mark.parametrize("strategy", sorted(STRATEGIES))
@@ -146,19 +199,26 @@ def test_peak_ewma_measures_a_new_endpoint_first():
 )
 def test_every_strategy_chooses_one_of_the_candidates(strategy, data):
     candidates = [
-        endpoint(number, weight, in_flight=busy, outstanding_cost=work, seconds_per_unit=speed, latency_seconds=speed)
+        endpoint(number, weight, in_flight=busy, outstanding_cost=work, speed=speed, latency_seconds=speed)
         for number, (weight, busy, work, speed) in enumerate(data)
     ]
     assert Turns(strategy)(candidates) in range(len(data))
 
 
-def test_speed_is_a_moving_average_of_measurements():
+def batch_of(cost: float, **more: Any) -> Batch:
+    return Batch(0, "a", "m", (), 0, cost, 0.0, **more)
+
+
+def test_a_peak_of_latency_counts_at_once_and_fades_with_time():
     one = endpoint(0)
-    one.learn(cost=2.0, seconds=4.0)
-    assert (one.seconds_per_unit, one.latency_seconds) == (2.0, 4.0)
-    one.learn(cost=1.0, seconds=3.0)
-    assert one.seconds_per_unit == pytest.approx(2.3)
-    assert one.latency_seconds == pytest.approx(3.7)
+    one.learn(batch_of(1.0), 2.0, 0.0)
+    assert one.latency_seconds == 2.0
+    one.learn(batch_of(1.0), 10.0, 1.0)
+    assert one.latency_seconds == 10.0
+    one.learn(batch_of(1.0), 2.0, 1.0)
+    assert one.latency_seconds == 10.0
+    one.learn(batch_of(1.0), 2.0, 61.0)
+    assert one.latency_seconds == pytest.approx(2.0 + 8.0 / math.e)
 
 
 def test_an_endpoint_can_be_looked_at():

@@ -12,7 +12,7 @@ from img_serving.policy.circuit_breaker import BreakerOptions, BreakerState, Cir
 
 steady = settings(deadline=None, derandomize=True)
 
-OPTIONS = BreakerOptions(failures=3, open_seconds=10, max_open_seconds=40, jitter=0)
+OPTIONS = BreakerOptions(failures=3, open_seconds=10, max_open_seconds=40, jitter=0, min_calls=1000)
 
 
 def breaker(options: BreakerOptions = OPTIONS) -> CircuitBreaker:
@@ -87,13 +87,51 @@ def test_a_trial_that_fails_opens_it_for_twice_as_long_up_to_the_limit():
     assert waits == [10, 20, 40, 40, 40]
 
 
-def test_after_a_success_the_waits_start_small_again():
+@pytest.mark.parametrize(("quiet_seconds", "wait"), [(39.9, 40), (40, 10)])
+def test_after_a_quiet_time_the_waits_start_small_again(quiet_seconds, wait):
     one = opened()
     call(one, ok=False, now=10)
     call(one, ok=True, now=30)
     for _ in range(3):
-        call(one, ok=False, now=30)
-    assert one.opens_in(30) == 10
+        call(one, ok=False, now=30 + quiet_seconds)
+    assert one.opens_in(30 + quiet_seconds) == pytest.approx(wait)
+
+
+def test_it_opens_when_half_of_the_calls_of_late_have_failed():
+    one = breaker(BreakerOptions(failures=1000, error_share=0.5, window_seconds=30, min_calls=10))
+    for second in range(8):
+        call(one, ok=second % 2 == 0, now=second)
+    assert one.admits(8)  # four of eight, but eight calls say too little
+    call(one, ok=True, now=8)
+    call(one, ok=False, now=9)
+    assert not one.admits(9)
+
+
+def test_calls_of_long_ago_do_not_count():
+    one = breaker(BreakerOptions(failures=1000, error_share=0.5, window_seconds=30, min_calls=10))
+    for _ in range(9):
+        call(one, ok=False, now=0)
+    call(one, ok=False, now=31)
+    assert one.admits(31)
+
+
+def test_good_calls_before_the_first_failure_count_too():
+    one = breaker(BreakerOptions(failures=1000, error_share=0.5, window_seconds=30, min_calls=10))
+    for _ in range(100):
+        call(one, ok=True, now=0)
+    for _ in range(20):
+        call(one, ok=False, now=1)
+    assert one.admits(1)
+
+
+def test_few_time_outs_in_a_row_are_enough():
+    one = breaker(BreakerOptions(failures=5, timeouts=2))
+    one.end(one.start(0), False, 0, timed_out=True)
+    one.end(one.start(0), False, 0)
+    one.end(one.start(0), False, 0, timed_out=True)
+    assert one.admits(0)
+    one.end(one.start(0), False, 0, timed_out=True)
+    assert not one.admits(0)
 
 
 def test_a_cancelled_trial_does_not_jam_it():

@@ -27,8 +27,9 @@ from img_serving.domain.tenants import ANONYMOUS
 from img_serving.policy.circuit_breaker import BreakerOptions, BreakerState, CircuitBreaker
 from img_serving.policy.endpoint import EndpointState
 from img_serving.policy.health import HealthOptions, HealthRecord
+from img_serving.policy.options import SchedulerOptions
 from img_serving.policy.retry import RetryOptions
-from img_serving.policy.scheduler import Scheduler, SchedulerOptions
+from img_serving.policy.scheduler import Scheduler
 
 steady = settings(deadline=None, derandomize=True)
 
@@ -276,7 +277,8 @@ def test_clients_that_come_and_go_behind_a_blocked_head_leave_nothing_behind():
         one.cancel(passing, 0)
         one.next_batches(0)
     assert one.queued == 1
-    assert sum(len(queue.tasks) for queue in one._queues.values()) <= 200
+    assert [line.queue.size for line in one._lines] == [1]
+    assert sum(len(level._arrivals) for line in one._lines for level in line.queue.levels) <= 200
 
 
 def test_routes_of_clients_that_left_are_forgotten():
@@ -287,7 +289,7 @@ def test_routes_of_clients_that_left_are_forgotten():
         one.submit(asked)
         one.cancel(asked, 0)
         one.next_batches(0)
-    assert one._queues == {}
+    assert list(one._lines) == []
 
 
 # batches
@@ -337,8 +339,8 @@ def test_company_is_taken_past_the_dead_and_past_those_that_do_not_fit():
     one.cancel(gone, 0)
     one.finish(batch, drawn(batch), 0)
     assert [task.job for task in only(one.next_batches(0)).tasks] == [head, friend]
-    (queue,) = one._queues.values()
-    assert ([task.job for task in queue.tasks], queue.dead, one.queued) == ([unlike], 0, 1)
+    (line,) = one._lines
+    assert ([task.job for task in line.queue.order()], one.queued) == ([unlike], 1)
 
 
 def test_a_batch_refused_as_a_whole_is_tried_one_by_one_and_only_the_poisonous_one_fails():
@@ -383,21 +385,21 @@ def test_a_batch_refused_while_its_backend_is_removed_ends_its_jobs():
 
 def test_a_batch_that_failed_is_taken_apart_and_its_members_are_tried_elsewhere_alone():
     one = with_endpoints(endpoint(0, "a", shape="items", size=4), endpoint(1, "b", slots=4, shape="items", size=4))
-    for state in one._of_backend["b"]:
+    for state in one._fleet._by_backend["b"]:
         state.enabled = False
     submitted(one, job("a", "b"), job("a", "b"))
     batch = only(one.next_batches(0))
-    one._of_backend["b"][0].enabled = True
+    one._fleet._by_backend["b"][0].enabled = True
     one.finish(batch, FAILED, 0)
     assert [(each.endpoint_id, len(each.tasks)) for each in one.next_batches(0)] == [(1, 1), (1, 1)]
 
 
 def test_only_the_failed_pictures_of_a_batch_are_tried_again():
     one = with_endpoints(endpoint(0, "a", shape="items", size=2), endpoint(1, "b"))
-    one._of_backend["b"][0].enabled = False
+    one._fleet._by_backend["b"][0].enabled = False
     (asked,) = submitted(one, job("a", "b", n=2))
     batch = only(one.next_batches(0))
-    one._of_backend["b"][0].enabled = True
+    one._fleet._by_backend["b"][0].enabled = True
     assert one.finish(batch, Ended(results=(PICTURE, ItemFailure("smudged"))), 1) == []
     again = only(one.next_batches(1))
     assert (again.endpoint_id, again.tasks) == (1, (asked.tasks[1],))
@@ -422,7 +424,7 @@ def test_an_endpoint_whose_pictures_all_fail_is_broken_and_its_speed_is_not_lear
         batch = only(one.next_batches(0))
         one.finish(batch, Ended(results=(ItemFailure("out of memory"),) * 2), 0.001)
     assert not state.breaker.admits(0.001)
-    assert (state.seconds_per_unit, state.last_error) == (None, "out of memory")
+    assert (state.speed.per_unit, state.last_error) == (None, "out of memory")
 
 
 def test_an_endpoint_that_refuses_all_pictures_is_not_broken():
@@ -432,7 +434,7 @@ def test_an_endpoint_that_refuses_all_pictures_is_not_broken():
         submitted(one, job())
         one.finish(only(one.next_batches(0)), Ended(results=(ItemFailure("no", refused=True),)), 0.001)
     assert state.breaker.admits(0.001)
-    assert (state.seconds_per_unit, state.failures) == (None, 0)
+    assert (state.speed.per_unit, state.failures) == (None, 0)
 
 
 # failover
@@ -669,7 +671,7 @@ def test_a_job_that_only_met_busy_endpoints_is_told_when_they_are_free():
 
 def test_a_job_that_may_have_been_drawn_is_not_to_be_repeated_although_another_endpoint_is_busy():
     one = with_endpoints(endpoint(0, retry_unknown=False), endpoint(1))
-    one._of_backend["a"][1].busy_until = 5.0
+    one._fleet._by_backend["a"][1].busy_until = 5.0
     (asked,) = submitted(one, job())
     assert tried_until_the_end(one, UNKNOWN) == [0]
     assert isinstance(asked.error, AllAttemptsFailed)
@@ -690,9 +692,9 @@ def test_a_snapshot_says_how_much_waits_and_for_how_long():
 
 def test_the_estimate_follows_latency_and_slots():
     one = with_endpoints(endpoint(0, slots=2))
-    assert one.wait_estimate() == 1
+    assert one.wait_estimate(0) == 1
     (first,) = submitted(one, job())
     batch = only(one.next_batches(0))
     assert one.finish(batch, drawn(batch), 4.0) == [first]
     submitted(one, job(n=10))
-    assert one.wait_estimate() == 20
+    assert one.wait_estimate(0) == 20

@@ -11,16 +11,24 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from img_serving.domain.capabilities import BatchShape, Capabilities
-from img_serving.domain.errors import ContentRefused, NoUsableBackend, Outcome, QueueFull
+from img_serving.domain.errors import (
+    ContentRefused,
+    DeadlineUnreachable,
+    NoUsableBackend,
+    Outcome,
+    QueueFull,
+    RateLimited,
+)
 from img_serving.domain.images import Artifact, ImageRequest, ItemFailure
 from img_serving.domain.jobs import CANCELLED, Batch, Ended, Job, JobStatus, Route, Target, Task
-from img_serving.domain.tenants import ANONYMOUS
+from img_serving.domain.tenants import ANONYMOUS, Tenant
 from img_serving.policy.balancing import STRATEGIES
 from img_serving.policy.circuit_breaker import BreakerOptions, CircuitBreaker
-from img_serving.policy.endpoint import EndpointState
+from img_serving.policy.endpoint import EndpointState, ExclusiveGroup
 from img_serving.policy.health import HealthOptions, HealthRecord
+from img_serving.policy.options import SchedulerOptions
 from img_serving.policy.retry import RetryOptions
-from img_serving.policy.scheduler import Scheduler, SchedulerOptions
+from img_serving.policy.scheduler import Scheduler
 
 PICTURE = Artifact("image/png", 8, 8, None, data=b"")
 BACKENDS = ("a", "b", "c")
@@ -33,6 +41,12 @@ ROUTES: tuple[Route, ...] = (
 )
 SHAPES: tuple[BatchShape, ...] = ("single", "request", "seeds", "items")
 MAX_TASKS = 60
+TENANTS = (
+    ANONYMOUS,
+    Tenant("heavy", weight=4.0),
+    Tenant("important", priority=2),
+    Tenant("bounded", max_running=2),
+)
 KINDS = (
     "ok",
     "item failures",
@@ -75,12 +89,45 @@ class SchedulerMachine(RuleBasedStateMachine):
         floor=st.sampled_from([0.01, 10.0]),
         seed=st.integers(0, 99),
         shapes=st.lists(st.sampled_from(SHAPES), min_size=4, max_size=4),
+        plain=st.booleans(),
+        panic_mode=st.booleans(),
+        overflow=st.sampled_from([None, 5.0]),
+        hedge=st.sampled_from([None, 2.0]),
+        ageing=st.sampled_from([0.0, 10.0]),
     )
-    def start(self, *, strategy, max_wait_seconds, max_attempts, floor, seed, shapes):
+    def start(
+        self,
+        *,
+        strategy,
+        max_wait_seconds,
+        max_attempts,
+        floor,
+        seed,
+        shapes,
+        plain,
+        panic_mode,
+        overflow,
+        hedge,
+        ageing,
+    ):
+        """`plain`: nobody ever waits on purpose (for company, for a model, for a faster endpoint, for another's GPU)."""
         self.now = 1000.0
         self.rng = Random(seed)
-        retry = RetryOptions(max_attempts=max_attempts, floor_per_second=floor)
-        options = SchedulerOptions(strategy, MAX_TASKS, max_wait_seconds, retry)
+        self.plain = plain and strategy != "least_work"
+        self.panic_mode = panic_mode or self.plain
+        self.overflow = None if self.plain else overflow
+        self.groups = {} if self.plain else {name: ExclusiveGroup(name) for name in ("gpu 0", "gpu 1")}
+        retry = RetryOptions(max_attempts=max_attempts, floor_per_second=floor, hedge_after_factor=hedge)
+        options = SchedulerOptions(
+            strategy,
+            max_tasks=MAX_TASKS,
+            max_wait_seconds=max_wait_seconds,
+            ageing_seconds=ageing,
+            slow_start_seconds=0.0 if self.plain else 30.0,
+            tier_overflow_seconds=self.overflow,
+            panic_mode=self.panic_mode,
+            retry=retry,
+        )
         self.max_attempts = max_attempts
         self.scheduler = Scheduler(options, self.rng, self.now)
         self.endpoints: dict[int, EndpointState] = {}
@@ -100,12 +147,40 @@ class SchedulerMachine(RuleBasedStateMachine):
         slots=st.integers(1, 3),
         weight=st.sampled_from([0.5, 1.0, 5.0]),
         retry_unknown=st.booleans(),
+        switches=st.booleans(),
+        linger=st.sampled_from([0.0, 1.0]),
+        group=st.sampled_from([None, "gpu 0", "gpu 1"]),
+        cheap=st.booleans(),
     )
-    def add_endpoint(self, *, backend, shape, size, slots, weight, retry_unknown):
+    def add_endpoint(self, *, backend, shape, size, slots, weight, retry_unknown, switches, linger, group, cheap):
         assume(len(self.endpoints) < 12)
-        self._add(backend, shape, size=size, slots=slots, weight=weight, retry_unknown=retry_unknown)
+        self._add(
+            backend,
+            shape,
+            size=size,
+            slots=slots,
+            weight=weight,
+            retry_unknown=retry_unknown,
+            switches=switches,
+            linger=linger,
+            group=group,
+            cheap=cheap,
+        )
 
-    def _add(self, backend, shape, *, size, slots, weight=1.0, retry_unknown=True):
+    def _add(
+        self,
+        backend,
+        shape,
+        *,
+        size,
+        slots,
+        weight=1.0,
+        retry_unknown=True,
+        switches=False,
+        linger=0.0,
+        group=None,
+        cheap=False,
+    ):
         number = len(self.endpoints)
         self.endpoints[number] = EndpointState(
             id=number,
@@ -113,8 +188,11 @@ class SchedulerMachine(RuleBasedStateMachine):
             url=f"http://{number}",
             slots=slots,
             weight=weight,
-            capabilities=Capabilities(batch=shape, max_batch_size=size),
+            capabilities=Capabilities(batch=shape, max_batch_size=size, switches_models=switches and not self.plain),
             max_batch_size=size,
+            linger_seconds=0.0 if self.plain else linger,
+            group=self.groups.get(group),
+            cheap=cheap,
             breaker=CircuitBreaker(BreakerOptions(failures=2), self.rng),
             health=HealthRecord(HealthOptions(fall=1)),
             retry_unknown=retry_unknown,
@@ -138,12 +216,16 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.endpoints)
     @rule(data=st.data(), ok=st.booleans())
     def check_health(self, data, ok):
-        self.any_endpoint(data).health.record(ok, "")
+        endpoint = self.any_endpoint(data)
+        if not endpoint.removed:
+            self.scheduler.set_endpoint_state(endpoint.id, self.now, healthy=ok)
 
     @precondition(lambda self: self.endpoints)
     @rule(data=st.data(), enabled=st.booleans())
     def enable(self, data, enabled):
-        self.any_endpoint(data).enabled = enabled
+        endpoint = self.any_endpoint(data)
+        if not endpoint.removed:
+            self.scheduler.set_endpoint_state(endpoint.id, self.now, enabled=enabled)
 
     # what happens to jobs
 
@@ -156,13 +238,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         seed_given=st.booleans(),
         patience=st.sampled_from([5.0, 60.0, 1000.0]),
         at_once=st.booleans(),
+        tenant=st.sampled_from(TENANTS),
     )
-    def submit(self, *, n, route, prompt, steps, seed, seed_given, patience, at_once):
+    def submit(self, *, n, route, prompt, steps, seed, seed_given, patience, at_once, tenant):
         job = Job(
             id=f"job {len(self.submitted)}",
             request=ImageRequest(prompt, n=n, steps=steps, seed=seed, seed_given=seed_given),
             route=route,
-            tenant=ANONYMOUS,
+            tenant=tenant,
             submitted_at=self.now,
             deadline=self.now + patience,
         )
@@ -187,6 +270,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert not served
         except QueueFull:
             assert before + n > MAX_TASKS
+        except DeadlineUnreachable:
+            assert before
+        except RateLimited:
+            assert tenant.max_running is not None
         else:
             assert served
             assert before + n <= MAX_TASKS
@@ -206,6 +293,19 @@ class SchedulerMachine(RuleBasedStateMachine):
         for batch in unwanted:
             assert batch in self.running
             assert all(task.job.is_over for task in batch.tasks)
+
+    @rule()
+    def look_after(self):
+        before = {id(task): set(task.tried) for job in self.open_jobs.values() for task in job.tasks}
+        usable = {number for number, endpoint in self.endpoints.items() if endpoint.is_usable(self.now)}
+        for batch in self.scheduler.look_after(self.now):
+            (task,) = batch.tasks
+            assert batch.is_hedge
+            assert task.hedge is batch
+            assert task.batch in self.running
+            assert self.endpoints[batch.endpoint_id].cheap
+            assert self.endpoints[task.batch.endpoint_id].cheap
+            self.check_batch(batch, before, usable)
 
     @rule()
     def next_batches(self):
@@ -231,7 +331,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert not task.job.is_over
             assert task.artifact is None
             assert endpoint.id not in before[id(task)]
-            assert task.attempts <= self.max_attempts
+            assert task.attempts <= self.max_attempts + batch.is_hedge
+            assert task.job.deadline > self.now
             self.nothing_better_was_left(task, endpoint, before[id(task)], usable)
         self.running.append(batch)
 
@@ -242,11 +343,16 @@ class SchedulerMachine(RuleBasedStateMachine):
             endpoint = self.endpoints[number]
             if endpoint.backend in tiers and not endpoint.removed and endpoint.is_usable(self.now):
                 assert chosen.id in usable
-                assert tiers[chosen.backend] <= tiers[endpoint.backend]
+                if self.overflow is None:
+                    assert tiers[chosen.backend] <= tiers[endpoint.backend]
 
     def nobody_waits_in_vain(self):
         """A task waits only while the first tier with a usable endpoint that it has not tried is full."""
+        if not self.plain:
+            return
         for task in self.waiting():
+            if task.job.deadline <= self.now or task.job.tenant.max_running is not None:
+                continue
             for tier in sorted({target.tier for target in task.job.route}):
                 names = {target.backend for target in task.job.route if target.tier == tier}
                 usable = [
@@ -287,6 +393,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         }[kind]
         self.note(self.scheduler.finish(batch, ended, self.now))
 
+    @precondition(lambda self: self.running)
+    @rule(data=st.data())
+    def progress(self, data):
+        self.scheduler.heard_of(data.draw(st.sampled_from(self.running)), self.now)
+
     @rule(seconds=st.sampled_from([0.0, 0.5, 3.0, 10.0, 100.0]))
     def time_passes(self, seconds):
         self.now += seconds
@@ -323,19 +434,51 @@ class SchedulerMachine(RuleBasedStateMachine):
     @invariant()
     def queued_is_the_number_of_tasks_that_wait_and_each_stands_in_one_place(self):
         waiting = {id(task) for task in self.waiting()}
-        standing = [id(task) for task in self.scheduler._again if not task.job.is_over]
-        for queue in self.scheduler._queues.values():
-            standing += [id(task) for task in queue.tasks if not task.job.is_over]
+        standing = [id(task) for task in self.scheduler._again if not task.job.is_over and not task.started]
+        for line in self.scheduler._lines:
+            tasks = [task for level in line.queue.levels for lane in level.lanes.values() for task in lane.tasks]
+            assert line.queue.size == len(tasks) > 0
+            assert line.queue.work == pytest.approx(sum(task.job.cost for task in tasks))
+            standing += map(id, tasks)
         assert self.scheduler.queued == len(waiting)
         assert len(standing) == len(waiting)
         assert set(standing) == waiting
 
     @invariant()
-    def queues_hold_few_who_left(self):
-        for queue in self.scheduler._queues.values():
-            dead = sum(task.job.is_over for task in queue.tasks)
-            assert queue.dead == dead
-            assert dead <= max(64, len(queue.tasks) - dead)
+    def the_order_of_a_line_has_everybody_once_but_for_those_over_their_cap(self):
+        for line in self.scheduler._lines:
+            order = list(line.queue.order())
+            assert len(set(map(id, order))) == len(order)
+            for level in line.queue.levels:
+                for lane in level.lanes.values():
+                    expected = min(len(lane.tasks), max(0, lane.share.room))
+                    assert [task for task in order if task.place is lane] == list(lane.tasks)[:expected]
+
+    @invariant()
+    def tenants_keep_to_their_caps_and_the_books_are_right(self):
+        for share in self.scheduler._lines.shares:
+            waiting = [task for task in self.waiting() if task.job.tenant.name == share.name and task.place is not None]
+            assert share.waiting == len(waiting)
+            assert share.work == pytest.approx(sum(task.job.cost for task in waiting), abs=1e-6)
+            if share.max_running is not None:
+                tasks = {
+                    id(task) for batch in self.running for task in batch.tasks if task.job.tenant.name == share.name
+                }
+                assert share.running == len(tasks) <= share.max_running
+
+    @invariant()
+    def a_gpu_is_used_by_one_endpoint_at_a_time(self):
+        for name, group in self.groups.items():
+            busy = [endpoint for endpoint in self.endpoints.values() if endpoint.group is group and endpoint.in_flight]
+            assert len(busy) <= 1, name
+            assert group.holder is (busy[0] if busy else None)
+
+    @invariant()
+    def every_running_task_knows_its_batches(self):
+        for batch in self.running:
+            for task in batch.tasks:
+                assert batch in {task.batch, task.hedge}
+                assert task.started
 
     @invariant()
     def slots_and_costs_are_those_of_the_running_batches(self):
@@ -350,7 +493,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         snapshot = self.scheduler.snapshot(self.now)
         assert (snapshot.queued, snapshot.running) == (self.scheduler.queued, self.scheduler.running)
         assert snapshot.oldest_seconds >= 0
-        assert self.scheduler.wait_estimate() >= 1.0
+        assert sum(tenant.waiting for tenant in snapshot.tenants) == snapshot.queued
+        assert self.scheduler.wait_estimate(self.now) >= 1.0
+        for job in self.open_jobs.values():
+            estimate = self.scheduler.estimate(job, self.now)
+            assert 0 <= estimate.position <= self.scheduler.queued
+            assert estimate.wait_seconds is None or estimate.wait_seconds >= 0
 
     def teardown(self):
         """Everything ends: what runs answers, what can start does, and the deadline takes the rest."""
@@ -373,9 +521,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert (self.scheduler.queued, self.scheduler.running) == (0, 0)
         assert self.scheduler.next_batches(self.now) == []
         assert not self.scheduler._again
-        assert not self.scheduler._queues
+        assert not list(self.scheduler._lines)
+        assert not self.scheduler._by_patience
         assert all(endpoint.in_flight == 0 for endpoint in self.endpoints.values())
-        assert not any(endpoint.removed for endpoint in self.scheduler._endpoints.values())
+        assert not any(endpoint.removed for endpoint in self.scheduler._fleet)
 
 
 TestScheduler = SchedulerMachine.TestCase

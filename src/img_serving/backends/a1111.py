@@ -104,6 +104,7 @@ class A1111Backend:
             batch="seeds",
             max_batch_size=max_batch_size,
             max_concurrency=1,
+            switches_models=True,
             honours=frozenset({"seed", "negative_prompt", "size", "clip_skip", *HONOURED}),
         )
 

@@ -119,7 +119,6 @@ class OpenAIBackend:
             batch="request",
             max_batch_size=MAX_BATCH_SIZE,
             honours=frozenset({"seed", "negative_prompt", "size", *HONOURED}),
-            costs_money=api_key is not None,
         )
 
     @property

@@ -43,7 +43,9 @@ class Script(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     `sequence` is what the calls do, one after the other; at its end it begins again (`repeat = "cycle"`) or its last step
     stays (`"last"`). `fail_rate` makes that share of the `ok` steps fail. Jitter and chance come from
-    `random_seed`, so a run can be repeated. `steps` progress reports are spread over the latency.
+    `random_seed`, so a run can be repeated. `steps` progress reports are spread over the latency, to which
+    `latency_per_picture_seconds` are added for each picture of the call, and `load_seconds` when it wants another model than
+    the one before.
     """
 
     latency_seconds: _Seconds = 0.0
@@ -59,6 +61,9 @@ class Script(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     max_concurrency: _Count = 32
     busy_seconds: _Seconds = 1.0
     steps: Annotated[int, Meta(ge=0)] = 0
+    switches_models: bool = False
+    load_seconds: _Seconds = 0.0
+    latency_per_picture_seconds: _Seconds = 0.0
 
 
 class ScriptedBackend:
@@ -76,6 +81,7 @@ class ScriptedBackend:
         self.cancelled = 0
         self.in_flight = 0
         self.healthy = self.script.healthy
+        self._loaded: str | None = None
         self._random = random.Random(self.script.random_seed)  # noqa: S311 - chance to rehearse with, not to hide behind
 
     def __repr__(self) -> str:
@@ -96,6 +102,7 @@ class ScriptedBackend:
             max_concurrency=script.max_concurrency,
             honours=PARAMETERS - {"output_format", "output_compression"},
             progress=script.steps > 0,
+            switches_models=script.switches_models,
         )
 
     async def generate(self, call: Call, on_progress: OnProgress) -> Sequence[Artifact | ItemFailure]:
@@ -109,7 +116,7 @@ class ScriptedBackend:
         self.calls.append(call)
         self.in_flight += 1
         try:
-            await self._wait(step, on_progress)
+            await self._wait(step, call, on_progress)
         except asyncio.CancelledError:
             self.cancelled += 1
             raise
@@ -135,11 +142,15 @@ class ScriptedBackend:
         unlucky = self._random.random() < script.fail_rate
         return "fail" if step == "ok" and unlucky else step
 
-    async def _wait(self, step: Step, on_progress: OnProgress) -> None:
+    async def _wait(self, step: Step, call: Call, on_progress: OnProgress) -> None:
         if step == "hang":
             await asyncio.get_running_loop().create_future()
         script = self.script
+        if script.load_seconds and call.model != self._loaded:
+            await asyncio.sleep(script.load_seconds)
+        self._loaded = call.model
         latency = script.latency_seconds + script.latency_jitter_seconds * self._random.random()
+        latency += script.latency_per_picture_seconds * len(call.items)
         parts = max(1, script.steps)
         for done in range(1, parts + 1):
             if latency:

@@ -102,7 +102,19 @@ class BackendConfig(Section, frozen=True, kw_only=True):
     max_batch_size: Annotated[
         Slots | None, Meta(description="Pictures in one call; unset: what the protocol can.", examples=[4])
     ] = None
+    max_batch_pixels: Annotated[
+        Annotated[int, Meta(ge=1)] | None,
+        Meta(description="Pixels in one call, all pictures together; unset: no bound.", examples=[4194304]),
+    ] = None
     max_wait_ms: Annotated[int, Meta(ge=0, description="Milliseconds to linger for a fuller batch.")] = 0
+    exclusive_group: Annotated[
+        Text | None,
+        Meta(description="Backends of one group share a GPU: they take turns.", examples=["gpu-0"]),
+    ] = None
+    cheap: Annotated[
+        bool,
+        Meta(description="A picture drawn twice costs nothing: slow calls may be hedged (retry.hedge_after_factor)."),
+    ] = False
     retry_unknown: Annotated[
         bool | None,
         Meta(
@@ -134,6 +146,8 @@ class BackendConfig(Section, frozen=True, kw_only=True):
         Meta(description="GET path that is 200 when well; unset: the protocol's check.", examples=["/health"]),
     ] = None
     health_check_interval_secs: Annotated[float, Meta(gt=0, description="Seconds between health checks.")] = 30
+    health_check_rise: Annotated[int, Meta(ge=1, description="Good checks in a row that bring it back.")] = 1
+    health_check_fall: Annotated[int, Meta(ge=1, description="Bad checks in a row that take it out.")] = 2
     default_size: Annotated[
         Text | None, Meta(description="Size where a request has none; unset: 1024x1024.", examples=["1024x1024"])
     ] = None
@@ -181,6 +195,8 @@ class BackendConfig(Section, frozen=True, kw_only=True):
         yield from self._protocol_findings()
         yield from self._endpoint_findings()
         yield from self._credential_findings()
+        if self.exclusive_group is not None and not NAME_PATTERN.fullmatch(self.exclusive_group):
+            yield ("exclusive_group",), NAME_RULE
         if self.health_check_path is not None and not _is_path(self.health_check_path):
             yield ("health_check_path",), 'must be a path such as "/health": it begins with a slash and has no blanks'
         if self.default_size is not None and not _SIZE.fullmatch(self.default_size):

@@ -22,9 +22,6 @@ _NO_WEBHOOKS: Final = "webhooks are not sent"
 NOT_YET: Final[Mapping[str, str]] = {
     "server.max_upload_bytes": "nothing is uploaded",
     "server.keepalive_after_seconds": "waiting replies are not kept open with blanks",
-    "auth.api_keys[].priority": "keys are served in the order of arrival",
-    "auth.api_keys[].weight": "keys are served in the order of arrival",
-    "auth.api_keys[].max_running": "running pictures are not counted per key",
     "storage.signed_urls": "URLs carry no signature",
     "jobs.disconnect_grace_seconds": "work is cancelled at once",
     "jobs.result_ttl_hours": "finished jobs are not remembered",
@@ -32,7 +29,6 @@ NOT_YET: Final[Mapping[str, str]] = {
     "webhooks.secret": _NO_WEBHOOKS,
     "webhooks.max_age_hours": _NO_WEBHOOKS,
     "webhooks.allow_private_addresses": _NO_WEBHOOKS,
-    "backends[].max_wait_ms": "calls do not linger for a fuller batch",
     "backends[].cut_through": "a picture is passed on when it is complete",
     "backends[].shared": "an engine is taken to be ours alone",
 }

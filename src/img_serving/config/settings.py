@@ -188,6 +188,24 @@ class Routing(Section, frozen=True, kw_only=True):
         Literal["reject", "default"],
         Meta(description='A model that nobody serves: "reject" = 404, "default" = the default backend takes it.'),
     ] = "reject"
+    affinity_seconds: Annotated[
+        float,
+        Meta(ge=0, description="Longest wait for, or in favour of, an engine with the right model loaded; 0 = none."),
+    ] = 15
+    tier_overflow_seconds: Annotated[
+        Annotated[float, Meta(gt=0)] | None,
+        Meta(
+            description="The next tier helps while this one would take longer for what waits; unset: never.",
+            examples=[60],
+        ),
+    ] = None
+    slow_start_seconds: Annotated[
+        float, Meta(ge=0, description="Seconds until an endpoint that has recovered gets its whole share; 0 = at once.")
+    ] = 30
+    panic_mode: Annotated[
+        bool,
+        Meta(description="With no usable endpoint left, try each once all the same; false: wait until one recovers."),
+    ] = True
 
     def findings(self) -> Iterator[Finding]:
         """Aliases that lead nowhere."""
@@ -200,9 +218,19 @@ class Queue(Section, frozen=True, kw_only=True):
     """How much work may wait, and how long."""
 
     max_tasks: Annotated[int, Meta(ge=1, description="Pictures that may wait; past it callers get 503.")] = 1000
+    max_work: Annotated[
+        Annotated[float, Meta(gt=0)] | None,
+        Meta(
+            description="Megapixel-steps that may wait (1024x1024, 20 steps, guidance: 42); unset: no bound.",
+            examples=[40000],
+        ),
+    ] = None
     max_wait_seconds: Annotated[
         Annotated[float, Meta(gt=0)] | None, Meta(description="Longest wait; unset: the deadline.", examples=[120])
     ] = None
+    ageing_seconds: Annotated[
+        float, Meta(ge=0, description="A priority counts one more for every so many seconds waited; 0 = never.")
+    ] = 60
     request_timeout_seconds: Annotated[
         float, Meta(gt=0, description="The deadline of a job, from its arrival to its last picture.")
     ] = 600
@@ -216,6 +244,34 @@ class Retry(Section, frozen=True, kw_only=True):
         float,
         Meta(ge=0, le=1, description="Second attempts as a share of all traffic (10 a second are always allowed)."),
     ] = 0.2
+    hedge_after_factor: Annotated[
+        Annotated[float, Meta(gt=1)] | None,
+        Meta(
+            description="On cheap backends, a second call for one that takes so many times too long; unset: never.",
+            examples=[3],
+        ),
+    ] = None
+
+
+class Breaker(Section, frozen=True, kw_only=True):
+    """When an endpoint that fails is left alone, and for how long."""
+
+    consecutive_failures: Annotated[int, Meta(ge=1, description="It opens after so many failures in a row,")] = 5
+    consecutive_timeouts: Annotated[int, Meta(ge=1, description="or so many time-outs in a row,")] = 2
+    error_share: Annotated[
+        float, Meta(gt=0, le=1, description="or when this share of the calls in the window failed,")
+    ] = 0.5
+    window_seconds: Annotated[float, Meta(gt=0, description="a window of so many seconds,")] = 30
+    min_calls: Annotated[int, Meta(ge=1, description="if it has at least so many calls.")] = 10
+    open_seconds: Annotated[
+        float, Meta(gt=0, description="Then it is left alone for so long, twice that the next time,")
+    ] = 5
+    max_open_seconds: Annotated[float, Meta(gt=0, description="and so on up to this; then one call tries it.")] = 60
+
+    def findings(self) -> Iterator[Finding]:
+        """Bounds that contradict each other."""
+        if self.max_open_seconds < self.open_seconds:
+            yield ("max_open_seconds",), f"is less than open_seconds = {self.open_seconds:g}"
 
 
 class Limits(Section, frozen=True, kw_only=True):
@@ -304,6 +360,9 @@ class Config(Section, frozen=True, kw_only=True):
     queue: Annotated[Queue, Meta(description="How much work may wait, and how long.")] = field(default_factory=Queue)
     retry: Annotated[Retry, Meta(description="How often a failed attempt is made again elsewhere.")] = field(
         default_factory=Retry
+    )
+    breaker: Annotated[Breaker, Meta(description="When a failing endpoint is left alone.")] = field(
+        default_factory=Breaker
     )
     limits: Annotated[Limits, Meta(description="What one request may ask for.")] = field(default_factory=Limits)
     storage: Annotated[Storage, Meta(description="Where pictures are kept for their URLs.")] = field(

@@ -52,4 +52,5 @@ class Capabilities:
     min_side: int | None = None
     max_side: int | None = None
     progress: bool = False
-    costs_money: bool = False
+    switches_models: bool = False
+    """It holds one model at a time, and another one takes seconds to load: work goes where its model is, if it can."""

@@ -121,6 +121,13 @@ class QueueFull(GatewayError):
     status = 503
 
 
+class DeadlineUnreachable(GatewayError):
+    """What is waiting already takes longer than the request may: it is refused now instead of failing later."""
+
+    default_code = "deadline_unreachable"
+    status = 503
+
+
 class Draining(GatewayError):
     """The gateway is stopping and takes no new work."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Any
 
 import msgspec
 
@@ -49,6 +50,10 @@ class Task(msgspec.Struct, eq=False):
     started: bool = False
     batch: Batch | None = None
     """The running batch that it travels in."""
+    hedge: Batch | None = None
+    """A second running batch that draws the same picture, in case the first is slow."""
+    place: Any = None
+    """Where it stands in line (`policy.fair_queue.Lane`); None: it does not."""
     artifact: Artifact | None = None
 
     def __repr__(self) -> str:
@@ -66,6 +71,8 @@ class Job(msgspec.Struct, eq=False):
     deadline: float
     request_id: str = ""
     traceparent: str | None = None
+    cost: float = 0.0
+    """Megapixel-steps of one of its pictures; set when it is submitted."""
     status: JobStatus = JobStatus.QUEUED
     tasks: list[Task] = msgspec.field(default_factory=list)
     started_at: float | None = None
@@ -110,6 +117,19 @@ class Batch(msgspec.Struct, eq=False):
     era: int
     cost: float
     started_at: float
+    heard_at: float = 0.0
+    """When its engine last showed a sign of life: its start, or the last progress."""
+    expected_end: float = 0.0
+    expected_seconds: float | None = None
+    """How long it should take, where the endpoint's speed is known."""
+    loads_model: bool = False
+    """Whether the endpoint had another model loaded: its seconds say nothing about drawing."""
+    is_hedge: bool = False
+
+    @property
+    def is_unwanted(self) -> bool:
+        """Whether nobody waits for any of its pictures any more."""
+        return all([task.job.finished_at is not None or task.artifact is not None for task in self.tasks])
 
     def __repr__(self) -> str:
         return f"<Batch of {len(self.tasks)} for {self.backend}>"
@@ -123,6 +143,8 @@ class Ended(msgspec.Struct, frozen=True):
     refusal: GatewayError | None = None
     message: str = ""
     busy_seconds: float | None = None
+    timed_out: bool = False
+    """The endpoint said nothing for as long as an attempt may take: it may be wedged."""
 
     @property
     def is_cancelled(self) -> bool:

@@ -27,6 +27,9 @@ TICK_SECONDS = 0.1
 """How often time-outs and deadlines are looked at, while there is work: one timer for all instead of one a request."""
 
 
+TIMER_SLACK_SECONDS = 0.005
+
+
 class EndpointLookup(Protocol):
     """How the dispatcher finds what a batch needs beyond the scheduler's own state."""
 
@@ -48,15 +51,14 @@ class EndpointLookup(Protocol):
 
 
 class _Attempt:
-    """One running call: when it was last heard of, and why it was stopped, if it was."""
+    """One running call, and why it was stopped, if it was."""
 
-    __slots__ = ("adapter", "batch", "call", "ended", "heard_at", "stopped", "task", "timed_out")
+    __slots__ = ("adapter", "batch", "call", "ended", "stopped", "task", "timed_out")
 
-    def __init__(self, batch: Batch, call: Call, adapter: Backend, now: float) -> None:
+    def __init__(self, batch: Batch, call: Call, adapter: Backend) -> None:
         self.batch = batch
         self.call = call
         self.adapter = adapter
-        self.heard_at = now
         self.timed_out = False
         self.stopped = False
         # left standing when the task is cancelled, even before its first step: leaving by any door is right
@@ -84,6 +86,7 @@ class Dispatcher:
         """Who waits for which job; None where the waiter runs the job's only attempt itself."""
         self._attempts: dict[Batch, _Attempt] = {}
         self._timer: asyncio.TimerHandle | None = None
+        self._wake: asyncio.TimerHandle | None = None
         self._draining = False
         self._idle: asyncio.Future[None] | None = None
 
@@ -104,7 +107,7 @@ class Dispatcher:
         batch = self.scheduler.start_at_once(job, now)
         if batch is not None:
             self._waiting[job.id] = None
-            own: _Attempt | None = self._attempt(batch, now)
+            own: _Attempt | None = self._attempt(batch)
         else:
             self.scheduler.submit(job)
             self._waiting[job.id] = None
@@ -141,7 +144,7 @@ class Dispatcher:
         now = self._clock()
         own: _Attempt | None = None
         for batch in self.scheduler.next_batches(now):
-            attempt = self._attempt(batch, now)
+            attempt = self._attempt(batch)
             tasks = batch.tasks
             if (
                 caller is not None
@@ -151,16 +154,32 @@ class Dispatcher:
             ):
                 own = attempt
                 continue
-            attempt.task = self._tasks.spawn(self._run(attempt), "attempt")
-            # a callback and not a `finally`: a task cancelled before its first step never enters its `try`
-            attempt.task.add_done_callback(lambda _, attempt=attempt: self._finish(attempt))  # type: ignore[misc]
+            self._spawn(attempt)
         if self.scheduler.queued:
             self._watch_the_clock()
+            wakes_at = self.scheduler.wakes_at(now)
+            if wakes_at is not None and wakes_at - now < TICK_SECONDS:
+                self._wake_in(wakes_at - now)
         return own
 
-    def _attempt(self, batch: Batch, now: float) -> _Attempt:
+    def _spawn(self, attempt: _Attempt) -> None:
+        """Run an attempt in a task of its own."""
+        attempt.task = self._tasks.spawn(self._run(attempt), "attempt")
+        # a callback and not a `finally`: a task cancelled before its first step never enters its `try`
+        attempt.task.add_done_callback(lambda _: self._finish(attempt))
+
+    def _wake_in(self, seconds: float) -> None:
+        """Look again before the next tick: a batch has lingered for long enough then."""
+        if self._wake is None:
+            self._wake = asyncio.get_running_loop().call_later(seconds, self._woken)
+
+    def _woken(self) -> None:
+        self._wake = None
+        self.pump()
+
+    def _attempt(self, batch: Batch) -> _Attempt:
         """What the call needs is looked up now: the backend may be removed before its first step."""
-        attempt = _Attempt(batch, self._call(batch), self._endpoints.adapter_of(batch.endpoint_id), now)
+        attempt = _Attempt(batch, self._call(batch), self._endpoints.adapter_of(batch.endpoint_id))
         self._attempts[batch] = attempt
         self._watch_the_clock()
         return attempt
@@ -202,9 +221,10 @@ class Dispatcher:
         self._draining = True
         for job in list(self.scheduler.jobs):
             self.cancel(job, Draining("the gateway is stopping", retry_after_seconds=5.0))
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        for timer in (self._timer, self._wake):
+            if timer is not None:
+                timer.cancel()
+        self._timer = self._wake = None
 
     # one attempt
 
@@ -222,13 +242,14 @@ class Dispatcher:
                 outcome=error.outcome,
                 message=f"{batch.backend}: {error.message}",
                 busy_seconds=error.busy_seconds,
+                timed_out=error.outcome is Outcome.UNKNOWN and self._is_overdue(attempt),
             )
         except BackendRefusal as refusal:
             attempt.ended = Ended(refusal=refusal.error)
         except asyncio.CancelledError:
             if attempt.timed_out:
                 message = f"{batch.backend}: no answer within {attempt.call.timeout_seconds:g} s"
-                attempt.ended = Ended(outcome=Outcome.UNKNOWN, message=message)
+                attempt.ended = Ended(outcome=Outcome.UNKNOWN, message=message, timed_out=True)
             elif not attempt.stopped:
                 raise
             # it was ours, and meant this call alone
@@ -256,13 +277,18 @@ class Dispatcher:
             items=tuple(
                 [Item(task.job.request.prompt, task.job.request.negative_prompt, task.seed) for task in batch.tasks]
             ),
-            timeout_seconds=self._endpoints.timeout_of(batch.backend),
+            # an engine draws a batch's pictures one after the other, more or less
+            timeout_seconds=self._endpoints.timeout_of(batch.backend) * len(batch.tasks),
             request_id=first.request_id,
             traceparent=first.traceparent,
         )
 
+    def _is_overdue(self, attempt: _Attempt) -> bool:
+        """Whether it has been silent for as long as it may. An adapter's own timer may ring a moment before ours."""
+        return self._clock() - attempt.batch.heard_at >= attempt.call.timeout_seconds - TIMER_SLACK_SECONDS
+
     def _on_progress(self, attempt: _Attempt, progress: Progress) -> None:
-        attempt.heard_at = self._clock()
+        self.scheduler.heard_of(attempt.batch, self._clock())
         for task in attempt.batch.tasks:
             task.job.steps_done = progress.done
             task.job.steps_total = progress.total
@@ -293,13 +319,15 @@ class Dispatcher:
         self._timer = None
         now = self._clock()
         for attempt in self._attempts.values():
-            overdue = now - attempt.heard_at >= attempt.call.timeout_seconds
-            if overdue and attempt.task is not None and not (attempt.timed_out or attempt.stopped):
+            if attempt.task is not None and not (attempt.timed_out or attempt.stopped) and self._is_overdue(attempt):
                 attempt.timed_out = True
                 attempt.task.cancel()
         for job in self.scheduler.expire(now):
             self._settle(job)
         self._stop(self.scheduler.unwanted())
+        for batch in self.scheduler.look_after(now):
+            self._metrics.hedges.add(batch.backend)
+            self._spawn(self._attempt(batch))
         self.pump()
         if self._attempts:
             self._watch_the_clock()

@@ -17,7 +17,7 @@ from img_serving.domain.errors import Conflict, NotFound
 from img_serving.domain.jobs import Batch, Job
 from img_serving.gateway.tasks import TaskRegistry
 from img_serving.policy.circuit_breaker import BreakerOptions, BreakerState, CircuitBreaker
-from img_serving.policy.endpoint import EndpointSnapshot, EndpointState
+from img_serving.policy.endpoint import EndpointSnapshot, EndpointState, ExclusiveGroup
 from img_serving.policy.health import Health, HealthOptions, HealthRecord
 from img_serving.policy.routing import Candidate
 from img_serving.policy.scheduler import Scheduler
@@ -88,8 +88,11 @@ class Registry:
         clock: Callable[[], float],
         rng: Random,
         config_file: str | None = None,
+        breaker: BreakerOptions | None = None,
     ) -> None:
         """`config_file` is named when somebody tries to delete what it defines."""
+        self._breaker = breaker if breaker is not None else BreakerOptions()
+        self._groups: dict[str, ExclusiveGroup] = {}
         self._scheduler = scheduler
         self._factory = factory
         self._state = state
@@ -278,10 +281,20 @@ class Registry:
                 weight=endpoint_config.weight,
                 capabilities=capabilities,
                 max_batch_size=_batch_size(config, adapter),
-                breaker=CircuitBreaker(BreakerOptions(), self._rng),
-                health=HealthRecord(HealthOptions(interval_seconds=config.health_check_interval_secs)),
+                max_batch_pixels=config.max_batch_pixels,
+                linger_seconds=config.max_wait_ms / 1000,
+                breaker=CircuitBreaker(self._breaker, self._rng),
+                health=HealthRecord(
+                    HealthOptions(
+                        interval_seconds=config.health_check_interval_secs,
+                        rise=config.health_check_rise,
+                        fall=config.health_check_fall,
+                    )
+                ),
                 enabled=config.enabled,
                 retry_unknown=config.retries_unknown(),
+                group=self._group(config.exclusive_group),
+                cheap=config.cheap,
             )
             endpoint = Endpoint(state, adapter, endpoint_config)
             entry.endpoints.append(endpoint)
@@ -291,6 +304,9 @@ class Registry:
                 self._probers[state.id] = self._tasks.spawn(self._probe(entry, endpoint), "prober")
         self._entries[config.name] = entry
         self._candidates = None
+
+    def _group(self, name: str | None) -> ExclusiveGroup | None:
+        return None if name is None else self._groups.setdefault(name, ExclusiveGroup(name))
 
     def _take_down(self, name: str) -> list[Job]:
         entry = self._entries.pop(name)
@@ -333,7 +349,7 @@ class Registry:
 
     def _take_in(self, entry: BackendEntry, endpoint: Endpoint, report: HealthReport) -> None:
         state = endpoint.state
-        if state.health.record(report.healthy, report.detail):
+        if self._scheduler.set_endpoint_state(state.id, self._clock(), healthy=report.healthy, detail=report.detail):
             level = logging.INFO if state.health.health is Health.UP else logging.WARNING
             fields = {"backend": state.backend, "endpoint": state.url, "detail": report.detail}
             log.log(level, "endpoint is %s", state.health.health.value, extra={"fields": fields})
@@ -345,6 +361,7 @@ class Registry:
             state.capabilities = capabilities
             state.slots = _slots(endpoint.config, endpoint.adapter)
             state.max_batch_size = _batch_size(entry.config, endpoint.adapter)
+            self._scheduler.endpoint_changed()
             self._candidates = None
 
 

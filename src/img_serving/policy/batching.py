@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from img_serving.domain.capabilities import BatchShape
 from img_serving.domain.images import ImageRequest
 from img_serving.domain.jobs import Task
+from img_serving.policy.cost import pixels_of
+from img_serving.policy.endpoint import EndpointState
 
 LOOK_AHEAD = 64
 """Waiting tasks looked at when a batch is filled: bounds the cost of a decision, whatever the queue's length."""
@@ -51,6 +53,14 @@ def may_share(shape: BatchShape, members: list[Task], other: Task) -> bool:
             and other.seed == members[-1].seed + 1
         )
     return True
+
+
+def company_limit(endpoint: EndpointState, task: Task) -> int:
+    """How many pictures like this task's fit into one call of the endpoint: by their number, and by their pixels."""
+    limit = endpoint.max_batch_size
+    if limit > 1 and endpoint.max_batch_pixels is not None:
+        limit = max(1, min(limit, endpoint.max_batch_pixels // pixels_of(task.job.request)))
+    return limit
 
 
 def fill(shape: BatchShape, head: Task, waiting: Iterable[Task], limit: int) -> list[Task]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 from enum import StrEnum
 from random import Random
@@ -17,23 +18,45 @@ class BreakerState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class BreakerOptions:
-    """When it opens (consecutive failures) and for how long (seconds, doubling up to a limit, ± `jitter` of it)."""
+    """When it opens, and for how long.
+
+    It opens after `failures` in a row, after `timeouts` of them in a row that were time-outs (each has cost somebody the
+    longest wait there is, so fewer are enough), or when `error_share` of the calls that ended within `window_seconds` failed,
+    if there were at least `min_calls`. It stays open for `open_seconds`, doubling each time up to `max_open_seconds`,
+    ± `jitter` of it; after `max_open_seconds` without trouble the doubling begins anew.
+    """
 
     failures: int = 5
+    timeouts: int = 2
+    error_share: float = 0.5
+    window_seconds: float = 30.0
+    min_calls: int = 10
     open_seconds: float = 5.0
     max_open_seconds: float = 60.0
     jitter: float = 0.2
 
 
 class CircuitBreaker:
-    """Counts consecutive failures of one endpoint.
+    """Judges one endpoint by how its calls end.
 
     Every call is started and ended: `era = start(now)` … `end(era, ok, now)`. News from an earlier era is ignored, so a
     call that began before the breaker opened cannot close it. A call that was cancelled ends with `ok=None`: it counts for
     nothing, but frees the trial.
     """
 
-    __slots__ = ("_era", "_failures", "_open_until", "_openings", "_options", "_rng", "_state", "_trials")
+    __slots__ = (
+        "_closed_at",
+        "_era",
+        "_failures",
+        "_open_until",
+        "_openings",
+        "_options",
+        "_rng",
+        "_state",
+        "_timeouts",
+        "_trials",
+        "_window",
+    )
 
     def __init__(self, options: BreakerOptions, rng: Random) -> None:
         """`rng` draws the jitter."""
@@ -42,9 +65,13 @@ class CircuitBreaker:
         self._state = BreakerState.CLOSED
         self._era = 0
         self._failures = 0
+        self._timeouts = 0
         self._openings = 0
         self._open_until = 0.0
+        self._closed_at = float("-inf")
         self._trials = 0
+        self._window: deque[list[float]] = deque()
+        """(second, calls that ended in it, those of them that failed), oldest first: the share costs no more for more calls."""
 
     @property
     def standing(self) -> BreakerState:
@@ -77,34 +104,64 @@ class CircuitBreaker:
             self._trials += 1
         return self._era
 
-    def end(self, era: int, ok: bool | None, now: float) -> None:
-        """A call ended well (True), badly (False) or was cancelled or refused for its content (None)."""
+    def end(self, era: int, ok: bool | None, now: float, *, timed_out: bool = False) -> None:
+        """A call ended well (True), badly (False; perhaps it `timed_out`), or was cancelled or refused (None)."""
         if era != self._era:
             return
         if ok is None:
             self._trials = max(0, self._trials - 1)
         elif ok:
-            self._failures = 0
-            self._openings = 0
+            self._failures = self._timeouts = 0
+            self._count(now, bad=0)
             if self._state is not BreakerState.CLOSED:
-                self._state = BreakerState.CLOSED
-                self._trials = 0
-                self._era += 1
+                self._close(now)
         else:
             self._failures += 1
-            if self._state is BreakerState.HALF_OPEN or (
-                self._state is BreakerState.CLOSED and self._failures >= self._options.failures
-            ):
+            self._timeouts = self._timeouts + 1 if timed_out else 0
+            self._count(now, bad=1)
+            if self._state is BreakerState.HALF_OPEN or (self._state is BreakerState.CLOSED and self._is_enough()):
                 self._open(now)
 
+    def _count(self, now: float, *, bad: int) -> None:
+        """One more call in the window."""
+        window = self._window
+        second = now // 1.0
+        if window and window[-1][0] == second:
+            cell = window[-1]
+            cell[1] += 1
+            cell[2] += bad
+        else:
+            window.append([second, 1, bad])
+            oldest = now - self._options.window_seconds
+            while window[0][0] < oldest:
+                window.popleft()
+
+    def _is_enough(self) -> bool:
+        options = self._options
+        if self._failures >= options.failures or self._timeouts >= options.timeouts:
+            return True
+        calls = sum(cell[1] for cell in self._window)
+        return calls >= options.min_calls and sum(cell[2] for cell in self._window) >= options.error_share * calls
+
     def _open(self, now: float) -> None:
-        wait = min(self._options.open_seconds * 2**self._openings, self._options.max_open_seconds)
-        spread = self._options.jitter
+        options = self._options
+        if self._state is BreakerState.CLOSED and now - self._closed_at >= options.max_open_seconds:
+            self._openings = 0
+        wait = min(options.open_seconds * 2**self._openings, options.max_open_seconds)
+        spread = options.jitter
         self._open_until = now + wait * (1 + spread * (2 * self._rng.random() - 1))
         self._openings = min(self._openings + 1, 16)
         self._state = BreakerState.OPEN
-        self._trials = 0
-        self._failures = 0
+        self._start_anew()
+
+    def _close(self, now: float) -> None:
+        self._state = BreakerState.CLOSED
+        self._closed_at = now
+        self._start_anew()
+
+    def _start_anew(self) -> None:
+        self._trials = self._failures = self._timeouts = 0
+        self._window.clear()
         self._era += 1
 
     def __repr__(self) -> str:

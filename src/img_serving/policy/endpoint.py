@@ -1,20 +1,61 @@
-"""What the scheduler knows of one endpoint: slots, health, breaker and learned speed."""
+"""What the scheduler knows of one endpoint: slots, health, breaker, learned speed, the model it holds, and what runs there."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from img_serving.domain.capabilities import Capabilities
+from img_serving.domain.jobs import Batch
 from img_serving.policy.circuit_breaker import CircuitBreaker
 from img_serving.policy.health import Health, HealthRecord
+from img_serving.policy.speed import Speed
 
-SPEED_MEMORY = 0.3
-"""Share of a new measurement in the moving averages: about the last six calls count."""
+LATENCY_MEMORY_SECONDS = 60.0
+"""How long a peak of latency is remembered (to 1/e of it)."""
+
+SWITCH_SECONDS = 10.0
+"""How long an engine is taken to need for loading another model, until it was seen."""
+
+SWITCH_MEMORY = 0.5
+"""Share of a new measurement in what is known of loading models."""
+
+RAMP_FLOOR = 0.1
+"""Share of its weight that an endpoint begins with after it has recovered."""
+
+SILENCE_FACTOR = 4.0
+SILENCE_SECONDS = 5.0
+"""A call that has been silent for so many times its expected duration, and for so long, makes its endpoint suspect."""
+
+
+class ExclusiveGroup:
+    """Endpoints that share one GPU: only one of them has calls in flight at a time.
+
+    `claimed_by` is who is to be next: while it is set nobody else may start, so that the holder runs dry and hands over.
+    """
+
+    __slots__ = ("claimed_by", "holder", "members", "name")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.members: set[int] = set()
+        self.holder: EndpointState | None = None
+        self.claimed_by: EndpointState | None = None
+
+    def admits(self, endpoint: EndpointState) -> bool:
+        """Whether the endpoint may start a call as far as the others go."""
+        return (self.holder is None or self.holder is endpoint) and (
+            self.claimed_by is None or self.claimed_by is endpoint
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class EndpointSnapshot:
-    """One endpoint at one moment: for `repr`, health, metrics, the API and tests."""
+    """One endpoint at one moment: for `repr`, health, metrics, the API and tests.
+
+    `speed` in seconds: `overhead_seconds` a call and `seconds_per_unit` a megapixel-step; None until measured.
+    `outstanding` in megapixel-steps.
+    """
 
     backend: str
     url: str
@@ -23,39 +64,56 @@ class EndpointSnapshot:
     health: str
     health_detail: str
     breaker: str
+    suspect: bool
     usable: bool
     weight: float
     seconds_per_unit: float | None
+    overhead_seconds: float | None
     latency_seconds: float | None
+    outstanding: float
     calls: int
     failures: int
     last_error: str | None
+    loaded_model: str | None
+    group: str | None
 
 
 class EndpointState:
-    """One address of a backend, as the policies see it. Only the scheduler and the prober write to it."""
+    """One address of a backend, as the policies see it. Only the scheduler writes to it."""
 
     __slots__ = (
+        "_peak_at",
         "backend",
         "breaker",
         "busy_until",
         "calls",
         "capabilities",
+        "cheap",
         "enabled",
+        "expected_free",
         "failures",
+        "group",
         "health",
         "id",
         "in_flight",
         "last_error",
         "latency_seconds",
+        "linger_seconds",
+        "loaded_model",
+        "max_batch_pixels",
         "max_batch_size",
         "outstanding_cost",
         "picked_at",
+        "ramp_ends",
+        "ramp_seconds",
         "removed",
         "retry_unknown",
-        "seconds_per_unit",
+        "running",
         "slots",
         "smooth_weight",
+        "speed",
+        "suspect",
+        "switch_seconds",
         "url",
         "weight",
     )
@@ -74,8 +132,16 @@ class EndpointState:
         health: HealthRecord,
         enabled: bool = True,
         retry_unknown: bool = True,
+        max_batch_pixels: int | None = None,
+        linger_seconds: float = 0.0,
+        group: ExclusiveGroup | None = None,
+        cheap: bool = False,
     ) -> None:
-        """`slots` calls may be in flight at once; `weight` is this endpoint's share."""
+        """`slots` calls may be in flight at once; `weight` is this endpoint's share.
+
+        A batch holds at most `max_batch_size` pictures and `max_batch_pixels` in all; one that is not full may wait for
+        company until its oldest picture is `linger_seconds` old. `cheap`: a second call for the same picture costs nothing.
+        """
         self.id = id
         self.backend = backend
         self.url = url
@@ -83,27 +149,45 @@ class EndpointState:
         self.weight = weight
         self.capabilities = capabilities
         self.max_batch_size = max_batch_size
+        self.max_batch_pixels = max_batch_pixels
+        self.linger_seconds = linger_seconds
         self.breaker = breaker
         self.health = health
         self.enabled = enabled
         self.retry_unknown = retry_unknown
+        self.group = group
+        self.cheap = cheap
+        if group is not None:
+            group.members.add(id)
         self.removed = False
+        self.suspect = False
         self.in_flight = 0
+        self.running: dict[Batch, None] = {}
         self.outstanding_cost = 0.0
+        self.expected_free = 0.0
+        """When its next slot should be free; 0.0 while one is."""
         self.busy_until = 0.0
-        self.seconds_per_unit: float | None = None
+        self.speed = Speed()
         self.latency_seconds: float | None = None
+        self._peak_at = 0.0
+        self.loaded_model: str | None = None
+        self.switch_seconds = SWITCH_SECONDS
+        self.ramp_ends = 0.0
+        self.ramp_seconds = 0.0
         self.smooth_weight = 0.0
         self.picked_at = 0
         self.calls = 0
         self.failures = 0
         self.last_error: str | None = None
 
+    # may it be used
+
     def is_usable(self, now: float) -> bool:
         """Whether it may be used at all: a full endpoint is usable, just not ready."""
         return (
             self.enabled
             and not self.removed
+            and not self.suspect
             and self.health.health is not Health.DOWN
             and self.busy_until <= now
             and self.breaker.admits(now)
@@ -115,22 +199,97 @@ class EndpointState:
             self.busy_until > now
             and self.enabled
             and not self.removed
+            and not self.suspect
             and self.health.health is not Health.DOWN
             and self.breaker.admits(now)
         )
 
-    def learn(self, cost: float, seconds: float) -> None:
-        """A call of `cost` megapixel-steps took `seconds`."""
-        speed = seconds / cost
-        if self.seconds_per_unit is None or self.latency_seconds is None:
-            self.seconds_per_unit = speed
-            self.latency_seconds = seconds
+    def has_room(self, now: float) -> bool:
+        """Whether a call may start: a slot is free, as far as it may use them all yet, and its group lets it."""
+        slots = self.slots
+        if self.ramp_ends > now:
+            slots = max(1, math.ceil(slots * self._ramp(now)))
+        return self.in_flight < slots and (self.group is None or self.group.admits(self))
+
+    def weight_at(self, now: float) -> float:
+        """Its share: less than its weight for a while after it has recovered."""
+        return self.weight * self._ramp(now) if self.ramp_ends > now else self.weight
+
+    def recovered(self, now: float, slow_start_seconds: float) -> None:
+        """It is back: it begins with a part of its slots and its weight, and has all of them after `slow_start_seconds`."""
+        self.ramp_seconds = slow_start_seconds
+        self.ramp_ends = now + slow_start_seconds
+
+    def _ramp(self, now: float) -> float:
+        return max(RAMP_FLOOR, 1.0 - (self.ramp_ends - now) / self.ramp_seconds)
+
+    # what runs
+
+    def start(self, batch: Batch) -> None:
+        """A call begins."""
+        self.in_flight += 1
+        self.outstanding_cost += batch.cost
+        self.calls += 1
+        self.running[batch] = None
+        if self.group is not None:
+            self.group.holder = self
+        if self.in_flight >= self.slots:
+            self.expected_free = min([one.expected_end for one in self.running])
+
+    def end(self, batch: Batch) -> None:
+        """A call is over, however it went."""
+        self.in_flight -= 1
+        del self.running[batch]
+        self.outstanding_cost = self.outstanding_cost - batch.cost if self.running else 0.0
+        if self.group is not None and not self.running:
+            self.group.holder = None
+        self.expected_free = (
+            min([one.expected_end for one in self.running]) if self.running and self.in_flight >= self.slots else 0.0
+        )
+
+    def free_at(self, now: float) -> float:
+        """When it should have a free slot: now, or when the first of its calls should end.
+
+        A call that is overdue is taken to need as long again as it is late: who waits for it does so ever less gladly.
+        """
+        soonest = self.expected_free
+        if not soonest:
+            holder = self.group.holder if self.group is not None else None
+            if holder is None or holder is self:
+                return now
+            soonest = max([one.expected_end for one in holder.running])
+        return soonest if soonest >= now else now + (now - soonest)
+
+    def is_silent(self, now: float) -> bool:
+        """Whether one of its calls has gone without a sign of life for so long that it looks wedged."""
+        return any(
+            batch.expected_seconds is not None
+            and now - batch.heard_at > SILENCE_SECONDS + SILENCE_FACTOR * batch.expected_seconds
+            for batch in self.running
+        )
+
+    # what is learned
+
+    def learn(self, batch: Batch, seconds: float, now: float) -> None:
+        """A call of `batch.cost` megapixel-steps took `seconds` and drew."""
+        if batch.loads_model:
+            expected = self.speed.seconds(batch.cost)
+            if expected is not None:
+                self.switch_seconds += SWITCH_MEMORY * (max(0.0, seconds - expected) - self.switch_seconds)
             return
-        self.seconds_per_unit += SPEED_MEMORY * (speed - self.seconds_per_unit)
-        self.latency_seconds += SPEED_MEMORY * (seconds - self.latency_seconds)
+        self.speed.learn(batch.cost, seconds, now)
+        # peaks count at once and fade with time, so that an endpoint which has just stalled is not picked for its past
+        known = self.latency_seconds
+        if known is None or seconds >= known:
+            self.latency_seconds = seconds
+        else:
+            kept = math.exp(-(now - self._peak_at) / LATENCY_MEMORY_SECONDS)
+            self.latency_seconds = known * kept + seconds * (1.0 - kept)
+        self._peak_at = now
 
     def snapshot(self, now: float) -> EndpointSnapshot:
         """A frozen picture of it."""
+        measured = self.speed.per_unit is not None
         return EndpointSnapshot(
             backend=self.backend,
             url=self.url,
@@ -139,18 +298,22 @@ class EndpointState:
             health=self.health.health.value,
             health_detail=self.health.detail,
             breaker=self.breaker.state(now).value,
+            suspect=self.suspect,
             usable=self.is_usable(now),
             weight=self.weight,
-            seconds_per_unit=self.seconds_per_unit,
+            seconds_per_unit=self.speed.per_unit,
+            overhead_seconds=self.speed.overhead if measured else None,
             latency_seconds=self.latency_seconds,
+            outstanding=self.outstanding_cost,
             calls=self.calls,
             failures=self.failures,
             last_error=self.last_error,
+            loaded_model=self.loaded_model,
+            group=self.group.name if self.group is not None else None,
         )
 
     def __repr__(self) -> str:
-        speed = "?" if self.seconds_per_unit is None else f"{self.seconds_per_unit:.3g}"
         return (
             f"<Endpoint {self.backend} {self.url}: {self.in_flight}/{self.slots} slots, "
-            f"{self.health.health}, {self.breaker!r}, {speed} s/MP-step>"
+            f"{self.health.health}, {self.breaker!r}, {self.speed!r}>"
         )

@@ -10,11 +10,16 @@ from img_serving.policy.token_bucket import TokenBucket
 
 @dataclass(frozen=True, slots=True)
 class RetryOptions:
-    """`max_attempts` a task; retries may be `budget_ratio` of the traffic, but `floor_per_second` always."""
+    """`max_attempts` a task; retries may be `budget_ratio` of the traffic, but `floor_per_second` always.
+
+    `hedge_after_factor`: a call to a cheap endpoint that takes this many times as long as it should is made a second time
+    elsewhere; None: never.
+    """
 
     max_attempts: int = 3
     budget_ratio: float = 0.2
     floor_per_second: float = 10.0
+    hedge_after_factor: float | None = None
 
 
 class RetryBudget:

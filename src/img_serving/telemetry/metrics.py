@@ -62,6 +62,7 @@ class Metrics:
             "stage_seconds", "Seconds by stage of an image request: queue, attempt, deliver, total.", "stage"
         )
         self.attempts = Counter("attempts_total", "Calls to endpoints by how they ended.", "backend", "outcome")
+        self.hedges = Counter("hedges_total", "Second calls made beside a slow one, by backend.", "backend")
         self.jobs = Counter("jobs_total", "Image jobs by how they ended.", "status")
         self.pictures = Counter("pictures_total", "Pictures made, by backend.", "backend")
         self.wrong_size = Counter(

@@ -1,0 +1,79 @@
+"""The endpoints there are: by number, by backend, and by the tiers of a route."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+
+from img_serving.domain.jobs import Route
+from img_serving.policy.endpoint import EndpointState
+
+Tier = Sequence[EndpointState]
+
+MAX_ROUTES = 1024
+"""Routes whose tiers are remembered at most; past it all are forgotten."""
+
+
+class Fleet:
+    """All endpoints, those of removed backends included until their last call is over."""
+
+    __slots__ = ("_by_backend", "_by_id", "_tiers", "grouped", "switches_models")
+
+    def __init__(self) -> None:
+        self._by_id: dict[int, EndpointState] = {}
+        self._by_backend: dict[str, list[EndpointState]] = {}
+        self._tiers: dict[Route, tuple[Tier, ...]] = {}
+        self.switches_models = False
+        """Whether any endpoint holds one model at a time."""
+        self.grouped: list[EndpointState] = []
+        """The endpoints that share a GPU with others."""
+
+    def add(self, endpoint: EndpointState) -> None:
+        """From now on it may be given work."""
+        self._by_id[endpoint.id] = endpoint
+        self._by_backend.setdefault(endpoint.backend, []).append(endpoint)
+        self.changed()
+
+    def remove_backend(self, backend: str) -> None:
+        """Its endpoints get no work any more, and are forgotten when their last call is over."""
+        for endpoint in self._by_backend.pop(backend, []):
+            endpoint.removed = True
+            self.forget_if_over(endpoint)
+        self.changed()
+
+    def forget_if_over(self, endpoint: EndpointState) -> None:
+        """Forget a removed endpoint on which nothing runs."""
+        if endpoint.removed and not endpoint.in_flight:
+            del self._by_id[endpoint.id]
+
+    def changed(self) -> None:
+        """Endpoints came or went, or can do something else than before."""
+        self._tiers.clear()
+        here = [one for endpoints in self._by_backend.values() for one in endpoints]
+        self.switches_models = any(one.capabilities.switches_models for one in here)
+        self.grouped = [one for one in here if one.group is not None]
+
+    def __getitem__(self, endpoint_id: int) -> EndpointState:
+        return self._by_id[endpoint_id]
+
+    def __iter__(self) -> Iterator[EndpointState]:
+        return iter(self._by_id.values())
+
+    def of(self, route: Route) -> Iterable[EndpointState]:
+        """The endpoints of every backend on the route."""
+        return (endpoint for tier in self.tiers(route) for endpoint in tier)
+
+    def tiers(self, route: Route) -> tuple[Tier, ...]:
+        """The endpoints of a route by tier, the lowest first; remembered until something changes."""
+        tiers = self._tiers.get(route)
+        if tiers is None:
+            if len(self._tiers) >= MAX_ROUTES:
+                self._tiers.clear()
+            by_tier: dict[int, list[EndpointState]] = {}
+            for target in route:
+                by_tier.setdefault(target.tier, []).extend(self._by_backend.get(target.backend, ()))
+            tiers = self._tiers[route] = tuple(tuple(by_tier[tier]) for tier in sorted(by_tier))
+        return tiers
+
+    def has_untried(self, route: Route, tried: Collection[int]) -> bool:
+        """Whether an enabled endpoint is left that is not among those tried."""
+        return any(endpoint.enabled and endpoint.id not in tried for endpoint in self.of(route))

@@ -1,0 +1,86 @@
+"""When each endpoint would have a task done: what `least_work` compares, busy endpoints included."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from img_serving.policy.endpoint import EndpointState
+
+STALE_SECONDS = 600.0
+"""An endpoint without a call for so long may have changed: it is taken to be as fast as the best, and so gets one."""
+
+
+class Forecast:
+    """For each of some endpoints: when it has a free slot, and how long it takes.
+
+    `frees` in seconds of the clock, `heads` seconds a call (fixed part, a model to load, and what
+    else runs there), `slopes` seconds a
+    megapixel-step. One that was not measured is taken to be as fast, per weight, as the fastest of the others: so everyone
+    is tried soon, and one disappointment is enough to know better.
+    """
+
+    __slots__ = ("endpoints", "frees", "heads", "slopes")
+
+    def __init__(
+        self,
+        endpoints: Sequence[EndpointState],
+        models: Mapping[str, str | None],
+        now: float,
+        promised: Mapping[int, float],
+    ) -> None:
+        """`models` by backend: what the task needs there. `promised`: until when others have laid claim to an endpoint."""
+        self.endpoints = endpoints
+        self.frees = [one.expected_free if one.expected_free > now else one.free_at(now) for one in endpoints]
+        if promised:
+            for index, one in enumerate(endpoints):
+                self.frees[index] = max(self.frees[index], promised.get(one.id, 0.0))
+        fresh = now - STALE_SECONDS
+        slopes = [
+            one.speed.per_unit if one.speed.per_unit is not None and one.speed.learned_at >= fresh else 0.0
+            for one in endpoints
+        ]
+        if 0.0 in slopes:
+            known = [slope * one.weight for slope, one in zip(slopes, endpoints, strict=True) if slope]
+            best = min(known, default=1.0)
+            slopes = [slope or best / one.weight for slope, one in zip(slopes, endpoints, strict=True)]
+        self.slopes = slopes
+        self.heads = [one.speed.overhead for one in endpoints]
+        for index, one in enumerate(endpoints):
+            if one.in_flight and one.slots > 1:
+                # what runs there already is shared out over its slots: the fuller of two is the slower
+                self.heads[index] += one.outstanding_cost / one.slots * slopes[index]
+            if one.capabilities.switches_models:
+                model = models.get(one.backend)
+                if model is not None and one.loaded_model is not None and one.loaded_model != model:
+                    self.heads[index] += one.switch_seconds
+
+    def ends(self, cost: float) -> list[float]:
+        """When each would have a task of `cost` done."""
+        return [free + head + cost * slope for free, head, slope in zip(self.frees, self.heads, self.slopes)]  # noqa: B905 - hot, and made together
+
+    def soonest(self, cost: float) -> int:
+        """The index of the one that would be done first; among equals the one whose turn is longest ago."""
+        ends = self.ends(cost)
+        best = min(ends)
+        index = ends.index(best)
+        if ends.count(best) > 1:
+            tied = [at for at, end in enumerate(ends) if end == best]
+            index = min(tied, key=lambda at: self.endpoints[at].picked_at)
+        return index
+
+    def promise(self, index: int, cost: float) -> None:
+        """A task of `cost` is going to run there: what comes after it begins later."""
+        endpoint = self.endpoints[index]
+        seconds = cost * self.slopes[index]
+        if endpoint.max_batch_size > 1:
+            seconds += self.heads[index] / endpoint.max_batch_size  # it will share its call
+        else:
+            seconds += self.heads[index]
+        self.frees[index] += seconds / endpoint.slots
+
+    def level(self, work: float, among: Sequence[int]) -> float:
+        """When the endpoints at those indices would be through with `work` megapixel-steps, shared out evenly."""
+        rates = [self.endpoints[index].slots / self.slopes[index] for index in among]
+        total = sum(rates)
+        begun = sum(self.frees[index] * rate for index, rate in zip(among, rates, strict=True))
+        return (begun + work) / total if total else float("inf")

@@ -1,0 +1,364 @@
+"""Where waiting tasks go: which of them, to which endpoint, with what company. Decides, and changes nothing but its notes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from itertools import islice
+from random import Random
+
+from img_serving.domain.jobs import Batch, Route, Task
+from img_serving.policy.balancing import STRATEGIES
+from img_serving.policy.batching import company_limit, fill
+from img_serving.policy.endpoint import EndpointState
+from img_serving.policy.fair_queue import Urgency, urgencies
+from img_serving.policy.fleet import Fleet, Tier
+from img_serving.policy.forecast import Forecast
+from img_serving.policy.lines import Line, Lines
+from img_serving.policy.options import SchedulerOptions
+
+WINDOW = 16
+"""Waiting tasks that `least_work` plans ahead for: whom a free endpoint suits is nearly always among the first few."""
+
+LATE_SECONDS = 0.1
+LATE_SHARE = 0.1
+"""Who waits for a busy endpoint looks again when that is late by so many seconds, or by this share of its call."""
+
+NEVER = float("inf")
+Found = tuple[EndpointState, list[Task]]
+
+
+class Placement:
+    """One pass after the other: `begin(now)`, then `place` for the lines, in the order of their `rank`.
+
+    `wake` is when a pass may find more although nothing happens until then.
+    """
+
+    def __init__(self, options: SchedulerOptions, lines: Lines, rng: Random) -> None:
+        self.fleet = Fleet()
+        self.lines = lines
+        self.wake = NEVER
+        self._options = options
+        self._choose = STRATEGIES[options.strategy]
+        self._by_work = options.strategy == "least_work"
+        self._rng = rng
+        self._now = 0.0
+        self._urgency: Urgency | None = None
+        self._promised: dict[int, float] = {}
+        self._wanted: dict[str, set[str | None]] | None = None
+
+    # a pass
+
+    def begin(self, now: float) -> None:
+        """Nothing is promised yet, and nobody has claimed anything."""
+        self._now = now
+        self.wake = NEVER
+        self._promised = {}
+        self._wanted = None
+        self._urgency = urgencies((line.queue for line in self.lines), now, self._options.ageing_seconds)
+        for endpoint in self.fleet.grouped:
+            endpoint.group.claimed_by = None  # type: ignore[union-attr] # those of `grouped` have one
+
+    def lines_with_a_chance(self) -> list[Line]:
+        """The lines to look at: all, or none where every slot is taken."""
+        if any(endpoint.in_flight < endpoint.slots for endpoint in self.fleet):
+            return list(self.lines)
+        return []
+
+    def rank(self, line: Line) -> tuple[float, float, int]:
+        """Where the line stands among the others: the lowest goes first."""
+        return line.queue.rank(self._urgency)
+
+    def place(self, line: Line) -> Found | None:
+        """Who of the line goes where now, with what company; None: nobody can, or whoever can had better wait."""
+        usable = self._usable(self.fleet.tiers(line.route), (), line)
+        if not usable:
+            return self._place_on_a_last_hope(line)
+        ready = [endpoint for endpoint in usable if endpoint.has_room(self._now)]
+        if not ready:
+            self._claim(usable)
+            return None
+        if self._by_work and len(usable) > 1:
+            return self._place_by_work(line, usable, ready)
+        task = next(self._order(line), None)
+        if task is None:
+            return None
+        if self.fleet.switches_models:
+            ready = self._near_the_model(ready, usable, line, task)
+        while ready:
+            endpoint = ready[0] if len(ready) == 1 else self._choose(ready, task.job.cost, self._now, self._rng)
+            members = self._with_company(line, task, endpoint, ready)
+            if members is not None:
+                return endpoint, members
+            ready = [other for other in ready if other is not endpoint]
+        return None
+
+    # single tasks
+
+    def pick_at_once(self, task: Task, now: float) -> EndpointState | None:
+        """The endpoint for a lone task while nobody waits, or None if it had better stand in line."""
+        self._now = now
+        tiers = self.fleet.tiers(task.job.route)
+        for tier in tiers:
+            usable = [endpoint for endpoint in tier if endpoint.is_usable(now)]
+            if not usable:
+                continue
+            ready = [endpoint for endpoint in usable if endpoint.has_room(now)]
+            if not ready or self.fleet.switches_models:
+                return None
+            if self._by_work:
+                endpoint = usable[Forecast(usable, {}, now, {}).soonest(task.job.cost)]
+                if not endpoint.has_room(now):
+                    return None
+            else:
+                endpoint = ready[0] if len(ready) == 1 else self._choose(ready, task.job.cost, now, self._rng)
+            return None if endpoint.linger_seconds and endpoint.max_batch_size > 1 else endpoint
+        return self._choose_one(self._last_hopes(tiers, (), task.job.deadline), task)
+
+    def pick_again(self, task: Task) -> EndpointState | None:
+        """The endpoint for a second try, which does not stand in line again: one that it has not tried."""
+        tenant = task.job.tenant
+        if task.job.deadline <= self._now or (
+            tenant.max_running is not None and self.lines.shares.of(tenant).room <= 0
+        ):
+            return None
+        tiers = self.fleet.tiers(task.job.route)
+        usable = self._usable(tiers, task.tried, None)
+        if not usable:
+            return self._choose_one(self._last_hopes(tiers, task.tried, task.job.deadline), task)
+        ready = [endpoint for endpoint in usable if endpoint.has_room(self._now)]
+        if not ready:
+            self._claim(usable)
+        return self._choose_one(ready, task)
+
+    def pick_hedge(self, task: Task, now: float) -> EndpointState | None:
+        """A free and cheap endpoint that has not had the task, for a second call beside the one that is slow."""
+        self._now = now
+        usable = self._usable(self.fleet.tiers(task.job.route), task.tried, None)
+        return self._choose_one([one for one in usable if one.cheap and one.has_room(now)], task)
+
+    def expect(self, batch: Batch, endpoint: EndpointState, now: float) -> None:
+        """Note how long a call that begins now should take, and which model the engine will hold."""
+        seconds = endpoint.speed.seconds(batch.cost)
+        if endpoint.capabilities.switches_models and batch.model is not None:
+            batch.loads_model = endpoint.loaded_model != batch.model
+            endpoint.loaded_model = batch.model
+            if batch.loads_model and seconds is not None:
+                seconds += endpoint.switch_seconds
+        batch.expected_seconds = seconds
+        if seconds is None:
+            seconds = self._guess(batch.tasks[0].job.route) * batch.cost / endpoint.weight
+        batch.expected_end = now + seconds
+
+    def _choose_one(self, candidates: list[EndpointState], task: Task) -> EndpointState | None:
+        if not candidates:
+            return None
+        return self._choose(candidates, task.job.cost, self._now, self._rng)
+
+    def _guess(self, route: Route) -> float:
+        """Seconds a megapixel-step of an endpoint that was not measured, times its weight: those of the fastest other."""
+        return min(
+            (one.speed.per_unit * one.weight for one in self.fleet.of(route) if one.speed.per_unit is not None),
+            default=1.0,
+        )
+
+    # who may be used
+
+    def usable_of(self, route: Route, now: float) -> list[EndpointState]:
+        """The usable endpoints of the first tier that has any."""
+        self._now = now
+        return self._usable(self.fleet.tiers(route), (), None)
+
+    def _usable(self, tiers: Sequence[Tier], tried: Collection[int], line: Line | None) -> list[EndpointState]:
+        """The usable endpoints, full ones included, of the first tier that has any; of more where a tier overflows."""
+        now = self._now
+        found: list[EndpointState] = []
+        for tier in tiers:
+            found += [one for one in tier if one.is_usable(now) and one.id not in tried]
+            if found and not (line is not None and self._overflows(line, found)):
+                break
+        return found
+
+    def _overflows(self, line: Line, endpoints: list[EndpointState]) -> bool:
+        """Whether what waits for these endpoints would take them longer than they have before the next tier helps."""
+        limit = self._options.tier_overflow_seconds
+        if limit is None:
+            return False
+        return Forecast(endpoints, {}, self._now, {}).level(line.queue.work, range(len(endpoints))) > self._now + limit
+
+    def _last_hopes(self, tiers: Sequence[Tier], tried: Collection[int], deadline: float) -> list[EndpointState]:
+        """Where no endpoint is usable: those that are ejected or broken, for one chance each.
+
+        None of them while one that said when it is free again is worth waiting for, nor where the operator wants no panic:
+        then everybody waits until one recovers.
+        """
+        now = self._now
+        hopes: list[EndpointState] = []
+        worth_waiting = not self._options.panic_mode
+        for tier in tiers:
+            for one in tier:
+                if one.id in tried or not one.enabled or one.removed:
+                    continue
+                if one.is_only_busy(now) and one.busy_until < deadline:
+                    worth_waiting = True
+                    self.wake = min(self.wake, one.busy_until)
+                elif one.has_room(now):
+                    hopes.append(one)
+                if (opens_in := one.breaker.opens_in(now)) > 0:
+                    self.wake = min(self.wake, now + opens_in)
+        return [] if worth_waiting else hopes
+
+    def _claim(self, usable: list[EndpointState]) -> None:
+        """Where another endpoint of its group holds the GPU, the first of these is to have it next."""
+        for one in usable:
+            group = one.group
+            if group is not None and group.holder is not None and group.holder is not one and one.in_flight < one.slots:
+                if group.claimed_by is None:
+                    group.claimed_by = one
+                return
+
+    # who goes
+
+    def _order(self, line: Line) -> Iterator[Task]:
+        now = self._now
+        return (task for task in line.queue.order(self._urgency) if task.job.deadline > now)
+
+    def _place_on_a_last_hope(self, line: Line) -> Found | None:
+        task = next(self._order(line), None)
+        if task is None:
+            return None
+        hopes = self._last_hopes(self.fleet.tiers(line.route), (), task.job.deadline)
+        endpoint = self._choose_one(hopes, task)
+        if endpoint is None:
+            return None
+        members = self._with_company(line, task, endpoint, hopes)
+        return None if members is None else (endpoint, members)
+
+    def _place_by_work(self, line: Line, usable: list[EndpointState], ready: list[EndpointState]) -> Found | None:
+        """The first task, in the order of the line, that would be done soonest by an endpoint that is free now.
+
+        Every task before it is better off waiting for a busy one, and is promised it. So a fast endpoint's next moment is
+        given to whom it is due, and a slow one takes what it would finish sooner than anybody else could.
+        """
+        now = self._now
+        forecast = Forecast(usable, line.models, now, self._promised)
+        free = set(map(id, ready))
+        window: list[Task] = []
+        for task in islice(self._order(line), WINDOW):
+            index = forecast.soonest(task.job.cost)
+            endpoint = usable[index]
+            if id(endpoint) in free and forecast.frees[index] <= now and not self._is_deferred(endpoint, line, task):
+                members = self._with_company(line, task, endpoint, ready)
+                if members is not None:
+                    return endpoint, members
+                free.discard(id(endpoint))
+            forecast.promise(index, task.job.cost)
+            window.append(task)
+        if free and window and line.queue.size > len(window):
+            found = self._place_beyond(line, forecast, free, window)
+            if found is not None:
+                return found
+        self._keep_promises(forecast)
+        return None
+
+    def _place_beyond(self, line: Line, forecast: Forecast, free: set[int], window: list[Task]) -> Found | None:
+        """With more waiting than was planned for, a free endpoint that nobody chose may still be needed.
+
+        It is if it would have the smallest task done before the others are through with all that waits.
+        """
+        busy = [index for index, one in enumerate(forecast.endpoints) if id(one) not in free]
+        rest = line.queue.work - sum(task.job.cost for task in window)
+        task = min(window, key=lambda one: one.job.cost)
+        ends = forecast.ends(task.job.cost)
+        idle = [
+            index
+            for index, one in enumerate(forecast.endpoints)
+            if id(one) in free and forecast.frees[index] <= self._now and not self._is_deferred(one, line, task)
+        ]
+        if not busy or not idle:
+            return None
+        index = min(idle, key=ends.__getitem__)
+        if ends[index] > forecast.level(rest, busy):
+            return None
+        endpoint = forecast.endpoints[index]
+        members = self._with_company(line, task, endpoint, [endpoint])
+        return None if members is None else (endpoint, members)
+
+    def _keep_promises(self, forecast: Forecast) -> None:
+        """Other lines must not count on what this one's tasks wait for; and whoever waits looks again if it comes late."""
+        now = self._now
+        for endpoint, free in zip(forecast.endpoints, forecast.frees, strict=True):
+            if free > now:
+                self._promised[endpoint.id] = free
+            if endpoint.expected_free:
+                due = endpoint.expected_free
+                late = max(LATE_SECONDS, now - due, LATE_SHARE * (due - min(b.started_at for b in endpoint.running)))
+                self.wake = min(self.wake, max(due, now) + late)
+
+    def _with_company(
+        self, line: Line, task: Task, endpoint: EndpointState, ready: list[EndpointState]
+    ) -> list[Task] | None:
+        """The task and those who travel with it; None where it should linger for more company."""
+        queue = line.queue
+        limit = min(company_limit(endpoint, task), queue.size)
+        fits = limit
+        if limit > 1:
+            # a batch leaves work for the other free slots
+            slots = sum([one.slots - one.in_flight for one in ready])
+            limit = min(limit, -(-queue.size // max(1, slots)))
+        members = [task]
+        if limit > 1:
+            others = (one for one in self._order(line) if one is not task)
+            members = fill(endpoint.capabilities.batch, task, others, limit)
+        if endpoint.linger_seconds and company_limit(endpoint, task) > 1:
+            until = task.job.submitted_at + endpoint.linger_seconds
+            if self._now < until and len(members) < max(fits, company_limit(endpoint, task)):
+                self.wake = min(self.wake, until)
+                return None
+        return members
+
+    # models
+
+    def _near_the_model(
+        self, ready: list[EndpointState], usable: list[EndpointState], line: Line, task: Task
+    ) -> list[EndpointState]:
+        """Of the free endpoints those that have the task's model loaded; where there are none, those that may load it.
+
+        For a bounded time a task waits for a busy endpoint that has its model, if that is free sooner than another could
+        load it, and is passed over for others whose model is loaded.
+        """
+        at_hand = [one for one in ready if not self._must_switch(one, line)]
+        if at_hand:
+            return at_hand
+        until = task.job.submitted_at + self._options.affinity_seconds
+        if self._now < until:
+            soonest = min(one.switch_seconds for one in ready)
+            for one in usable:
+                if not self._must_switch(one, line) and one.free_at(self._now) - self._now < soonest:
+                    self.wake = min(self.wake, until)
+                    return []
+        return [one for one in ready if not self._is_deferred(one, line, task)]
+
+    @staticmethod
+    def _must_switch(endpoint: EndpointState, line: Line) -> bool:
+        if not endpoint.capabilities.switches_models:
+            return False
+        model = line.models.get(endpoint.backend)
+        return model is not None and endpoint.loaded_model != model
+
+    def _is_deferred(self, endpoint: EndpointState, line: Line, task: Task) -> bool:
+        """Whether the endpoint has a model loaded that others wait for, and the task can wait a while yet."""
+        if not self.fleet.switches_models or not self._must_switch(endpoint, line) or endpoint.loaded_model is None:
+            return False
+        until = task.job.submitted_at + self._options.affinity_seconds
+        if self._now >= until or endpoint.loaded_model not in self._models_wanted(endpoint.backend):
+            return False
+        self.wake = min(self.wake, until)
+        return True
+
+    def _models_wanted(self, backend: str) -> set[str | None]:
+        if self._wanted is None:
+            self._wanted = {}
+            for line in self.lines:
+                for name, model in line.models.items():
+                    self._wanted.setdefault(name, set()).add(model)
+        return self._wanted.get(backend, set())

@@ -1,0 +1,62 @@
+"""How fast an endpoint is: seconds of a call from its cost, learned from the calls that it made."""
+
+from __future__ import annotations
+
+MEMORY = 0.95
+"""What a measurement keeps of its weight with each later one: about the last twenty calls count."""
+
+OUTLIER = 3.0
+"""A call is taken to have lasted at most this many times what was expected: one stall must not spoil twenty calls."""
+
+SHRINKAGE = 4.0
+"""How many calls' worth of doubt there is about a fixed part: with few calls, or calls of one size, there is none."""
+
+KNOWN_WELL = 5
+"""Calls after which a surprising one is an outlier; before, nobody knows what is surprising."""
+
+
+class Speed:
+    """`overhead` seconds a call and `per_unit` seconds a megapixel-step; None until the first call was measured.
+
+    A regression of seconds on cost with forgetting, weighted so that relative errors count: engines are off by a share of
+    what they do, so a big picture's seconds must not drown a small one's. With v = seconds / cost and u = 1 / cost it is the
+    line v = per_unit + overhead x u.
+    """
+
+    __slots__ = ("_n", "_u", "_uu", "_uv", "_v", "calls", "learned_at", "overhead", "per_unit")
+
+    def __init__(self) -> None:
+        self._n = self._u = self._uu = self._v = self._uv = 0.0
+        self.calls = 0
+        self.overhead = 0.0
+        self.per_unit: float | None = None
+        self.learned_at = 0.0
+
+    def seconds(self, cost: float) -> float | None:
+        """How long a call of `cost` megapixel-steps should take; None where nothing was measured."""
+        return None if self.per_unit is None else self.overhead + cost * self.per_unit
+
+    def learn(self, cost: float, seconds: float, now: float) -> None:
+        """A call of `cost` megapixel-steps took `seconds`."""
+        if self.per_unit is not None and self.calls >= KNOWN_WELL:
+            seconds = min(seconds, OUTLIER * (self.overhead + cost * self.per_unit))
+        u, v = 1.0 / cost, seconds / cost
+        n = self._n = self._n * MEMORY + 1.0
+        self._u = self._u * MEMORY + u
+        self._v = self._v * MEMORY + v
+        self._uu = self._uu * MEMORY + u * u
+        self._uv = self._uv * MEMORY + u * v
+        mean_u, mean_v = self._u / n, self._v / n
+        spread = self._uu / n - mean_u * mean_u
+        slope = (self._uv / n - mean_u * mean_v) / (spread + SHRINKAGE / n * mean_u * mean_u)
+        # a part that is fixed cannot be negative, and cannot be all of it
+        self.overhead = min(max(slope, 0.0), 0.95 * mean_v / mean_u)
+        self.per_unit = mean_v - self.overhead * mean_u
+        self.calls += 1
+        self.learned_at = now
+
+    def __repr__(self) -> str:
+        if self.per_unit is None:
+            return "? s/MP-step"
+        fixed = f"{self.overhead:.3g} s + " if self.overhead > 0 else ""
+        return f"{fixed}{self.per_unit:.3g} s/MP-step"
