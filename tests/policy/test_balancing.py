@@ -144,11 +144,11 @@ def test_least_work_takes_an_unmeasured_endpoint_to_be_as_fast_as_the_fastest_by
 
 
 def test_least_work_tries_an_endpoint_again_that_nobody_has_measured_for_long():
-    forecast = Forecast([endpoint(0, speed=1.0), endpoint(1, speed=9.0)], {}, 599.0, {})
-    assert forecast.soonest(1.0) == 0
-    fresh = endpoint(0, speed=1.0)
-    fresh.speed.learned_at = 700.0
-    assert Forecast([fresh, endpoint(1, speed=9.0)], {}, 700.0, {}).slopes == [1.0, 1.0]
+    fast, slow = endpoint(0, speed=1.0), endpoint(1, speed=20.0)
+    assert Forecast([fast, slow], {}, 3599.0, {}).slopes == [1.0, 20.0]
+    fast.speed.learn(1.0, 1.0, 3000.0)
+    assert Forecast([fast, slow], {}, 4000.0, {}).slopes == [1.0, 1.0]  # 200 calls of 20 s
+    assert Forecast([fast, slow], {}, 3999.0, {}).slopes == [1.0, 20.0]
 
 
 def test_least_work_takes_turns_among_equals():

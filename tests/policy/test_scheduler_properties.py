@@ -493,7 +493,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         snapshot = self.scheduler.snapshot(self.now)
         assert (snapshot.queued, snapshot.running) == (self.scheduler.queued, self.scheduler.running)
         assert snapshot.oldest_seconds >= 0
-        assert sum(tenant.waiting for tenant in snapshot.tenants) == snapshot.queued
+        assert sum(tenant.depth for tenant in snapshot.tenants) == sum(len(line.queue) for line in self.scheduler._lines)
         assert self.scheduler.wait_estimate(self.now) >= 1.0
         for job in self.open_jobs.values():
             estimate = self.scheduler.estimate(job, self.now)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from img_serving.domain.errors import DeadlineUnreachable, QueueFull, RateLimited
 from img_serving.domain.jobs import Job
-from img_serving.policy.estimates import estimate_of, pace_of, wait_by_cap, wait_seconds
+from img_serving.policy.estimates import estimate_of, recent_pace, wait_by_cap, wait_seconds
 from img_serving.policy.fair_queue import Share
 from img_serving.policy.options import SchedulerOptions
 from img_serving.policy.placement import Placement
@@ -40,7 +40,7 @@ def _check_deadline(job: Job, share: Share, placement: Placement, options: Sched
     now = job.submitted_at
     patience = job.deadline - now
     longest = options.max_wait_seconds if options.max_wait_seconds is not None else patience
-    pace = pace_of(placement.usable_of(job.route, now), job.cost, now)
+    pace = recent_pace(placement, job, now)
     if pace is None:
         return  # nobody knows, so nobody is refused
     capped = wait_by_cap(job, share, pace)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from random import Random
@@ -56,6 +57,7 @@ class CircuitBreaker:
         "_timeouts",
         "_trials",
         "_window",
+        "on_change",
     )
 
     def __init__(self, options: BreakerOptions, rng: Random) -> None:
@@ -70,6 +72,8 @@ class CircuitBreaker:
         self._open_until = 0.0
         self._closed_at = float("-inf")
         self._trials = 0
+        self.on_change: Callable[[], None] = lambda: None
+        """Called when it may admit calls that it did not before, or the reverse."""
         self._window: deque[list[float]] = deque()
         """(second, calls that ended in it, those of them that failed), oldest first: the share costs no more for more calls."""
 
@@ -94,6 +98,10 @@ class CircuitBreaker:
         """Seconds until it would let a trial through; 0.0 if it admits calls."""
         return 0.0 if self.admits(now) else max(0.0, self._open_until - now)
 
+    def steady_until(self, now: float) -> float:
+        """Until when `admits` will say the same, if no call starts or ends."""
+        return self._open_until if self._state is not BreakerState.CLOSED and now < self._open_until else float("inf")
+
     def start(self, now: float) -> int:
         """A call begins; returns the era to give back to `end`. May be called while open, when nothing better is left."""
         if self._state is not BreakerState.CLOSED and now >= self._open_until:
@@ -102,6 +110,7 @@ class CircuitBreaker:
                 self._state = BreakerState.HALF_OPEN
                 self._era += 1
             self._trials += 1
+            self.on_change()
         return self._era
 
     def end(self, era: int, ok: bool | None, now: float, *, timed_out: bool = False) -> None:
@@ -109,7 +118,9 @@ class CircuitBreaker:
         if era != self._era:
             return
         if ok is None:
-            self._trials = max(0, self._trials - 1)
+            if self._trials:
+                self._trials -= 1
+                self.on_change()
         elif ok:
             self._failures = self._timeouts = 0
             self._count(now, bad=0)
@@ -163,6 +174,7 @@ class CircuitBreaker:
         self._trials = self._failures = self._timeouts = 0
         self._window.clear()
         self._era += 1
+        self.on_change()
 
     def __repr__(self) -> str:
         return f"<CircuitBreaker {self._state} failures={self._failures} era={self._era}>"

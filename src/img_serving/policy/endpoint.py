@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from img_serving.domain.capabilities import Capabilities
 from img_serving.domain.jobs import Batch
 from img_serving.policy.circuit_breaker import CircuitBreaker
 from img_serving.policy.health import Health, HealthRecord
 from img_serving.policy.speed import Speed
+
+if TYPE_CHECKING:
+    from img_serving.policy.tier import Tier
 
 LATENCY_MEMORY_SECONDS = 60.0
 """How long a peak of latency is remembered (to 1/e of it)."""
@@ -82,14 +86,16 @@ class EndpointState:
     """One address of a backend, as the policies see it. Only the scheduler writes to it."""
 
     __slots__ = (
+        "_busy_until",
+        "_enabled",
         "_peak_at",
+        "_removed",
+        "_suspect",
         "backend",
         "breaker",
-        "busy_until",
         "calls",
         "capabilities",
         "cheap",
-        "enabled",
         "expected_free",
         "failures",
         "group",
@@ -106,14 +112,13 @@ class EndpointState:
         "picked_at",
         "ramp_ends",
         "ramp_seconds",
-        "removed",
         "retry_unknown",
         "running",
         "slots",
         "smooth_weight",
         "speed",
-        "suspect",
         "switch_seconds",
+        "tiers",
         "url",
         "weight",
     )
@@ -153,20 +158,23 @@ class EndpointState:
         self.linger_seconds = linger_seconds
         self.breaker = breaker
         self.health = health
-        self.enabled = enabled
+        self.tiers: list[Tier] = []
+        """Who keeps what is known of it at hand, and must hear of every change."""
+        breaker.on_change = health.on_change = self._changed
+        self._enabled = enabled
         self.retry_unknown = retry_unknown
         self.group = group
         self.cheap = cheap
         if group is not None:
             group.members.add(id)
-        self.removed = False
-        self.suspect = False
+        self._removed = False
+        self._suspect = False
         self.in_flight = 0
         self.running: dict[Batch, None] = {}
         self.outstanding_cost = 0.0
         self.expected_free = 0.0
         """When its next slot should be free; 0.0 while one is."""
-        self.busy_until = 0.0
+        self._busy_until = 0.0
         self.speed = Speed()
         self.latency_seconds: float | None = None
         self._peak_at = 0.0
@@ -182,16 +190,66 @@ class EndpointState:
 
     # may it be used
 
+    @property
+    def enabled(self) -> bool:
+        """Whether the operator lets it have work."""
+        return self._enabled
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        self._enabled = value
+        self._changed()
+
+    @property
+    def removed(self) -> bool:
+        """Whether its backend was removed."""
+        return self._removed
+
+    @removed.setter
+    def removed(self, value: bool) -> None:
+        self._removed = value
+        self._changed()
+
+    @property
+    def suspect(self) -> bool:
+        """Whether it looks wedged: its calls are silent for far too long."""
+        return self._suspect
+
+    @suspect.setter
+    def suspect(self, value: bool) -> None:
+        if value is not self._suspect:
+            self._suspect = value
+            self._changed()
+
+    @property
+    def busy_until(self) -> float:
+        """Until when it asked to be left alone."""
+        return self._busy_until
+
+    @busy_until.setter
+    def busy_until(self, value: float) -> None:
+        self._busy_until = value
+        self._changed()
+
     def is_usable(self, now: float) -> bool:
         """Whether it may be used at all: a full endpoint is usable, just not ready."""
         return (
-            self.enabled
-            and not self.removed
-            and not self.suspect
+            self._enabled
+            and not self._removed
+            and not self._suspect
             and self.health.health is not Health.DOWN
-            and self.busy_until <= now
+            and self._busy_until <= now
             and self.breaker.admits(now)
         )
+
+    def usable_until(self, now: float) -> float:
+        """Until when `is_usable` will say the same, if nothing happens."""
+        steady = self.breaker.steady_until(now)
+        return min(steady, self._busy_until) if self._busy_until > now else steady
+
+    def _changed(self) -> None:
+        for tier in self.tiers:
+            tier.changed()
 
     def is_only_busy(self, now: float) -> bool:
         """Whether all that keeps it from being used is that it said to come back later."""
@@ -231,6 +289,8 @@ class EndpointState:
         self.outstanding_cost += batch.cost
         self.calls += 1
         self.running[batch] = None
+        for tier in self.tiers:
+            tier.moved.add(self)
         if self.group is not None:
             self.group.holder = self
         if self.in_flight >= self.slots:
@@ -240,6 +300,8 @@ class EndpointState:
         """A call is over, however it went."""
         self.in_flight -= 1
         del self.running[batch]
+        for tier in self.tiers:
+            tier.moved.add(self)
         self.outstanding_cost = self.outstanding_cost - batch.cost if self.running else 0.0
         if self.group is not None and not self.running:
             self.group.holder = None

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from img_serving.domain.jobs import Batch, Job, Route
+from img_serving.domain.tenants import Tenant
 from img_serving.policy.endpoint import EndpointState
-from img_serving.policy.fair_queue import Level, Share
+from img_serving.policy.fair_queue import Lane, Level, Share
 from img_serving.policy.lines import Line
 from img_serving.policy.placement import Placement
 from img_serving.policy.snapshots import BackendQueue, JobEstimate, SchedulerSnapshot, TenantQueue
+
+PACE_SECONDS = 0.5
+MAX_PACES = 1024
 
 UNKNOWN_SECONDS = 1.0
 """A task is taken to need so long where nothing was measured, for those who must be told something."""
@@ -56,6 +60,18 @@ def pace_of(endpoints: Sequence[EndpointState], cost: float, now: float) -> Pace
     if not measured:
         return None
     return Pace(rate * slots / measured, slots, begun / rate, idle)
+
+
+def recent_pace(placement: Placement, job: Job, now: float) -> Pace | None:
+    """The pace of a job's route, at most `PACE_SECONDS` old: it is asked for with every job that arrives."""
+    until, known = placement.paces.get(job.route, (float("-inf"), None))
+    pace: Pace | None = known
+    if now >= until:
+        if len(placement.paces) >= MAX_PACES:
+            placement.paces.clear()
+        pace = pace_of(placement.usable_of(job.route, now), job.cost, now)
+        placement.paces[job.route] = (now + PACE_SECONDS, pace)
+    return pace
 
 
 def ahead_in_level(level: Level, share: Share, own: float) -> tuple[float, float]:
@@ -107,40 +123,47 @@ def ahead_elsewhere(route: Route, share: Share, own: float, placement: Placement
 
 def estimate_of(job: Job, placement: Placement, now: float, *, arriving: bool = False) -> JobEstimate:
     """Where a job stands. `arriving`: it is not in line yet, and would stand last of its tenant's."""
-    lines = placement.lines
-    endpoints = placement.usable_of(job.route, now)
-    pace = pace_of(endpoints, job.cost, now)
     waiting = len(job.tasks) if arriving else sum(not task.started for task in job.tasks)
     if not waiting:
-        ends = [
-            max(batch.expected_end, now) - now
-            for task in job.tasks
-            if (batch := task.batch) is not None and not job.is_over
-        ]
-        return JobEstimate(0, 0.0, max(ends, default=0.0) if pace is not None or not ends else None)
-    share = lines.shares.of(job.tenant)
-    line = lines.find(job.route)
-    before_tasks = 0
-    before = 0.0
-    if line is not None:
-        lane = next(
-            (level.lanes.get(share.name) for level in line.queue.levels if level.priority == share.priority), None
-        )
-        for task in lane.tasks if lane is not None else ():
-            if not arriving and task.job is job:
-                break
-            before_tasks += 1
-            before += task.job.cost
-    own = before + job.cost
+        return _estimate_of_running(job, now)
+    lane = _lane_of(job, placement)
+    before, work = 0, 0.0
+    for task in lane.tasks if lane is not None else ():
+        if not arriving and task.job is job:
+            break
+        before += 1
+        work += task.job.cost
+    return _estimate(job, placement, now, waiting, before, work)
+
+
+def _lane_of(job: Job, placement: Placement) -> Lane | None:
+    line = placement.lines.find(job.route)
+    levels = line.queue.levels if line is not None else ()
+    return next((level.lanes.get(job.tenant.name) for level in levels if level.priority == job.tenant.priority), None)
+
+
+def _estimate_of_running(job: Job, now: float) -> JobEstimate:
+    batches = [task.batch for task in job.tasks if task.batch is not None and not job.is_over]
+    if any(batch.expected_seconds is None for batch in batches):
+        return JobEstimate(0, 0.0, None)
+    return JobEstimate(0, 0.0, max([0.0, *(batch.expected_end - now for batch in batches)]))
+
+
+def _estimate(job: Job, placement: Placement, now: float, waiting: int, before: int, work_before: float) -> JobEstimate:
+    """The estimate of a job with `waiting` tasks that have `before` tasks of their tenant's lane before them."""
+    share = placement.lines.shares.of(job.tenant)
+    own = work_before + job.cost
+    line = placement.lines.find(job.route)
     tasks, work = ahead_in_line(line, share, own) if line is not None else (0.0, 0.0)
-    if len(lines) > (line is not None):
+    if len(placement.lines) > (line is not None):
         more_tasks, more_work = ahead_elsewhere(job.route, share, own, placement, now)
         tasks += more_tasks
         work += more_work
-    position = before_tasks + round(tasks)
+    position = before + round(tasks)
+    pace = pace_of(placement.usable_of(job.route, now), job.cost, now)
     if pace is None:
         return JobEstimate(position, None, None)
-    wait = max(pace.through(before + work), _wait_for_room(share, before, pace))
+    wait = max(pace.through(work_before + work), _wait_for_room(share, work_before, pace))
     rest = (waiting - 1) * job.cost / pace.rate
     return JobEstimate(position, wait, wait + rest + pace.one(job.cost))
 
@@ -176,87 +199,88 @@ def wait_seconds(placement: Placement, route: Route | None, now: float) -> float
     return max(waits)
 
 
-def snapshot_of(
-    placement: Placement, jobs: Collection[Job], queued: int, running: Iterable[Batch], now: float
-) -> SchedulerSnapshot:
-    """A frozen picture of the scheduler."""
-    waiting_since = [job.submitted_at for job in jobs if job.started_at is None]
+def snapshot_of(placement: Placement, queued: int, running: Iterable[Batch], now: float) -> SchedulerSnapshot:
+    """A frozen picture of the scheduler. It costs time by tenants, endpoints and calls, not by what waits."""
     in_flight: dict[str, int] = {}
     drawn: dict[str, int] = {}
+    tenants: dict[str, Tenant] = {}
     count = 0
     for batch in running:
         count += 1
         in_flight[batch.backend] = in_flight.get(batch.backend, 0) + len(batch.tasks)
         for task in batch.tasks:
-            name = task.job.tenant.name
+            tenant = task.job.tenant
+            tenants[tenant.name] = tenant
             if not batch.is_hedge and not task.job.is_over:
-                drawn[name] = drawn.get(name, 0) + 1
+                drawn[tenant.name] = drawn.get(tenant.name, 0) + 1
+    oldest = [task.job.submitted_at for line in placement.lines if (task := line.queue.oldest()) is not None]
     return SchedulerSnapshot(
         queued=queued,
         running=count,
         work=placement.lines.work,
-        oldest_seconds=now - min(waiting_since) if waiting_since else 0.0,
+        oldest_seconds=now - min(oldest) if oldest else 0.0,
         endpoints=tuple(endpoint.snapshot(now) for endpoint in placement.fleet),
         backends=_by_backend(placement, in_flight, now),
-        tenants=_by_tenant(placement, jobs, drawn, now),
+        tenants=_by_tenant(placement, tenants, drawn, now),
     )
 
 
 def _by_backend(placement: Placement, in_flight: dict[str, int], now: float) -> tuple[BackendQueue, ...]:
-    names = dict.fromkeys(endpoint.backend for endpoint in placement.fleet)
     found: list[BackendQueue] = []
-    for name in names:
+    for name in dict.fromkeys(endpoint.backend for endpoint in placement.fleet):
         lines = [line for line in placement.lines if name in line.models]
-        size = sum(line.queue.size for line in lines)
+        depth = sum(line.queue.size for line in lines)
         work = sum(line.queue.work for line in lines)
         oldest = [task.job.submitted_at for line in lines if (task := line.queue.oldest()) is not None]
-        endpoints = [one for one in placement.fleet if one.backend == name and one.is_usable(now)]
-        pace = pace_of(endpoints, work / size if size else 1.0, now)
-        # the others on the routes help
-        helpers = [placement.usable_of(line.route, now) for line in lines]
-        paces = [one for some in helpers if (one := pace_of(some, work / size, now)) is not None]
-        best = max(paces, key=lambda one: one.rate, default=pace)
+        # the other backends on a line's route help with it
+        fleets = [placement.usable_of(line.route, now) for line in lines]
+        fleets.append([one for one in placement.fleet if one.backend == name and one.is_usable(now)])
+        paces = [pace for one in fleets if (pace := pace_of(one, work / depth if depth else 1.0, now)) is not None]
         found.append(
             BackendQueue(
                 backend=name,
-                waiting=size,
+                depth=depth,
                 running=in_flight.get(name, 0),
                 work=work,
                 oldest_seconds=now - min(oldest) if oldest else 0.0,
-                eta_seconds=best.through(work) if best is not None else None,
+                eta_seconds=max(paces, key=lambda pace: pace.rate).through(work) if paces else None,
             )
         )
     return tuple(found)
 
 
-def _by_tenant(placement: Placement, jobs: Iterable[Job], drawn: dict[str, int], now: float) -> tuple[TenantQueue, ...]:
-    last: dict[str, Job] = {}
-    oldest: dict[str, float] = {}
-    tenants: dict[str, Job] = {}
-    waiting: dict[str, int] = {}
-    for job in jobs:
-        name = job.tenant.name
-        tenants[name] = job
-        count = sum(not task.started for task in job.tasks)
-        if count:
-            waiting[name] = waiting.get(name, 0) + count
-            last[name] = job
-            oldest.setdefault(name, job.submitted_at)
+def _by_tenant(
+    placement: Placement, tenants: dict[str, Tenant], drawn: dict[str, int], now: float
+) -> tuple[TenantQueue, ...]:
+    """Those who have something waiting or running."""
+    lanes: dict[str, list[Lane]] = {name: [] for name in tenants}
+    for line in placement.lines:
+        for level in line.queue.levels:
+            for lane in level.lanes.values():
+                lanes.setdefault(lane.share.name, []).append(lane)
+                tenants[lane.share.name] = next(iter(lane.tasks)).job.tenant
     found: list[TenantQueue] = []
-    for name, job in tenants.items():
-        share = placement.lines.shares.of(job.tenant)
-        estimate = estimate_of(last[name], placement, now) if name in last else None
+    for name, theirs in lanes.items():
+        share = placement.lines.shares.of(tenants[name])
+        arrived = [next(iter(lane.tasks)).job.submitted_at for lane in theirs]
+        waits = [_wait_of_the_last(lane, placement, now) for lane in theirs]
+        known = [wait for wait in waits if wait is not None]
         found.append(
             TenantQueue(
                 tenant=name,
                 priority=share.priority,
                 weight=share.weight,
                 max_running=share.max_running,
-                waiting=waiting.get(name, 0),
+                depth=share.waiting,
                 running=drawn.get(name, 0),
                 work=share.work,
-                oldest_seconds=now - oldest[name] if name in oldest else 0.0,
-                eta_seconds=0.0 if estimate is None else estimate.wait_seconds,
+                oldest_seconds=now - min(arrived) if arrived else 0.0,
+                eta_seconds=max(known, default=0.0) if len(known) == len(waits) else None,
             )
         )
     return tuple(found)
+
+
+def _wait_of_the_last(lane: Lane, placement: Placement, now: float) -> float | None:
+    job = next(reversed(lane.tasks)).job
+    return _estimate(job, placement, now, 1, len(lane.tasks) - 1, lane.work - job.cost).wait_seconds

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 
 from img_serving.domain.jobs import Route
 from img_serving.policy.endpoint import EndpointState
-
-Tier = Sequence[EndpointState]
+from img_serving.policy.tier import Tier
 
 MAX_ROUTES = 1024
 """Routes whose tiers are remembered at most; past it all are forgotten."""
@@ -16,12 +15,13 @@ MAX_ROUTES = 1024
 class Fleet:
     """All endpoints, those of removed backends included until their last call is over."""
 
-    __slots__ = ("_by_backend", "_by_id", "_tiers", "grouped", "switches_models")
+    __slots__ = ("_by_backend", "_by_backends", "_by_id", "_tiers", "grouped", "switches_models")
 
     def __init__(self) -> None:
         self._by_id: dict[int, EndpointState] = {}
         self._by_backend: dict[str, list[EndpointState]] = {}
         self._tiers: dict[Route, tuple[Tier, ...]] = {}
+        self._by_backends: dict[tuple[str, ...], Tier] = {}
         self.switches_models = False
         """Whether any endpoint holds one model at a time."""
         self.grouped: list[EndpointState] = []
@@ -48,6 +48,9 @@ class Fleet:
     def changed(self) -> None:
         """Endpoints came or went, or can do something else than before."""
         self._tiers.clear()
+        self._by_backends.clear()
+        for one in self._by_id.values():
+            one.tiers.clear()
         here = [one for endpoints in self._by_backend.values() for one in endpoints]
         self.switches_models = any(one.capabilities.switches_models for one in here)
         self.grouped = [one for one in here if one.group is not None]
@@ -60,7 +63,7 @@ class Fleet:
 
     def of(self, route: Route) -> Iterable[EndpointState]:
         """The endpoints of every backend on the route."""
-        return (endpoint for tier in self.tiers(route) for endpoint in tier)
+        return (endpoint for tier in self.tiers(route) for endpoint in tier.endpoints)
 
     def tiers(self, route: Route) -> tuple[Tier, ...]:
         """The endpoints of a route by tier, the lowest first; remembered until something changes."""
@@ -68,11 +71,19 @@ class Fleet:
         if tiers is None:
             if len(self._tiers) >= MAX_ROUTES:
                 self._tiers.clear()
-            by_tier: dict[int, list[EndpointState]] = {}
+            backends: dict[int, list[str]] = {}
             for target in route:
-                by_tier.setdefault(target.tier, []).extend(self._by_backend.get(target.backend, ()))
-            tiers = self._tiers[route] = tuple(tuple(by_tier[tier]) for tier in sorted(by_tier))
+                backends.setdefault(target.tier, []).append(target.backend)
+            tiers = self._tiers[route] = tuple(self._tier_of(tuple(backends[tier])) for tier in sorted(backends))
         return tiers
+
+    def _tier_of(self, backends: tuple[str, ...]) -> Tier:
+        """One for the same backends, however many routes (models) lead to them."""
+        tier = self._by_backends.get(backends)
+        if tier is None:
+            endpoints = [one for backend in backends for one in self._by_backend.get(backend, ())]
+            tier = self._by_backends[backends] = Tier(endpoints)
+        return tier
 
     def has_untried(self, route: Route, tried: Collection[int]) -> bool:
         """Whether an enabled endpoint is left that is not among those tried."""

@@ -6,17 +6,13 @@ from collections.abc import Mapping, Sequence
 
 from img_serving.policy.endpoint import EndpointState
 
-STALE_SECONDS = 600.0
-"""An endpoint without a call for so long may have changed: it is taken to be as fast as the best, and so gets one."""
-
 
 class Forecast:
     """For each of some endpoints: when it has a free slot, and how long it takes.
 
-    `frees` in seconds of the clock, `heads` seconds a call (fixed part, a model to load, and what
-    else runs there), `slopes` seconds a
-    megapixel-step. One that was not measured is taken to be as fast, per weight, as the fastest of the others: so everyone
-    is tried soon, and one disappointment is enough to know better.
+    `frees` in seconds of the clock, `heads` seconds a call (fixed part, a model to load, and what else runs there), `slopes`
+    seconds a megapixel-step. One that was not measured, or not for long, is taken to be as fast, per weight, as the fastest
+    of the others: so everyone is tried soon, and one disappointment is enough to know better.
     """
 
     __slots__ = ("endpoints", "frees", "heads", "slopes")
@@ -34,9 +30,8 @@ class Forecast:
         if promised:
             for index, one in enumerate(endpoints):
                 self.frees[index] = max(self.frees[index], promised.get(one.id, 0.0))
-        fresh = now - STALE_SECONDS
         slopes = [
-            one.speed.per_unit if one.speed.per_unit is not None and one.speed.learned_at >= fresh else 0.0
+            one.speed.per_unit if one.speed.per_unit is not None and one.speed.stale_at > now else 0.0
             for one in endpoints
         ]
         if 0.0 in slopes:
@@ -54,6 +49,15 @@ class Forecast:
                 if model is not None and one.loaded_model is not None and one.loaded_model != model:
                     self.heads[index] += one.switch_seconds
 
+    @classmethod
+    def of(
+        cls, endpoints: Sequence[EndpointState], frees: list[float], heads: list[float], slopes: list[float]
+    ) -> Forecast:
+        """A forecast of figures that are at hand."""
+        one = cls.__new__(cls)
+        one.endpoints, one.frees, one.heads, one.slopes = endpoints, frees, heads, slopes
+        return one
+
     def ends(self, cost: float) -> list[float]:
         """When each would have a task of `cost` done."""
         return [free + head + cost * slope for free, head, slope in zip(self.frees, self.heads, self.slopes)]  # noqa: B905 - hot, and made together
@@ -63,10 +67,31 @@ class Forecast:
         ends = self.ends(cost)
         best = min(ends)
         index = ends.index(best)
-        if ends.count(best) > 1:
+        if best in ends[index + 1 :]:
             tied = [at for at, end in enumerate(ends) if end == best]
             index = min(tied, key=lambda at: self.endpoints[at].picked_at)
         return index
+
+    def contenders(self, costs: Sequence[float]) -> list[int]:
+        """The indices of those whom tasks of these costs could choose: of n tasks each finds one of the n soonest.
+
+        Asked for the cheapest and the dearest task; who is soonest for one in between is so for one of these, nearly always.
+        """
+        found: set[int] = set()
+        for cost in {min(costs), max(costs)}:
+            ends = self.ends(cost)
+            last = sorted(ends)[min(len(costs), len(ends)) - 1]
+            found.update([index for index, end in enumerate(ends) if end <= last])
+        return sorted(found)
+
+    def narrowed(self, indices: Sequence[int]) -> Forecast:
+        """The forecast of some of them."""
+        return Forecast.of(
+            [self.endpoints[index] for index in indices],
+            [self.frees[index] for index in indices],
+            [self.heads[index] for index in indices],
+            [self.slopes[index] for index in indices],
+        )
 
     def promise(self, index: int, cost: float) -> None:
         """A task of `cost` is going to run there: what comes after it begins later."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from random import Random
@@ -29,7 +30,7 @@ class HealthOptions:
 class HealthRecord:
     """The verdict on one endpoint, from its checks."""
 
-    __slots__ = ("_bad", "_good", "_options", "detail", "health")
+    __slots__ = ("_bad", "_good", "_options", "detail", "health", "on_change")
 
     def __init__(self, options: HealthOptions) -> None:
         """Starts as unknown."""
@@ -38,6 +39,8 @@ class HealthRecord:
         self._bad = 0
         self.health = Health.UNKNOWN
         self.detail = ""
+        self.on_change: Callable[[], None] = lambda: None
+        """Called when the verdict changes."""
 
     @property
     def is_down(self) -> bool:
@@ -58,7 +61,10 @@ class HealthRecord:
             self._good = 0
             if before is Health.UNKNOWN or self._bad >= self._options.fall:
                 self.health = Health.DOWN
-        return self.health is not before
+        if self.health is before:
+            return False
+        self.on_change()
+        return True
 
     def next_check_in(self, rng: Random) -> float:
         """Seconds until the next check: the interval, but sooner (1, 2, 4 … s) after bad news, so that recovery is seen."""

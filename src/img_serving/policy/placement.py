@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from itertools import islice
 from random import Random
+from typing import Any
 
 from img_serving.domain.jobs import Batch, Route, Task
 from img_serving.policy.balancing import STRATEGIES
 from img_serving.policy.batching import company_limit, fill
 from img_serving.policy.endpoint import EndpointState
 from img_serving.policy.fair_queue import Urgency, urgencies
-from img_serving.policy.fleet import Fleet, Tier
+from img_serving.policy.fleet import Fleet
 from img_serving.policy.forecast import Forecast
 from img_serving.policy.lines import Line, Lines
 from img_serving.policy.options import SchedulerOptions
+from img_serving.policy.tier import Tier
 
 WINDOW = 16
 """Waiting tasks that `least_work` plans ahead for: whom a free endpoint suits is nearly always among the first few."""
@@ -45,6 +47,8 @@ class Placement:
         self._urgency: Urgency | None = None
         self._promised: dict[int, float] = {}
         self._wanted: dict[str, set[str | None]] | None = None
+        self.paces: dict[Route, tuple[float, Any]] = {}
+        """What `estimates` keeps for a moment: (until when, pace) by route."""
 
     # a pass
 
@@ -73,7 +77,8 @@ class Placement:
         usable = self._usable(self.fleet.tiers(line.route), (), line)
         if not usable:
             return self._place_on_a_last_hope(line)
-        ready = [endpoint for endpoint in usable if endpoint.has_room(self._now)]
+        now = self._now
+        ready = [one for one in usable if one.in_flight < one.slots and one.has_room(now)]
         if not ready:
             self._claim(usable)
             return None
@@ -99,14 +104,14 @@ class Placement:
         self._now = now
         tiers = self.fleet.tiers(task.job.route)
         for tier in tiers:
-            usable = [endpoint for endpoint in tier if endpoint.is_usable(now)]
+            usable = tier.usable(now)
             if not usable:
                 continue
-            ready = [endpoint for endpoint in usable if endpoint.has_room(now)]
+            ready = [one for one in usable if one.in_flight < one.slots and one.has_room(now)]
             if not ready or self.fleet.switches_models:
                 return None
             if self._by_work:
-                endpoint = usable[Forecast(usable, {}, now, {}).soonest(task.job.cost)]
+                endpoint = usable[tier.forecast(now).soonest(task.job.cost)]
                 if not endpoint.has_room(now):
                     return None
             else:
@@ -173,7 +178,10 @@ class Placement:
         now = self._now
         found: list[EndpointState] = []
         for tier in tiers:
-            found += [one for one in tier if one.is_usable(now) and one.id not in tried]
+            usable = tier.usable(now)
+            if not found and not tried and (usable and (line is None or self._options.tier_overflow_seconds is None)):
+                return usable
+            found += [one for one in usable if one.id not in tried]
             if found and not (line is not None and self._overflows(line, found)):
                 break
         return found
@@ -195,7 +203,7 @@ class Placement:
         hopes: list[EndpointState] = []
         worth_waiting = not self._options.panic_mode
         for tier in tiers:
-            for one in tier:
+            for one in tier.endpoints:
                 if one.id in tried or not one.enabled or one.removed:
                     continue
                 if one.is_only_busy(now) and one.busy_until < deadline:
@@ -240,33 +248,55 @@ class Placement:
         given to whom it is due, and a slow one takes what it would finish sooner than anybody else could.
         """
         now = self._now
-        forecast = Forecast(usable, line.models, now, self._promised)
+        window = list(islice(self._order(line), WINDOW))
+        if not window:
+            return None
+        everybody = forecast = self._forecast(line, usable)
+        if len(usable) > 2 * WINDOW:
+            forecast = forecast.narrowed(forecast.contenders([task.job.cost for task in window]))
         free = set(map(id, ready))
-        window: list[Task] = []
-        for task in islice(self._order(line), WINDOW):
-            index = forecast.soonest(task.job.cost)
-            endpoint = usable[index]
-            if id(endpoint) in free and forecast.frees[index] <= now and not self._is_deferred(endpoint, line, task):
-                members = self._with_company(line, task, endpoint, ready)
-                if members is not None:
-                    return endpoint, members
-                free.discard(id(endpoint))
-            forecast.promise(index, task.job.cost)
-            window.append(task)
-        if free and window and line.queue.size > len(window):
-            found = self._place_beyond(line, forecast, free, window)
+        promised = 0.0
+        if not free.isdisjoint(map(id, forecast.endpoints)):
+            for task in window:
+                cost = task.job.cost
+                index = forecast.soonest(cost)
+                endpoint = forecast.endpoints[index]
+                if (
+                    id(endpoint) in free
+                    and forecast.frees[index] <= now
+                    and not self._is_deferred(endpoint, line, task)
+                ):
+                    members = self._with_company(line, task, endpoint, ready)
+                    if members is not None:
+                        return endpoint, members
+                    free.discard(id(endpoint))
+                forecast.promise(index, cost)
+                promised += cost
+        if free and line.queue.size > len(window):
+            # those who were planned for are among what is promised, if the others have heard of it
+            rest = line.queue.work - (promised if forecast is everybody else 0.0)
+            found = self._place_beyond(line, everybody, free, window, rest)
             if found is not None:
                 return found
         self._keep_promises(forecast)
         return None
 
-    def _place_beyond(self, line: Line, forecast: Forecast, free: set[int], window: list[Task]) -> Found | None:
+    def _forecast(self, line: Line, usable: list[EndpointState]) -> Forecast:
+        """What the usable endpoints would have done when, for this line's tasks."""
+        fleet = self.fleet
+        tier = fleet.tiers(line.route)[0]
+        if usable is tier.usable(self._now) and not (fleet.switches_models or fleet.grouped or self._promised):
+            return tier.forecast(self._now)
+        return Forecast(usable, line.models, self._now, self._promised)
+
+    def _place_beyond(
+        self, line: Line, forecast: Forecast, free: set[int], window: list[Task], rest: float
+    ) -> Found | None:
         """With more waiting than was planned for, a free endpoint that nobody chose may still be needed.
 
-        It is if it would have the smallest task done before the others are through with all that waits.
+        It is if it would have the smallest task done before the others are through with the `rest` of the work.
         """
         busy = [index for index, one in enumerate(forecast.endpoints) if id(one) not in free]
-        rest = line.queue.work - sum(task.job.cost for task in window)
         task = min(window, key=lambda one: one.job.cost)
         ends = forecast.ends(task.job.cost)
         idle = [

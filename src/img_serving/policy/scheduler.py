@@ -306,7 +306,7 @@ class Scheduler:
 
     def snapshot(self, now: float) -> SchedulerSnapshot:
         """A frozen picture of it all."""
-        return snapshot_of(self._placement, self._jobs.values(), self._queued, self._running, now)
+        return snapshot_of(self._placement, self._queued, self._running, now)
 
     def estimate(self, job: Job, now: float) -> JobEstimate:
         """A job's position in line, and when it should start and be done."""

@@ -11,12 +11,12 @@ from img_serving.policy.endpoint import EndpointSnapshot
 class BackendQueue:
     """What waits for one backend (a task counts for every backend that could have it).
 
-    `work` in megapixel-steps, `oldest_seconds` the longest wait so far, `eta_seconds` how long a new request would wait;
-    None where no speed is known yet.
+    `depth` and `running` count tasks, `work` is in megapixel-steps, `oldest_seconds` the longest wait so far, `eta_seconds`
+    how long a new request would wait; None where no speed is known yet.
     """
 
     backend: str
-    waiting: int
+    depth: int
     running: int
     work: float
     oldest_seconds: float
@@ -25,13 +25,13 @@ class BackendQueue:
 
 @dataclass(frozen=True, slots=True)
 class TenantQueue:
-    """What one tenant has waiting and running. `eta_seconds`: when the last of it should have started."""
+    """What one tenant has waiting and running, in the same units. `eta_seconds`: when the last of it should have started."""
 
     tenant: str
     priority: int
     weight: float
     max_running: int | None
-    waiting: int
+    depth: int
     running: int
     work: float
     oldest_seconds: float

@@ -11,6 +11,10 @@ OUTLIER = 3.0
 SHRINKAGE = 4.0
 """How many calls' worth of doubt there is about a fixed part: with few calls, or calls of one size, there is none."""
 
+STALE_SECONDS = 3600.0
+STALE_CALLS = 200
+"""Without a call for so long, and for so many times as long as its last one took, an endpoint may have changed."""
+
 KNOWN_WELL = 5
 """Calls after which a surprising one is an outlier; before, nobody knows what is surprising."""
 
@@ -23,14 +27,15 @@ class Speed:
     line v = per_unit + overhead x u.
     """
 
-    __slots__ = ("_n", "_u", "_uu", "_uv", "_v", "calls", "learned_at", "overhead", "per_unit")
+    __slots__ = ("_n", "_u", "_uu", "_uv", "_v", "calls", "overhead", "per_unit", "stale_at")
 
     def __init__(self) -> None:
         self._n = self._u = self._uu = self._v = self._uv = 0.0
         self.calls = 0
         self.overhead = 0.0
         self.per_unit: float | None = None
-        self.learned_at = 0.0
+        self.stale_at = 0.0
+        """From when on what was learned may not be true any more."""
 
     def seconds(self, cost: float) -> float | None:
         """How long a call of `cost` megapixel-steps should take; None where nothing was measured."""
@@ -53,7 +58,7 @@ class Speed:
         self.overhead = min(max(slope, 0.0), 0.95 * mean_v / mean_u)
         self.per_unit = mean_v - self.overhead * mean_u
         self.calls += 1
-        self.learned_at = now
+        self.stale_at = now + max(STALE_SECONDS, STALE_CALLS * seconds)
 
     def __repr__(self) -> str:
         if self.per_unit is None:
