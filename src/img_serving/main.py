@@ -160,6 +160,7 @@ async def build(
         tasks=tasks,
         clock=clock,
         rng=rng,
+        metrics=metrics,
         config_file=config_file,
         breaker=BreakerOptions(
             failures=config.breaker.consecutive_failures,

@@ -464,7 +464,8 @@ class SchedulerMachine(RuleBasedStateMachine):
                 tasks = {
                     id(task) for batch in self.running for task in batch.tasks if task.job.tenant.name == share.name
                 }
-                assert share.running == len(tasks) <= share.max_running
+                assert {id(task) for task in share.running} == tasks
+                assert len(tasks) <= share.max_running
 
     @invariant()
     def a_gpu_is_used_by_one_endpoint_at_a_time(self):
@@ -493,7 +494,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         snapshot = self.scheduler.snapshot(self.now)
         assert (snapshot.queued, snapshot.running) == (self.scheduler.queued, self.scheduler.running)
         assert snapshot.oldest_seconds >= 0
-        assert sum(tenant.depth for tenant in snapshot.tenants) == sum(len(line.queue) for line in self.scheduler._lines)
+        assert sum(tenant.depth for tenant in snapshot.tenants) == sum(
+            len(line.queue) for line in self.scheduler._lines
+        )
         assert self.scheduler.wait_estimate(self.now) >= 1.0
         for job in self.open_jobs.values():
             estimate = self.scheduler.estimate(job, self.now)

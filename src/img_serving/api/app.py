@@ -23,6 +23,7 @@ from img_serving.api.files import Files
 from img_serving.api.health import Health
 from img_serving.api.images import Images
 from img_serving.api.models import Models
+from img_serving.api.queue import Queue
 from img_serving.api.services import Services
 from img_serving.domain.errors import (
     Cancelled,
@@ -85,6 +86,7 @@ class App:
             Route("/models/", "user", _read(models.get), "id"),
             Route("/backends", "admin", {**_read(backends.list), "POST": backends.add}),
             Route("/backends/", "admin", {**_read(backends.get), "DELETE": backends.remove}, "name"),
+            Route("/queue", "admin", _read(Queue(services).look)),
             Route("/images/", "public", _read(files.get), "name"),
             Route("/health", "public", _read(health.health)),
             Route("/livez", "public", _read(health.livez)),

@@ -111,7 +111,7 @@ def _record(backend: BackendSnapshot) -> BackendRecord:
         name=backend.name,
         protocol=backend.protocol,
         detected_protocol=backend.detected,
-        endpoints=[_endpoint(one) for one in backend.endpoints],
+        endpoints=[endpoint_record(one) for one in backend.endpoints],
         healthy=backend.healthy,
         enabled=backend.enabled,
         weight=backend.weight,
@@ -121,7 +121,8 @@ def _record(backend: BackendSnapshot) -> BackendRecord:
     )
 
 
-def _endpoint(one: EndpointSnapshot) -> EndpointRecord:
+def endpoint_record(one: EndpointSnapshot) -> EndpointRecord:
+    """What is shown of one endpoint."""
     return EndpointRecord(
         url=one.url,
         usable=one.usable,

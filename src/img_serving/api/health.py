@@ -77,7 +77,23 @@ class Health:
         now = services.clock()
         scheduler = services.dispatcher.scheduler.snapshot(now)
         yield "queue_depth", "Tasks that wait.", {(): scheduler.queued}
-        yield "queue_oldest_seconds", "How long the oldest waiting job has waited.", {(): scheduler.oldest_seconds}
+        yield "queue_work", "Megapixel-steps that wait.", {(): scheduler.work}
+        yield "queue_oldest_seconds", "How long the oldest waiting task has waited.", {(): scheduler.oldest_seconds}
+        waiting = [((("backend", one.backend),), one) for one in scheduler.backends]
+        yield "backend_queue_depth", "Tasks that could go to a backend.", {key: one.depth for key, one in waiting}
+        yield (
+            "backend_eta_seconds",
+            "How long a new request would wait for a backend.",
+            {key: one.eta_seconds for key, one in waiting if one.eta_seconds is not None},
+        )
+        tenants = [((("tenant", one.tenant),), one) for one in scheduler.tenants]
+        yield "tenant_queue_depth", "Tasks of a tenant that wait.", {key: one.depth for key, one in tenants}
+        yield "tenant_running", "Tasks of a tenant that are drawn.", {key: one.running for key, one in tenants}
+        yield (
+            "tenant_oldest_seconds",
+            "The longest wait of a tenant.",
+            {key: one.oldest_seconds for key, one in tenants},
+        )
         yield "batches_running", "Calls in flight.", {(): scheduler.running}
         endpoints = [
             ((("backend", one.backend), ("endpoint", one.url)), one)
@@ -91,5 +107,21 @@ class Health:
             "breaker_state",
             "Circuit breaker: 0 closed, 1 half-open, 2 open.",
             {key: _BREAKER[one.breaker] for key, one in endpoints},
+        )
+        yield (
+            "endpoint_suspect",
+            "1 if calls there are silent for far too long.",
+            {k: one.suspect for k, one in endpoints},
+        )
+        yield "endpoint_work", "Megapixel-steps in flight there.", {key: one.outstanding for key, one in endpoints}
+        yield (
+            "endpoint_seconds_per_unit",
+            "Learned seconds a megapixel-step.",
+            {key: one.seconds_per_unit for key, one in endpoints if one.seconds_per_unit is not None},
+        )
+        yield (
+            "endpoint_overhead_seconds",
+            "Learned seconds a call, beside those by cost.",
+            {key: one.overhead_seconds for key, one in endpoints if one.overhead_seconds is not None},
         )
         yield "info", "The version that runs.", {(("version", services.version),): 1}

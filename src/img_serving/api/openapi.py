@@ -11,6 +11,7 @@ from img_serving.api.errors import ErrorBody
 from img_serving.api.generation import GenerationBody, ImagesReply
 from img_serving.api.health import Alive, HealthReply
 from img_serving.api.models import Model, ModelList
+from img_serving.api.queue import QueueReply
 from img_serving.config import BackendConfig
 
 _REF = "#/components/schemas/{name}"
@@ -27,6 +28,7 @@ def document(version: str) -> dict[str, Any]:
         BackendList,
         BackendRecord,
         DeletedBackend,
+        QueueReply,
         HealthReply,
         Alive,
         ErrorBody,
@@ -72,6 +74,11 @@ def document(version: str) -> dict[str, Any]:
                 "delete": _operation(
                     "removeBackend", "Remove a backend (admin)", "backends", key, answer="DeletedBackend"
                 ),
+            },
+            "/v1/queue": {
+                "get": _operation(
+                    "lookAtQueue", "What waits, and for how long (admin)", "queue", key, answer="QueueReply"
+                )
             },
             "/images/{name}": {
                 "parameters": [_variable("name", "The name at the end of a picture's URL.")],

@@ -43,6 +43,8 @@ class Task(msgspec.Struct, eq=False):
     seed: int
     attempts: int = 0
     """Attempts that may have drawn; one that never started costs nothing."""
+    calls: int = 0
+    """Calls that it travelled in, also those that never started."""
     tried: set[int] = msgspec.field(default_factory=set)
     """Identifiers of the endpoints that had it."""
     alone: bool = False
@@ -129,7 +131,7 @@ class Batch(msgspec.Struct, eq=False):
     @property
     def is_unwanted(self) -> bool:
         """Whether nobody waits for any of its pictures any more."""
-        return all([task.job.finished_at is not None or task.artifact is not None for task in self.tasks])
+        return all(task.job.finished_at is not None or task.artifact is not None for task in self.tasks)
 
     def __repr__(self) -> str:
         return f"<Batch of {len(self.tasks)} for {self.backend}>"

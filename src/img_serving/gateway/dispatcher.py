@@ -109,7 +109,11 @@ class Dispatcher:
             self._waiting[job.id] = None
             own: _Attempt | None = self._attempt(batch)
         else:
-            self.scheduler.submit(job)
+            try:
+                self.scheduler.submit(job)
+            except GatewayError as refusal:
+                self._metrics.queue_refusals.add(refusal.code or "other")
+                raise
             self._waiting[job.id] = None
             own = self._start(job)
         if own is not None:
@@ -299,6 +303,8 @@ class Dispatcher:
         del self._attempts[batch]
         self._metrics.stage_seconds.observe(now - batch.started_at, "attempt")
         self._metrics.attempts.add(batch.backend, _name_of(ended))
+        if ended.results is not None:
+            self._metrics.batch_sizes.add(batch.backend, str(len(batch.tasks)), by=len(batch.tasks))
         if ended.outcome is not None:
             log.info(
                 "attempt %s: %s",

@@ -22,6 +22,7 @@ from img_serving.policy.health import Health, HealthOptions, HealthRecord
 from img_serving.policy.routing import Candidate
 from img_serving.policy.scheduler import Scheduler
 from img_serving.ports import Backend, HealthReport, StateStore
+from img_serving.telemetry.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +88,7 @@ class Registry:
         tasks: TaskRegistry,
         clock: Callable[[], float],
         rng: Random,
+        metrics: Metrics,
         config_file: str | None = None,
         breaker: BreakerOptions | None = None,
     ) -> None:
@@ -99,6 +101,7 @@ class Registry:
         self._tasks = tasks
         self._clock = clock
         self._rng = rng
+        self._metrics = metrics
         self._config_file = config_file
         self._ids = itertools.count(1)
         self._entries: dict[str, BackendEntry] = {}
@@ -243,6 +246,8 @@ class Registry:
                 fields = {"backend": batch.backend, "endpoint": endpoint.state.url, "error": endpoint.state.last_error}
                 level = logging.WARNING if state is BreakerState.OPEN else logging.INFO
                 log.log(level, "circuit breaker is %s", state.value, extra={"fields": fields})
+                if state is BreakerState.OPEN:
+                    self._metrics.breaker_openings.add(batch.backend, endpoint.state.url)
         if batch.backend in self._leaving and self._scheduler.is_idle(batch.backend):
             for endpoint in self._leaving.pop(batch.backend):
                 self._retire(endpoint)
@@ -359,7 +364,7 @@ class Registry:
         capabilities = endpoint.adapter.capabilities
         if capabilities is not state.capabilities and capabilities != state.capabilities:
             state.capabilities = capabilities
-            state.slots = _slots(endpoint.config, endpoint.adapter)
+            state.resize(_slots(endpoint.config, endpoint.adapter))
             state.max_batch_size = _batch_size(entry.config, endpoint.adapter)
             self._scheduler.endpoint_changed()
             self._candidates = None

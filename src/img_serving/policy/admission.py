@@ -43,7 +43,7 @@ def _check_deadline(job: Job, share: Share, placement: Placement, options: Sched
     pace = recent_pace(placement, job, now)
     if pace is None:
         return  # nobody knows, so nobody is refused
-    capped = wait_by_cap(job, share, pace)
+    capped = wait_by_cap(job, share, pace, now)
     # nearly always there is time enough even behind everybody: then nothing has to be looked at closely
     worst = pace.through(placement.lines.work) + (len(job.tasks) - 1) * job.cost / pace.rate + pace.one(job.cost)
     if worst <= min(patience, longest) and capped <= patience:

@@ -293,8 +293,7 @@ class EndpointState:
             tier.moved.add(self)
         if self.group is not None:
             self.group.holder = self
-        if self.in_flight >= self.slots:
-            self.expected_free = min([one.expected_end for one in self.running])
+        self._note_when_free()
 
     def end(self, batch: Batch) -> None:
         """A call is over, however it went."""
@@ -305,9 +304,16 @@ class EndpointState:
         self.outstanding_cost = self.outstanding_cost - batch.cost if self.running else 0.0
         if self.group is not None and not self.running:
             self.group.holder = None
-        self.expected_free = (
-            min([one.expected_end for one in self.running]) if self.running and self.in_flight >= self.slots else 0.0
-        )
+        self._note_when_free()
+
+    def resize(self, slots: int) -> None:
+        """So many calls may be in flight from now on; what runs above that ends as it ends."""
+        self.slots = slots
+        self._note_when_free()
+
+    def _note_when_free(self) -> None:
+        full = self.running and self.in_flight >= self.slots
+        self.expected_free = min([one.expected_end for one in self.running]) if full else 0.0
 
     def free_at(self, now: float) -> float:
         """When it should have a free slot: now, or when the first of its calls should end.

@@ -133,7 +133,7 @@ def estimate_of(job: Job, placement: Placement, now: float, *, arriving: bool = 
             break
         before += 1
         work += task.job.cost
-    return _estimate(job, placement, now, waiting, before, work)
+    return _estimate(job, placement, now, _Standing(waiting, before, work))
 
 
 def _lane_of(job: Job, placement: Placement) -> Lane | None:
@@ -149,39 +149,48 @@ def _estimate_of_running(job: Job, now: float) -> JobEstimate:
     return JobEstimate(0, 0.0, max([0.0, *(batch.expected_end - now for batch in batches)]))
 
 
-def _estimate(job: Job, placement: Placement, now: float, waiting: int, before: int, work_before: float) -> JobEstimate:
-    """The estimate of a job with `waiting` tasks that have `before` tasks of their tenant's lane before them."""
+@dataclass(frozen=True, slots=True)
+class _Standing:
+    """A job's `waiting` tasks, and the tasks and work of its tenant's lane that are `before` them."""
+
+    waiting: int
+    before: int
+    work: float
+
+
+def _estimate(job: Job, placement: Placement, now: float, standing: _Standing) -> JobEstimate:
     share = placement.lines.shares.of(job.tenant)
-    own = work_before + job.cost
+    own = standing.work + job.cost
     line = placement.lines.find(job.route)
     tasks, work = ahead_in_line(line, share, own) if line is not None else (0.0, 0.0)
     if len(placement.lines) > (line is not None):
         more_tasks, more_work = ahead_elsewhere(job.route, share, own, placement, now)
         tasks += more_tasks
         work += more_work
-    position = before + round(tasks)
+    position = standing.before + round(tasks)
     pace = pace_of(placement.usable_of(job.route, now), job.cost, now)
     if pace is None:
         return JobEstimate(position, None, None)
-    wait = max(pace.through(work_before + work), _wait_for_room(share, work_before, pace))
-    rest = (waiting - 1) * job.cost / pace.rate
+    wait = max(pace.through(standing.work + work), _wait_for_room(share, standing.work, pace, now))
+    rest = (standing.waiting - 1) * job.cost / pace.rate
     return JobEstimate(position, wait, wait + rest + pace.one(job.cost))
 
 
-def _wait_for_room(share: Share, before: float, pace: Pace) -> float:
-    """How long the tenant's own cap makes it wait."""
+def _wait_for_room(share: Share, before: float, pace: Pace, now: float) -> float:
+    """How long the tenant's own cap makes it wait, with so much of its own work before it."""
     if share.max_running is None or (share.room > 0 and not before):
         return 0.0
+    ends = [task.batch.expected_end - now for task in share.running if task.batch is not None]
     rate = pace.rate * min(1.0, share.max_running / pace.slots)
-    return (pace.begun_seconds if share.room <= 0 else 0.0) + before / rate
+    return (max(0.0, min(ends, default=0.0)) if share.room <= 0 else 0.0) + before / rate
 
 
-def wait_by_cap(job: Job, share: Share, pace: Pace) -> float:
+def wait_by_cap(job: Job, share: Share, pace: Pace, now: float) -> float:
     """Seconds until the job is done if its tenant's own cap were all that holds it up; 0.0 without a cap."""
     if share.max_running is None:
         return 0.0
     rate = pace.rate * min(1.0, share.max_running / pace.slots)
-    return _wait_for_room(share, share.work, pace) + (len(job.tasks) - 1) * job.cost / rate + pace.one(job.cost)
+    return _wait_for_room(share, share.work, pace, now) + (len(job.tasks) - 1) * job.cost / rate + pace.one(job.cost)
 
 
 def wait_seconds(placement: Placement, route: Route | None, now: float) -> float:
@@ -213,7 +222,7 @@ def snapshot_of(placement: Placement, queued: int, running: Iterable[Batch], now
             tenants[tenant.name] = tenant
             if not batch.is_hedge and not task.job.is_over:
                 drawn[tenant.name] = drawn.get(tenant.name, 0) + 1
-    oldest = [task.job.submitted_at for line in placement.lines if (task := line.queue.oldest()) is not None]
+    oldest = [head.job.submitted_at for line in placement.lines if (head := line.queue.oldest()) is not None]
     return SchedulerSnapshot(
         queued=queued,
         running=count,
@@ -283,4 +292,4 @@ def _by_tenant(
 
 def _wait_of_the_last(lane: Lane, placement: Placement, now: float) -> float | None:
     job = next(reversed(lane.tasks)).job
-    return _estimate(job, placement, now, 1, len(lane.tasks) - 1, lane.work - job.cost).wait_seconds
+    return _estimate(job, placement, now, _Standing(1, len(lane.tasks) - 1, lane.work - job.cost)).wait_seconds

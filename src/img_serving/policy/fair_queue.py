@@ -35,7 +35,8 @@ class Share:
         self.clock = 0.0
         self.turn = 0
         """Number of its last turn: who had none for longest goes first among equals."""
-        self.running = 0
+        self.running: dict[Task, None] = {}
+        """Its tasks that are drawn; kept only for a tenant with a cap."""
         self.waiting = 0
         self.work = 0.0
         self.parked: list[Lane] = []
@@ -44,7 +45,7 @@ class Share:
     @property
     def room(self) -> int:
         """How many more of its tasks may run."""
-        return 1 << 30 if self.max_running is None else self.max_running - self.running
+        return 1 << 30 if self.max_running is None else self.max_running - len(self.running)
 
 
 class Shares:
@@ -86,13 +87,13 @@ class Shares:
         self._turns += 1
         share.turn = self._turns
 
-    def started(self, share: Share) -> None:
-        """A task of the tenant runs."""
-        share.running += 1
+    def started(self, share: Share, task: Task) -> None:
+        """A task of a tenant with a cap runs."""
+        share.running[task] = None
 
-    def ended(self, share: Share) -> None:
+    def ended(self, share: Share, task: Task) -> None:
         """It does not any more: lanes that stood aside because of the cap come back."""
-        share.running -= 1
+        share.running.pop(task, None)
         if share.parked and share.room > 0:
             parked, share.parked = share.parked, []
             for lane in parked:
@@ -247,6 +248,11 @@ Urgency = Mapping[int, float]
 """Priorities with what their oldest task's wait adds; see `urgencies`."""
 
 
+Rank = tuple[float, int, float, int, float]
+"""By urgency (the lower priority first among equals: it has waited for that), then the tenant's clock, then who had no turn for
+longest; one tenant's own tasks by their arrival."""
+
+
 class FairQueue:
     """The tasks that wait for one route."""
 
@@ -294,14 +300,15 @@ class FairQueue:
                 return task
         return None
 
-    def rank(self, urgency: Urgency | None = None) -> tuple[float, float, int]:
+    def rank(self, urgency: Urgency | None = None) -> Rank:
         """Where this queue's next task stands among those of other queues: the lowest goes first."""
         task = self.head(urgency)
         if task is None:
-            return float("inf"), 0.0, 0
+            return float("inf"), 0, 0.0, 0, 0.0
         share: Share = task.place.share
         priority = share.priority
-        return -(priority if urgency is None else urgency.get(priority, priority)), share.clock, share.turn
+        level = priority if urgency is None else urgency.get(priority, priority)
+        return -level, priority, share.clock, share.turn, task.job.submitted_at
 
     def order(self, urgency: Urgency | None = None) -> Iterator[Task]:
         """The tasks in the order in which they would be served now. The queue must not change meanwhile."""
@@ -319,7 +326,7 @@ class FairQueue:
         levels = self._levels
         if len(levels) < 2 or urgency is None:
             return levels
-        return sorted(levels, key=lambda level: -urgency.get(level.priority, level.priority))
+        return sorted(levels, key=lambda level: (-urgency.get(level.priority, level.priority), level.priority))
 
 
 def urgencies(queues: Iterable[FairQueue], now: float, ageing_seconds: float) -> Urgency | None:

@@ -11,7 +11,7 @@ from img_serving.domain.jobs import Batch, Route, Task
 from img_serving.policy.balancing import STRATEGIES
 from img_serving.policy.batching import company_limit, fill
 from img_serving.policy.endpoint import EndpointState
-from img_serving.policy.fair_queue import Urgency, urgencies
+from img_serving.policy.fair_queue import Rank, Urgency, urgencies
 from img_serving.policy.fleet import Fleet
 from img_serving.policy.forecast import Forecast
 from img_serving.policy.lines import Line, Lines
@@ -68,7 +68,7 @@ class Placement:
             return list(self.lines)
         return []
 
-    def rank(self, line: Line) -> tuple[float, float, int]:
+    def rank(self, line: Line) -> Rank:
         """Where the line stands among the others: the lowest goes first."""
         return line.queue.rank(self._urgency)
 
@@ -329,19 +329,21 @@ class Placement:
     ) -> list[Task] | None:
         """The task and those who travel with it; None where it should linger for more company."""
         queue = line.queue
-        limit = min(company_limit(endpoint, task), queue.size)
-        fits = limit
+        most = company_limit(endpoint, task)
+        if most == 1:
+            return [task]
+        limit = min(most, queue.size)
         if limit > 1:
-            # a batch leaves work for the other free slots
-            slots = sum([one.slots - one.in_flight for one in ready])
-            limit = min(limit, -(-queue.size // max(1, slots)))
+            # A batch leaves work for the other free slots; where calls linger for company, only for other endpoints.
+            free = len(ready) if endpoint.linger_seconds else sum([one.slots - one.in_flight for one in ready])
+            limit = min(limit, -(-queue.size // max(1, free)))
         members = [task]
         if limit > 1:
             others = (one for one in self._order(line) if one is not task)
             members = fill(endpoint.capabilities.batch, task, others, limit)
-        if endpoint.linger_seconds and company_limit(endpoint, task) > 1:
+        if endpoint.linger_seconds and len(members) < most:
             until = task.job.submitted_at + endpoint.linger_seconds
-            if self._now < until and len(members) < max(fits, company_limit(endpoint, task)):
+            if self._now < until:
                 self.wake = min(self.wake, until)
                 return None
         return members

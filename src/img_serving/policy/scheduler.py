@@ -18,7 +18,7 @@ or a picture in every task.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection
 from random import Random
 
 from img_serving.domain.errors import (
@@ -121,8 +121,8 @@ class Scheduler:
         return len(self._running)
 
     @property
-    def jobs(self) -> Iterable[Job]:
-        """The jobs that are not resolved yet."""
+    def jobs(self) -> Collection[Job]:
+        """The jobs that are not resolved yet, in the order of their arrival."""
         return self._jobs.values()
 
     def submit(self, job: Job) -> None:
@@ -216,6 +216,8 @@ class Scheduler:
                     continue
                 if isinstance(result, Artifact):
                     task.artifact = result
+                    if batch.is_hedge:
+                        task.job.backend = batch.backend
                     if task.batch is not None:
                         self._suspects.add(task.batch)  # the other call for the same picture has lost
                     if len(task.job.tasks) == 1 or all(other.artifact is not None for other in task.job.tasks):
@@ -341,15 +343,16 @@ class Scheduler:
                 job.panicked = job.panicked or is_last_hope
             task.tried.add(endpoint.id)
             task.attempts += 1
+            task.calls += 1
             task.started = True
             if job.started_at is None:
                 job.started_at = now
                 job.status = JobStatus.RUNNING
-            job.attempts = max(job.attempts, len(task.tried))
+            job.attempts = max(job.attempts, task.calls)
             if not is_hedge:
                 job.backend = endpoint.backend
             if job.tenant.max_running is not None and not is_hedge:
-                self._lines.shares.started(self._lines.shares.of(job.tenant))
+                self._lines.shares.started(self._lines.shares.of(job.tenant), task)
         batch = Batch(endpoint.id, endpoint.backend, model, tuple(members), endpoint.breaker.start(now), cost, now, now)
         batch.is_hedge = is_hedge
         self._placement.expect(batch, endpoint, now)
@@ -369,7 +372,7 @@ class Scheduler:
         elif task.batch is batch:
             task.batch, task.hedge = task.hedge, None
         if task.batch is None and task.job.tenant.max_running is not None:
-            self._lines.shares.ended(self._lines.shares.of(task.job.tenant))
+            self._lines.shares.ended(self._lines.shares.of(task.job.tenant), task)
 
     # what follows from how it ended
 

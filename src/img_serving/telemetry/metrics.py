@@ -63,6 +63,15 @@ class Metrics:
         )
         self.attempts = Counter("attempts_total", "Calls to endpoints by how they ended.", "backend", "outcome")
         self.hedges = Counter("hedges_total", "Second calls made beside a slow one, by backend.", "backend")
+        self.batch_sizes = Counter(
+            "batched_pictures_total", "Pictures by the size of the call they shared.", "backend", "size"
+        )
+        self.queue_refusals = Counter(
+            "queue_refusals_total", "Requests that were not let into the queue, by reason.", "reason"
+        )
+        self.breaker_openings = Counter(
+            "breaker_openings_total", "Times that a circuit breaker opened.", "backend", "endpoint"
+        )
         self.jobs = Counter("jobs_total", "Image jobs by how they ended.", "status")
         self.pictures = Counter("pictures_total", "Pictures made, by backend.", "backend")
         self.wrong_size = Counter(
