@@ -10,12 +10,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SERVE_ARGS ?=
 TEST_ARGS ?=
+BENCH_ARGS ?=
+FAULTS_ARGS ?=
 
-.PHONY: install serve test lint fmt bench clean help
+.PHONY: install serve test lint fmt bench bench-scheduling bench-faults clean help
 .DEFAULT_GOAL := help
 
 help: ## list the commands
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
 
 $(STAMP): requirements/dev.txt pyproject.toml
 	@scripts/install "$(PYTHON)" "$(VENV)"
@@ -37,6 +39,12 @@ fmt: $(STAMP) ## put the code into the house format
 
 bench: $(STAMP) ## measure the gateway beside nginx (needs nginx and wrk)
 	@$(BIN)/python bench/proxy.py
+
+bench-scheduling: $(STAMP) ## measure the scheduler's decisions, in virtual time (BENCH_ARGS="--quick --check --plots DIR")
+	@$(BIN)/python bench/scheduling.py $(BENCH_ARGS)
+
+bench-faults: $(STAMP) ## break upstream servers under load and see who notices (10 minutes; FAULTS_ARGS=--quick: one and a half)
+	@$(BIN)/python bench/faults.py $(FAULTS_ARGS)
 
 clean: ## remove the virtual environment and caches
 	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

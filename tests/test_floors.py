@@ -21,6 +21,7 @@ FLOORS = {
     "transport": 2,
     "wire": 2,
     "telemetry": 2,
+    "simulation": 2,
     "engines": 3.0,
     "backends": 3.1,
     "storage": 3.1,
@@ -33,7 +34,7 @@ FLOORS = {
     "__main__": 7,
 }
 NEIGHBOURS = {"backends", "storage", "state", "gateway"}
-PURE = {"domain", "policy"}
+PURE = {"domain", "policy", "simulation"}
 FORBIDDEN_IN_PURE = {"asyncio", "logging", "time", "socket", "os", "threading", "subprocess", "uvloop", "httptools"}
 LATE = {"numpy", "PIL", "grpc", "isal", "rich"}
 PAINTER = SOURCE / "engines" / "procedural"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -73,10 +74,7 @@ def test_ageing_seconds_bring_up_what_has_waited_long(ageing: float, place: int)
         toml = f"[queue]\nageing_seconds = {ageing}\n" + key("low") + key("high", priority=1) + one_slot()
         async with running(toml) as gateway:
             low, high = as_key(gateway, "low"), as_key(gateway, "high")
-            stream = [
-                later(0.05 + 0.9 * number, lambda number=number: high.draw(prompt=f"high {number}"))  # type: ignore[misc]
-                for number in range(9)
-            ]
+            stream = [later(0.05 + 0.9 * at, partial(high.draw, prompt=f"high {at}")) for at in range(9)]
             await asyncio.gather(high.draw(prompt="running"), later(0.01, lambda: low.draw(prompt="low")), *stream)
             drawn = [call[0] for call in prompts(gateway)]
             assert place - 1 <= drawn.index("low") <= place + 1
@@ -308,10 +306,8 @@ def test_affinity_keeps_work_where_its_model_is_loaded(affinity: float, loads: i
         )
         async with running(toml) as gateway:
             started = loop_time()
-            order = ["a", "a", "b", "a", "b"]
-            await asyncio.gather(
-                *(later(0.1 * at, lambda m=m: gateway.client.draw(model=m)) for at, m in enumerate(order))
-            )  # type: ignore[misc]
+            draws = [later(0.1 * at, partial(gateway.client.draw, model=model)) for at, model in enumerate("aabab")]
+            await asyncio.gather(*draws)
             assert loop_time() - started == pytest.approx(5 + 2 * loads, abs=0.5)
 
     run_virtual(main())

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from img_serving import __version__
-from img_serving.cli import backends, check_config, generate, serve, version
+from img_serving.cli import backends, check_config, generate, serve, simulate, version
 from img_serving.cli.endings import FAILED, INTERRUPTED, OK, CommandFailed, say
 from img_serving.cli.usage import Parser
 
 PROGRAM = "img-serving"
-COMMANDS = (serve, generate, backends, check_config, version)
+COMMANDS = (serve, generate, backends, check_config, simulate, version)
 """One module a command: its `register` tells argparse about it, and names the function that runs it."""
 
 EXAMPLES = """\
