@@ -32,15 +32,12 @@ from img_serving.domain.errors import StartError, StorageFailed
 from img_serving.domain.tenants import Tenant
 from img_serving.gateway.delivery import Delivery
 from img_serving.gateway.dispatcher import Dispatcher
+from img_serving.gateway.options import breaker_options, routing_options, scheduler_options
 from img_serving.gateway.pipeline import Pipeline
 from img_serving.gateway.registry import Registry
 from img_serving.gateway.tasks import TaskRegistry
 from img_serving.policy.api_keys import KeyRing, digest_of
-from img_serving.policy.circuit_breaker import BreakerOptions
-from img_serving.policy.options import SchedulerOptions
 from img_serving.policy.rate_limits import Allowance, RateLimits
-from img_serving.policy.retry import RetryOptions
-from img_serving.policy.routing import RoutingOptions
 from img_serving.policy.scheduler import Scheduler
 from img_serving.ports import ArtifactStore, Backend, StateStore
 from img_serving.state.admin_key import ENV_KEY, admin_key, remember_keys
@@ -133,26 +130,7 @@ async def build(
         log.error("the task %r broke", name, exc_info=error)
 
     tasks = TaskRegistry(on_task_error)
-    scheduler = Scheduler(
-        SchedulerOptions(
-            strategy=config.routing.strategy,
-            max_tasks=config.queue.max_tasks,
-            max_work=config.queue.max_work,
-            max_wait_seconds=config.queue.max_wait_seconds,
-            ageing_seconds=config.queue.ageing_seconds,
-            affinity_seconds=config.routing.affinity_seconds,
-            slow_start_seconds=config.routing.slow_start_seconds,
-            tier_overflow_seconds=config.routing.tier_overflow_seconds,
-            panic_mode=config.routing.panic_mode,
-            retry=RetryOptions(
-                max_attempts=config.retry.max_attempts,
-                budget_ratio=config.retry.budget_ratio,
-                hedge_after_factor=config.retry.hedge_after_factor,
-            ),
-        ),
-        rng,
-        clock(),
-    )
+    scheduler = Scheduler(scheduler_options(config), rng, clock())
     registry = Registry(
         scheduler=scheduler,
         factory=make_adapter,
@@ -162,15 +140,7 @@ async def build(
         rng=rng,
         metrics=metrics,
         config_file=config_file,
-        breaker=BreakerOptions(
-            failures=config.breaker.consecutive_failures,
-            timeouts=config.breaker.consecutive_timeouts,
-            error_share=config.breaker.error_share,
-            window_seconds=config.breaker.window_seconds,
-            min_calls=config.breaker.min_calls,
-            open_seconds=config.breaker.open_seconds,
-            max_open_seconds=config.breaker.max_open_seconds,
-        ),
+        breaker=breaker_options(config),
     )
     dispatcher = Dispatcher(scheduler, registry, tasks, metrics, clock)
     registry.on_resolved = dispatcher.settle_all
@@ -179,11 +149,7 @@ async def build(
         registry,
         dispatcher,
         delivery,
-        RoutingOptions(
-            default_backend=config.routing.default_backend,
-            aliases=dict(config.routing.aliases),
-            unknown_model=config.routing.unknown_model,
-        ),
+        routing_options(config),
         clock,
         timeout_seconds=config.queue.request_timeout_seconds,
     )

@@ -21,9 +21,9 @@ from img_serving.cli.simulate_specs import (
     read_noise,
     read_speeds,
     read_tenants,
-    read_trace,
     seconds_of,
 )
+from img_serving.cli.simulate_trace import read_trace
 from img_serving.domain.tenants import Tenant
 from img_serving.simulation import Client, Fault, Kind, Noise, SimulatedEndpoint
 
@@ -46,6 +46,7 @@ def test_an_endpoint_has_defaults() -> None:
 
 def test_every_key_of_an_endpoint_has_its_effect() -> None:
     text = "a: speed=2, slots=3, batch=4, overhead=1.5, weight=2, tier=1, models=x+y, load=9, timeout=60, linger=50"
+    text += ", group=gpu-0, cheap=1"
     assert read_endpoint(text) == [
         SimulatedEndpoint(
             "a",
@@ -61,6 +62,8 @@ def test_every_key_of_an_endpoint_has_its_effect() -> None:
             load_seconds=9,
             timeout_seconds=60,
             max_wait_ms=50,
+            exclusive_group="gpu-0",
+            cheap=True,
         )
     ]
     assert read_endpoint("a:batch=4,shape=seeds")[0].batch == "seeds"

@@ -13,6 +13,8 @@ import pytest
 from img_serving.domain.jobs import Batch
 from img_serving.domain.tenants import Tenant
 from img_serving.policy.balancing import STRATEGIES, Strategy
+from img_serving.policy.options import SchedulerOptions
+from img_serving.policy.retry import RetryOptions
 from img_serving.policy.scheduler import Scheduler
 from img_serving.simulation import (
     Arrival,
@@ -262,3 +264,29 @@ def test_progress_runs_from_nothing_to_all() -> None:
     simulate((ONE,), load, Terms(), rng=Random(1), watch=told.append)
     assert told == sorted(told)
     assert 0 < told[0] < 0.5 < told[-1] <= 1
+
+
+def test_endpoints_of_one_group_never_draw_at_the_same_time() -> None:
+    alone = run([SimulatedEndpoint("a", models=("m",)), SimulatedEndpoint("b", models=("m",))], burst_of_models(8))
+    grouped = [SimulatedEndpoint(name, models=("m",), exclusive_group="gpu") for name in "ab"]
+    assert run(grouped, burst_of_models(8)).makespan == pytest.approx(2 * alone.makespan)
+
+
+def burst_of_models(count: int) -> Workload:
+    return burst((replace(UNIT, model="m"),), count, noise=STILL, rng=Random(1))
+
+
+@pytest.mark.parametrize(("factor", "longest"), [(None, 21.0), (2.0, 4.0)])
+def test_slow_calls_of_cheap_endpoints_are_hedged(factor: float | None, longest: float) -> None:
+    two = [SimulatedEndpoint(name, cheap=True) for name in "ab"]
+    load = arriving(*range(0, 40, 4))
+    slow = Fault("a", 19.0, 30.0, "slow", 20.0)
+    report = run(two, load, strategy="round_robin", retry=RetryOptions(hedge_after_factor=factor), faults=[slow])
+    assert max(report.latencies()) <= longest
+    assert report.count(Status.SUCCEEDED) == 10
+
+
+def test_what_else_the_scheduler_is_told_counts_too() -> None:
+    tight = SchedulerOptions(max_work=25)
+    report = run(ONE, burst((UNIT,), 5, noise=STILL, rng=Random(1)), base=tight)
+    assert (report.count(Status.REFUSED), report.refusals) == (2, {"queue_full": 2})

@@ -27,7 +27,8 @@ To find the speed of an endpoint: 63 / the seconds it takes for that picture.
 EPILOG = """\
 ENDPOINT  NAME:KEY=VALUE,…      speed (10, megapixel-steps/s of each slot), slots (1), batch (1, pictures a call),
                                 overhead (0, s a call), count (1, how many alike), weight (1), tier (0), timeout (none, s),
-                                linger (0, ms), models (A+B), load (0, s to switch models), shape (items, seeds, request)
+                                linger (0, ms), models (A+B), load (0, s to switch models), shape (items, seeds, request),
+                                group (those of one share a GPU), cheap (0; 1 = may be hedged)
 MIX       1024x1024x30*4@sdxl:2 width x height x steps * images @model :weight; several with commas
 TENANTS   a:weight=2,share=3,b  weight, share (of the arrivals), priority, running (at most), clients (so many, each sends
                                 the next request when the last is answered), think (s between)

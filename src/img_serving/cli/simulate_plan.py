@@ -21,16 +21,18 @@ from img_serving.cli.simulate_specs import (
     read_noise,
     read_speeds,
     read_tenants,
-    read_trace,
     seconds_of,
 )
+from img_serving.cli.simulate_trace import read_trace
 from img_serving.config import Config
 from img_serving.config.problems import instead_of
 from img_serving.domain.errors import GatewayError, QueueFull
 from img_serving.domain.jobs import Route
 from img_serving.domain.tenants import Tenant
+from img_serving.gateway.options import breaker_options, routing_options, scheduler_options
 from img_serving.policy.balancing import STRATEGIES
-from img_serving.policy.retry import RetryOptions
+from img_serving.policy.circuit_breaker import BreakerOptions
+from img_serving.policy.options import SchedulerOptions
 from img_serving.policy.routing import RoutingOptions
 from img_serving.simulation import (
     EARLY_RULES,
@@ -126,26 +128,18 @@ class Plan:
         if max_wait == 0:
             raise CommandFailed("--max-wait must be above 0; leave it out for no bound", MISUSED)
         if config is None:
-            queue, patience, longest, retry, routing = 1000, 600.0, None, RetryOptions(), RoutingOptions()
+            base, patience, breaker, routing = SchedulerOptions(), 600.0, BreakerOptions(), RoutingOptions()
         else:
-            queue, patience, longest = (
-                config.queue.max_tasks,
-                config.queue.request_timeout_seconds,
-                config.queue.max_wait_seconds,
-            )
-            retry = RetryOptions(max_attempts=config.retry.max_attempts, budget_ratio=config.retry.budget_ratio)
-            routing = RoutingOptions(
-                default_backend=config.routing.default_backend,
-                aliases=dict(config.routing.aliases),
-                unknown_model=config.routing.unknown_model,
-            )
-        if args.max_attempts is not None:
-            retry = RetryOptions(max_attempts=args.max_attempts, budget_ratio=retry.budget_ratio)
+            base, patience = scheduler_options(config), config.queue.request_timeout_seconds
+            breaker, routing = breaker_options(config), routing_options(config)
+        retry = base.retry if args.max_attempts is None else replace(base.retry, max_attempts=args.max_attempts)
         return Terms(
-            max_tasks=args.queue or queue,
+            base=base,
+            max_tasks=args.queue or base.max_tasks,
             deadline_seconds=(patience if deadline is None else deadline) or None,
-            max_wait_seconds=longest if max_wait is None else max_wait,
+            max_wait_seconds=base.max_wait_seconds if max_wait is None else max_wait,
             retry=retry,
+            breaker=breaker,
             routing=routing,
         )
 

@@ -1,24 +1,20 @@
-"""What `simulate` reads: its short texts for endpoints, mixes, tenants and faults, traces, and a gateway's configuration."""
+"""What `simulate` reads: its short texts for endpoints, mixes, tenants and faults, and a gateway's configuration."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, get_args
+from typing import TYPE_CHECKING, Final, get_args
 
 from img_serving.cli.endings import MISUSED, CommandFailed, printable
 from img_serving.config.problems import instead_of
 from img_serving.domain.capabilities import BatchShape
 from img_serving.domain.tenants import Tenant
-from img_serving.simulation import Arrival, Client, Fault, Kind, Noise, Sender, SimulatedEndpoint
+from img_serving.policy.endpoint import SWITCH_SECONDS
+from img_serving.simulation import Client, Fault, Kind, Noise, Sender, SimulatedEndpoint
 from img_serving.simulation.faults import FAULT_KINDS
-from img_serving.simulation.workload import MAX_TASKS
 
 if TYPE_CHECKING:
     from img_serving.config import Config
@@ -29,7 +25,6 @@ MOST_TENANTS: Final = 1000
 MOST_FAULTS: Final = 1000
 MOST_SECONDS: Final = 1e7
 """Four months: longer times are a slip of the pen."""
-MOST_TRACE_BYTES: Final = 256 * 2**20
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _PICTURE = re.compile(
@@ -54,7 +49,7 @@ def misused(option: str, text: str, fault: ValueError) -> CommandFailed:
 
 
 @dataclass(frozen=True, slots=True)
-class _Number:
+class Number:
     """One key that is a number: its bounds, and whether it is whole."""
 
     least: float
@@ -62,6 +57,7 @@ class _Number:
     whole: bool = False
 
     def read(self, name: str, text: str) -> float:
+        """The number that `text` says. Raises SpecFault: it is none, or out of bounds."""
         try:
             value = int(text) if self.whole else float(text)
         except ValueError:
@@ -71,26 +67,27 @@ class _Number:
         return value
 
 
-_ENDPOINT_NUMBERS: Final[Mapping[str, _Number]] = {
-    "speed": _Number(1e-6, 1e9),
-    "slots": _Number(1, 1024, whole=True),
-    "batch": _Number(1, 256, whole=True),
-    "overhead": _Number(0, 1e6),
-    "weight": _Number(1e-6, 1e6),
-    "tier": _Number(0, 1000, whole=True),
-    "load": _Number(0, 1e6),
-    "timeout": _Number(1e-3, 1e6),
-    "linger": _Number(0, 1e6),
-    "count": _Number(1, MOST_ENDPOINTS, whole=True),
+_ENDPOINT_NUMBERS: Final[Mapping[str, Number]] = {
+    "speed": Number(1e-6, 1e9),
+    "slots": Number(1, 1024, whole=True),
+    "batch": Number(1, 256, whole=True),
+    "overhead": Number(0, 1e6),
+    "weight": Number(1e-6, 1e6),
+    "tier": Number(0, 1000, whole=True),
+    "load": Number(0, 1e6),
+    "timeout": Number(1e-3, 1e6),
+    "linger": Number(0, 1e6),
+    "cheap": Number(0, 1, whole=True),
+    "count": Number(1, MOST_ENDPOINTS, whole=True),
 }
-_ENDPOINT_KEYS: Final = (*_ENDPOINT_NUMBERS, "models", "shape")
-_TENANT_NUMBERS: Final[Mapping[str, _Number]] = {
-    "weight": _Number(1e-6, 1e6),
-    "share": _Number(0, 1e6),
-    "priority": _Number(-1000, 1000, whole=True),
-    "running": _Number(1, 1e6, whole=True),
-    "clients": _Number(1, 10_000, whole=True),
-    "think": _Number(0, 1e6),
+_ENDPOINT_KEYS: Final = (*_ENDPOINT_NUMBERS, "models", "shape", "group")
+TENANT_NUMBERS: Final[Mapping[str, Number]] = {
+    "weight": Number(1e-6, 1e6),
+    "share": Number(0, 1e6),
+    "priority": Number(-1000, 1000, whole=True),
+    "running": Number(1, 1e6, whole=True),
+    "clients": Number(1, 10_000, whole=True),
+    "think": Number(0, 1e6),
 }
 
 
@@ -101,7 +98,7 @@ def seconds_of(text: str) -> float:
         SpecFault: it is none, or more than four months.
     """
     unit = {"s": 1, "m": 60, "h": 3600, "d": 86400}.get(text[-1:], 0)
-    return _Number(0, MOST_SECONDS / (unit or 1)).read("a time", text[:-1] if unit else text) * (unit or 1)
+    return Number(0, MOST_SECONDS / (unit or 1)).read("a time", text[:-1] if unit else text) * (unit or 1)
 
 
 def _keys(words: Iterable[str], known: Sequence[str], of: str) -> dict[str, str]:
@@ -118,7 +115,8 @@ def _keys(words: Iterable[str], known: Sequence[str], of: str) -> dict[str, str]
     return found
 
 
-def _name(text: str, what: str) -> str:
+def name_of(text: str, what: str) -> str:
+    """The name that `text` is. Raises SpecFault: it cannot be the name of `what`."""
     name = text.strip()
     if not _NAME.fullmatch(name):
         raise SpecFault(f"a name of {what} is 1 to 64 letters, digits, dots, underscores and dashes, not {name[:70]!r}")
@@ -135,7 +133,7 @@ def read_endpoint(text: str) -> list[SimulatedEndpoint]:
         SpecFault: it cannot be used.
     """
     head, _, rest = text.partition(":")
-    name = _name(head, "an endpoint")
+    name = name_of(head, "an endpoint")
     words = _keys(rest.split(","), _ENDPOINT_KEYS, "an endpoint") if rest.strip() else {}
     value = {key: number.read(key, words[key]) for key, number in _ENDPOINT_NUMBERS.items() if key in words}
     shape = words.get("shape", "items")
@@ -159,6 +157,8 @@ def read_endpoint(text: str) -> list[SimulatedEndpoint]:
             load_seconds=value.get("load", 0.0),
             timeout_seconds=value.get("timeout"),
             max_wait_ms=value.get("linger", 0.0),
+            exclusive_group=words.get("group"),
+            cheap=bool(value.get("cheap", 0)),
         )
         for place in range(count)
     ]
@@ -252,7 +252,12 @@ def fleet_of(config: Config) -> list[SimulatedEndpoint]:
                     models=backend.models,
                     # an engine that reports progress renews the time-out again and again
                     timeout_seconds=None if able.progress else backend.timeout_ms / 1000,
+                    # how long loading takes nobody has configured: the scheduler's own first guess stands in
+                    load_seconds=SWITCH_SECONDS if able.switches_models and len(backend.models) != 1 else 0.0,
+                    max_batch_pixels=backend.max_batch_pixels,
                     max_wait_ms=backend.max_wait_ms,
+                    exclusive_group=backend.exclusive_group,
+                    cheap=backend.cheap,
                     retry_unknown=backend.retries_unknown(),
                 )
             )
@@ -280,7 +285,7 @@ def read_mix(text: str) -> tuple[Kind, ...]:
                     "for example 1024x1024x30 or 512x512x20*4@sdxl:3"
                 )
             kinds.append(
-                _kind(
+                kind_of(
                     (found["width"], found["height"]),
                     found["steps"],
                     found["images"] or "1",
@@ -295,15 +300,16 @@ def read_mix(text: str) -> tuple[Kind, ...]:
     return tuple(kinds)
 
 
-def _kind(size: tuple[str, str], steps: str, images: str, model: str | None, weight: str = "1") -> Kind:
-    side = _Number(1, 16384, whole=True)
+def kind_of(size: tuple[str, str], steps: str, images: str, model: str | None, weight: str = "1") -> Kind:
+    """A kind of request from its texts. Raises SpecFault: a number is none, or out of bounds."""
+    side = Number(1, 16384, whole=True)
     return Kind(
         int(side.read("the width", size[0])),
         int(side.read("the height", size[1])),
-        int(_Number(1, 10_000, whole=True).read("the number of steps", steps)),
-        int(_Number(1, 100, whole=True).read("the number of images", images)),
+        int(Number(1, 10_000, whole=True).read("the number of steps", steps)),
+        int(Number(1, 100, whole=True).read("the number of images", images)),
         model,
-        _Number(1e-9, 1e9).read("the weight", weight),
+        Number(1e-9, 1e9).read("the weight", weight),
     )
 
 
@@ -325,8 +331,8 @@ def read_tenants(
         for name, words in _tenant_words(text):
             if any(sender.tenant.name == name for sender in senders):
                 raise SpecFault(f"the tenant {name!r} is given twice")
-            keys = _keys(words, tuple(_TENANT_NUMBERS), "a tenant")
-            value = {key: _TENANT_NUMBERS[key].read(key, word) for key, word in keys.items()}
+            keys = _keys(words, tuple(TENANT_NUMBERS), "a tenant")
+            value = {key: TENANT_NUMBERS[key].read(key, word) for key, word in keys.items()}
             base = known.get(name, Tenant(name))
             if "clients" in value:
                 if "share" in value:
@@ -367,7 +373,7 @@ def _tenant_words(text: str) -> Iterator[tuple[str, list[str]]]:
             continue
         if name is not None:
             yield name, words
-        name, words = _name(head, "a tenant"), [rest] if colon else []
+        name, words = name_of(head, "a tenant"), [rest] if colon else []
     if name is not None:
         yield name, words
 
@@ -383,9 +389,9 @@ def read_noise(text: str) -> Noise:
         if text == "none":
             return Noise("none", 0.0)
         if shape in {"", "uniform"}:
-            return Noise("uniform", _Number(0, 0.99).read("the spread of uniform noise", spread))
+            return Noise("uniform", Number(0, 0.99).read("the spread of uniform noise", spread))
         if shape == "lognormal":
-            return Noise("lognormal", _Number(0, 3).read("the sigma of lognormal noise", spread))
+            return Noise("lognormal", Number(0, 3).read("the sigma of lognormal noise", spread))
         raise SpecFault(f"there is no noise `{shape[:60]}`: {instead_of(shape, ('uniform', 'lognormal', 'none'))}")
     except SpecFault as fault:
         raise misused("--noise", text, fault) from None
@@ -423,123 +429,8 @@ def _fault(text: str, known: Sequence[str]) -> Fault:
         raise SpecFault(f"it must be {right}")
     return Fault(
         name,
-        _Number(0, MOST_SECONDS).read("the start", found["start"]),
-        _Number(0, MOST_SECONDS).read("the end", found["end"]) if found["end"] else math.inf,
+        Number(0, MOST_SECONDS).read("the start", found["start"]),
+        Number(0, MOST_SECONDS).read("the end", found["end"]) if found["end"] else math.inf,
         kind,
-        _Number(0, 1e6).read("the amount", amount) if amount else 1.0,
+        Number(0, 1e6).read("the amount", amount) if amount else 1.0,
     )
-
-
-# --------------------------------------------------------------------------------------------------------------- traces
-
-TRACE_COLUMNS: Final = ("seconds", "size", "steps", "n", "tenant", "priority", "model")
-"""Only `seconds` must be there. JSON lines have the same names as keys."""
-
-
-@dataclass(frozen=True, slots=True)
-class Trace:
-    """What a file of arrivals holds."""
-
-    kinds: tuple[Kind, ...]
-    senders: tuple[Sender, ...]
-    arrivals: list[Arrival]
-
-
-def read_trace(path: str, known: Mapping[str, Tenant]) -> Trace:
-    """A CSV file with a head, or JSON lines.
-
-    Raises:
-        CommandFailed: it cannot be read or used; the message names the line.
-    """
-    file = Path(path)
-    try:
-        if file.stat().st_size > MOST_TRACE_BYTES:
-            raise CommandFailed(f"--trace: {path} has more than {MOST_TRACE_BYTES // 2**20} MiB", MISUSED)
-        text = file.read_text("utf-8-sig")
-    except OSError as error:
-        raise CommandFailed(f"--trace: {path} cannot be read: {error.strerror}", MISUSED) from error
-    except UnicodeDecodeError:
-        raise CommandFailed(f"--trace: {path} is not UTF-8 text: it must be CSV or JSON lines", MISUSED) from None
-    kinds: dict[tuple[str, ...], int] = {}
-    made: list[Kind] = []
-    senders: dict[tuple[str, int], int] = {}
-    arrivals: list[Arrival] = []
-    line = _Line()
-    try:
-        for row in _json_rows(text, line) if text.lstrip()[:1] == "{" else _csv_rows(text, line):
-            if len(arrivals) >= MAX_TASKS:
-                raise SpecFault(f"there are more than {MAX_TASKS:,} arrivals")
-            at = _Number(0, MOST_SECONDS).read("seconds", row.get("seconds", ""))
-            size = row.get("size") or "1024x1024"
-            width, _, height = size.partition("x")
-            key = (width, height, row.get("steps") or "30", row.get("n") or "1", row.get("model", ""))
-            if key not in kinds:
-                made.append(_kind((width, height), *key[2:4], key[4] or None))
-                kinds[key] = len(kinds)
-            base = known.get(row.get("tenant", ""), Tenant(_name(row.get("tenant") or "anonymous", "a tenant")))
-            priority = int(
-                _TENANT_NUMBERS["priority"].read("priority", row["priority"]) if row.get("priority") else base.priority
-            )
-            sender = senders.setdefault((base.name, priority), len(senders))
-            if len(kinds) > MOST_KINDS or len(senders) > MOST_TENANTS:
-                raise SpecFault(f"at most {MOST_KINDS} kinds of requests and {MOST_TENANTS} tenants are simulated")
-            arrivals.append(Arrival(at, kinds[key], sender))
-    except (SpecFault, csv.Error) as fault:
-        raise CommandFailed(f"--trace: {path}, line {line.number}: {printable(str(fault))}", MISUSED) from None
-    if not arrivals:
-        raise CommandFailed(f"--trace: {path} has no arrivals", MISUSED)
-    tenants = [
-        Tenant(
-            name,
-            priority=priority,
-            weight=known[name].weight if name in known else 1.0,
-            max_running=known[name].max_running if name in known else None,
-        )
-        for name, priority in senders
-    ]
-    return Trace(tuple(made), tuple(Sender(tenant) for tenant in tenants), arrivals)
-
-
-@dataclass(slots=True)
-class _Line:
-    """The line of the trace that is being read."""
-
-    number: int = 1
-
-
-def _csv_rows(text: str, line: _Line) -> Iterator[dict[str, str]]:
-    reader = csv.reader(io.StringIO(text))
-    head = [name.strip().lower() for name in next(reader, [])]
-    _check_columns(head)
-    for row in reader:
-        line.number = reader.line_num
-        if len(row) > len(head):
-            raise SpecFault(f"it has {len(row)} values for {len(head)} columns")
-        if row:
-            yield dict(zip(head, (value.strip() for value in row), strict=False))
-
-
-def _json_rows(text: str, line: _Line) -> Iterator[dict[str, str]]:
-    checked: set[tuple[str, ...]] = set()
-    for line.number, content in enumerate(text.splitlines(), 1):
-        if not content.strip():
-            continue
-        try:
-            row: Any = json.loads(content)
-        except (ValueError, RecursionError):
-            row = None
-        if not isinstance(row, dict):
-            raise SpecFault("it is not a JSON object")
-        names = tuple(row)
-        if names not in checked:
-            _check_columns(names)
-            checked.add(names)
-        yield {name: str(value) for name, value in row.items() if value is not None}
-
-
-def _check_columns(names: Sequence[str]) -> None:
-    for name in names:
-        if name not in TRACE_COLUMNS:
-            raise SpecFault(f"there is no column `{name[:60]}`: {instead_of(name, TRACE_COLUMNS)}")
-    if "seconds" not in names:
-        raise SpecFault(f"the column `seconds` is missing; a trace has {', '.join(TRACE_COLUMNS)}")

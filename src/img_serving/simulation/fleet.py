@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 
 from img_serving.domain.capabilities import BatchShape, Capabilities
@@ -13,7 +13,7 @@ from img_serving.domain.jobs import Route
 from img_serving.domain.tenants import Tenant
 from img_serving.policy.balancing import Strategy
 from img_serving.policy.circuit_breaker import BreakerOptions, CircuitBreaker
-from img_serving.policy.endpoint import EndpointState
+from img_serving.policy.endpoint import EndpointState, ExclusiveGroup
 from img_serving.policy.health import HealthOptions, HealthRecord
 from img_serving.policy.options import SchedulerOptions
 from img_serving.policy.retry import RetryOptions
@@ -47,7 +47,10 @@ class SimulatedEndpoint:
     models: tuple[str, ...] = ()
     load_seconds: float = 0.0
     timeout_seconds: float | None = None
+    max_batch_pixels: int | None = None
     max_wait_ms: float = 0.0
+    exclusive_group: str | None = None
+    cheap: bool = False
     retry_unknown: bool = True
 
     @property
@@ -62,8 +65,12 @@ class SimulatedEndpoint:
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What an operator configures for all endpoints together; None means without bound."""
+    """What an operator configures for all endpoints together; None means without bound.
 
+    `base` is what else the scheduler is told.
+    """
+
+    base: SchedulerOptions = field(default_factory=SchedulerOptions)
     strategy: Strategy = "least_work"
     max_tasks: int | None = None
     max_wait_seconds: float | None = None
@@ -79,8 +86,19 @@ class Terms:
         return math.inf if self.deadline_seconds is None else self.deadline_seconds
 
 
-def endpoint_state(number: int, endpoint: SimulatedEndpoint, terms: Terms, rng: Random) -> EndpointState:
-    """The endpoint as the policies see it: they know its slots and limits, never its speed."""
+def endpoint_state(
+    number: int,
+    endpoint: SimulatedEndpoint,
+    terms: Terms,
+    rng: Random,
+    groups: dict[str, ExclusiveGroup] | None = None,
+) -> EndpointState:
+    """The endpoint as the policies see it: they know its slots and limits, never its speed.
+
+    `groups` holds the exclusive groups that were met before.
+    """
+    name = endpoint.exclusive_group
+    group = None if name is None or groups is None else groups.setdefault(name, ExclusiveGroup(name))
     return EndpointState(
         id=number,
         backend=endpoint.group,
@@ -94,6 +112,9 @@ def endpoint_state(number: int, endpoint: SimulatedEndpoint, terms: Terms, rng: 
             switches_models=endpoint.load_seconds > 0,
         ),
         max_batch_size=endpoint.max_batch_size,
+        max_batch_pixels=endpoint.max_batch_pixels,
+        group=group,
+        cheap=endpoint.cheap,
         breaker=CircuitBreaker(terms.breaker, rng),
         health=HealthRecord(terms.health),
         retry_unknown=endpoint.retry_unknown,
@@ -103,7 +124,8 @@ def endpoint_state(number: int, endpoint: SimulatedEndpoint, terms: Terms, rng: 
 
 def new_scheduler(terms: Terms, rng: Random) -> Scheduler:
     """The gateway's own scheduler, with no endpoint yet, at second 0."""
-    options = SchedulerOptions(
+    options = replace(
+        terms.base,
         strategy=terms.strategy,
         max_tasks=_UNBOUNDED if terms.max_tasks is None else terms.max_tasks,
         max_wait_seconds=terms.max_wait_seconds,

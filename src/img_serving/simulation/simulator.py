@@ -17,6 +17,7 @@ from typing import Any, Final
 from img_serving.domain.errors import GatewayError
 from img_serving.domain.images import Artifact
 from img_serving.domain.jobs import CANCELLED, Batch, Ended, Job, JobStatus
+from img_serving.policy.endpoint import ExclusiveGroup
 from img_serving.simulation.faults import CUT, RECOVERY_SECONDS, TIMED_OUT, Fault, FaultPlan
 from img_serving.simulation.fleet import SimulatedEndpoint, Terms, endpoint_state, new_scheduler, routes_of
 from img_serving.simulation.report import EndpointFigures, Report, Status
@@ -85,7 +86,8 @@ class _Run:
         self._costs = [kind.cost for kind in workload.kinds]
         self._routes = routes_of(self._fleet, self._requests, terms.routing)
         self._scheduler = new_scheduler(terms, rng)
-        self._states = [endpoint_state(number, one, terms, rng) for number, one in enumerate(self._fleet)]
+        groups: dict[str, ExclusiveGroup] = {}
+        self._states = [endpoint_state(number, one, terms, rng, groups) for number, one in enumerate(self._fleet)]
         for state in self._states:
             self._scheduler.add_endpoint(state)
         senders = workload.senders
@@ -121,6 +123,7 @@ class _Run:
         self._client_rngs = [Random(seed + place) for place in range(len(workload.clients))]  # noqa: S311 - no secret
         self._asked = [0] * len(workload.clients)
         self._flaky = self._faults.any or any(endpoint.timeout_seconds is not None for endpoint in self._fleet)
+        self._hedges = terms.retry.hedge_after_factor is not None and any(endpoint.cheap for endpoint in self._fleet)
         self._restless_until = 0.0
         """Some call failed lately: endpoints may come back without anything else happening."""
         self._ok: list[Ended] = [
@@ -215,10 +218,10 @@ class _Run:
         wake = scheduler.wakes_at(now)
         timer = inf if wake is None else wake
         if (
-            self._flaky
+            (self._flaky or self._hedges)
             and now + TICK_SECONDS < timer
             and (scheduler.queued or scheduler.running)
-            and (now < self._restless_until or self._faults.in_effect(now))
+            and (self._hedges or now < self._restless_until or self._faults.in_effect(now))
         ):
             timer = now + TICK_SECONDS
         terms = self._terms
@@ -377,7 +380,7 @@ class _Run:
 
     def _look(self, now: float) -> None:
         """What the gateway does ten times a second."""
-        if self._flaky:
+        if self._flaky or self._hedges:
             for batch in self._scheduler.look_after(now):
                 self._start(batch, now)
         terms = self._terms
