@@ -55,6 +55,8 @@ class Shares:
         self._by_name: dict[str, Share] = {}
         self._clocks: dict[int, float] = {}
         self._turns = 0
+        self.waiting: dict[int, int] = {}
+        """Tasks that wait, by priority; those that nobody waits in are left out."""
 
     def of(self, tenant: Tenant) -> Share:
         """The tenant's share, made at the first question; weight, priority and cap are those of the newest."""
@@ -74,11 +76,17 @@ class Shares:
             share.clock = max(share.clock, self._clocks.get(share.priority, 0.0))
         share.waiting += tasks
         share.work += work
+        self.waiting[share.priority] = self.waiting.get(share.priority, 0) + tasks
 
     def leave(self, share: Share, cost: float) -> None:
         """A waiting task of the tenant does not wait any more."""
         share.waiting -= 1
         share.work = share.work - cost if share.waiting else 0.0
+        left = self.waiting[share.priority] - 1
+        if left:
+            self.waiting[share.priority] = left
+        else:
+            del self.waiting[share.priority]
 
     def serve(self, share: Share, cost: float) -> None:
         """A waiting task of the tenant starts: its clock moves on."""

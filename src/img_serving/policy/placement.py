@@ -58,7 +58,9 @@ class Placement:
         self.wake = NEVER
         self._promised = {}
         self._wanted = None
-        self._urgency = urgencies((line.queue for line in self.lines), now, self._options.ageing_seconds)
+        self._urgency = None
+        if len(self.lines.shares.waiting) > 1:
+            self._urgency = urgencies((line.queue for line in self.lines), now, self._options.ageing_seconds)
         for endpoint in self.fleet.grouped:
             endpoint.group.claimed_by = None  # type: ignore[union-attr] # those of `grouped` have one
 
