@@ -85,6 +85,8 @@ def measure(options: argparse.Namespace, advance: Callable[[str], None]) -> Foun
         fairness((1, 1, 1, 1, 1), "five equal tenants", few, advance),
         fairness((1, 2, 4), "weights 1, 2, 4", few, advance),
     ]
+    if options.virtual:
+        return Found(seeds, unequal, batches, floods, fair, [], (0.0, 0.0), None)
     before = calibration()
     queues = QUEUES[:3] if options.quick else QUEUES
     costs = list(decision_costs(queues, *((3, 300) if options.quick else (7, 1000)), advance))
@@ -359,11 +361,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--quick", action="store_true", help="3 seeds, shorter queues, no million tasks: under a minute"
     )
+    parser.add_argument("--virtual", action="store_true", help="only what needs no clock: the same on every machine")
     parser.add_argument("--seeds", type=int, metavar="N", help="seeds of each case (default 10, quick 3)")
     parser.add_argument("--check", action="store_true", help="exit 1 when a target is missed")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="also draw scheduling-*.png there")
     parser.add_argument("--markdown", action="store_true", help="also show the results as docs/benchmarks.md has them")
     options = parser.parse_args(arguments)
+    if options.virtual and (options.plots or options.markdown):
+        parser.error("--plots and --markdown show what a decision costs, too: leave --virtual out")
     if options.seeds is None:
         options.seeds = 3 if options.quick else 10
     if not 1 <= options.seeds <= 1000:
@@ -382,7 +387,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
         unequal_table(found.unequal, found.seeds),
         batching_table(found.batching),
         tenants_table(found.floods, found.fairness),
-        cost_table(found),
+        *([cost_table(found)] if found.costs else []),
         verdict_table(checks),
         sep="\n",
     )
@@ -394,7 +399,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
         for path in plots(found, options.plots):
             console.print(f"drawn: {path}", markup=False)
     missed = [check.name for check in checks if not check.is_met]
-    drift = statistics.fmean(found.calibration_ms) / min(found.calibration_ms)
+    drift = statistics.fmean(found.calibration_ms) / min(found.calibration_ms) if found.costs else 1.0
     if drift > 1.1:
         console.print("note: the machine changed its speed while decisions were timed; take those figures again")
     console.print(f"all figures: {file}", markup=False)

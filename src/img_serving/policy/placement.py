@@ -82,7 +82,7 @@ class Placement:
         now = self._now
         ready = [one for one in usable if one.in_flight < one.slots and one.has_room(now)]
         if not ready:
-            self._claim(usable)
+            self._wait_for_room(usable)
             return None
         if self._by_work and len(usable) > 1:
             return self._place_by_work(line, usable, ready)
@@ -134,7 +134,7 @@ class Placement:
             return self._choose_one(self._last_hopes(tiers, task.tried, task.job.deadline), task)
         ready = [endpoint for endpoint in usable if endpoint.has_room(self._now)]
         if not ready:
-            self._claim(usable)
+            self._wait_for_room(usable)
         return self._choose_one(ready, task)
 
     def pick_hedge(self, task: Task, now: float) -> EndpointState | None:
@@ -217,8 +217,14 @@ class Placement:
                     self.wake = min(self.wake, now + opens_in)
         return [] if worth_waiting else hopes
 
-    def _claim(self, usable: list[EndpointState]) -> None:
-        """Where another endpoint of its group holds the GPU, the first of these is to have it next."""
+    def _wait_for_room(self, usable: list[EndpointState]) -> None:
+        """Nobody has room: look again when one that is coming back gets its next slot.
+
+        Where another endpoint of its group holds the GPU, the first of these is to have it next.
+        """
+        for one in usable:
+            if one.ramp_ends > self._now and one.in_flight < one.slots:
+                self.wake = min(self.wake, self._now + max(LATE_SECONDS, one.ramp_seconds / one.slots))
         for one in usable:
             group = one.group
             if group is not None and group.holder is not None and group.holder is not one and one.in_flight < one.slots:

@@ -71,4 +71,4 @@ class Tier:
         self.moved.clear()
         # one that is overdue is taken to need as long again as it is late (see `EndpointState.free_at`)
         frees = [free if free > now else (now + now - free if free else now) for free in self._frees]
-        return Forecast.of(usable, frees, self._heads.copy(), self._slopes)
+        return Forecast.of(usable, frees, self._heads, self._slopes)
