@@ -20,13 +20,22 @@ Out = pytest.CaptureFixture[str]
 def test_help_names_every_command_and_shows_examples(words: list[str], capsys: Out) -> None:
     assert main(words) == 0
     out = capsys.readouterr().out
-    for command in ("serve", "generate", "backends", "check-config", "simulate", "version", "--port 9000"):
+    for command in ("serve", "generate", "backends", "check-config", "queue", "simulate", "version", "--port 9000"):
         assert command in out
 
 
 @pytest.mark.parametrize(
     "words",
-    [["serve"], ["generate"], ["backends"], ["backends", "list"], ["backends", "add"], ["check-config"], ["simulate"]],
+    [
+        ["serve"],
+        ["generate"],
+        ["backends"],
+        ["backends", "list"],
+        ["backends", "add"],
+        ["check-config"],
+        ["queue"],
+        ["simulate"],
+    ],
 )
 def test_every_command_has_help(words: list[str], capsys: Out) -> None:
     assert main([*words, "--help"]) == 0

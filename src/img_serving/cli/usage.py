@@ -47,6 +47,14 @@ def number(text: str) -> float:
     return value
 
 
+def seconds_above_zero(text: str) -> float:
+    """A finite number of seconds above zero."""
+    value = number(text)
+    if not value:
+        raise argparse.ArgumentTypeError("it must be above 0")
+    return value
+
+
 def words(text: str) -> str:
     """Text that is not blank, and that can travel as UTF-8."""
     if not text.strip():

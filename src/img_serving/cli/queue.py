@@ -1,0 +1,208 @@
+"""`img-serving queue`: what waits in a running gateway, for whom and for how long, once or again and again."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from typing import TYPE_CHECKING
+
+from img_serving.cli.endings import OK, CommandFailed, printable
+from img_serving.cli.usage import Commands, add_gateway_options, seconds_above_zero
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+    from img_serving.api.queue import QueuedEndpointRecord, QueueReply
+    from img_serving.cli.client import Client
+
+MOST_JOBS = 10
+"""Jobs shown at most, the oldest ones; `--json` has more."""
+
+BAR_CELLS = 10
+
+EXAMPLES = """\
+examples:
+  img-serving queue             what waits now
+  img-serving queue --watch     … and again every two seconds, until Ctrl-C
+  img-serving queue --json      everything, as the gateway answers
+"""
+
+
+def register(commands: Commands[argparse.ArgumentParser]) -> None:
+    """Tell argparse about the command."""
+    parser = commands.add_parser("queue", help="show what waits, for whom and how long", epilog=EXAMPLES)
+    parser.add_argument(
+        "--watch",
+        nargs="?",
+        type=seconds_above_zero,
+        const=2.0,
+        metavar="SECONDS",
+        help="look again and again (default: every 2 seconds)",
+    )
+    parser.add_argument("--json", action="store_true", help="as JSON, exactly as the gateway answers")
+    add_gateway_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Look, and show.
+
+    Raises:
+        CommandFailed: the gateway does not answer, or refuses (the queue is for admin keys).
+    """
+    from img_serving.cli.client import connect
+
+    client = connect(args)
+    if args.json:
+        while True:
+            print(json.dumps(client.call("GET", "/v1/queue").json(), indent=2, ensure_ascii=False), flush=True)
+            if args.watch is None:
+                return OK
+            time.sleep(args.watch)
+
+    from rich.console import Console
+    from rich.live import Live
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 10_000  # nothing is cut or folded for a file or a pipe
+    if args.watch is None:
+        console.print(page_of(_look(client)))
+        return OK
+    if not console.is_terminal:
+        while True:
+            console.print(page_of(_look(client)))
+            time.sleep(args.watch)
+    with Live(console=console, auto_refresh=False, screen=True) as live:
+        while True:
+            live.update(page_of(_look(client)), refresh=True)
+            time.sleep(args.watch)
+
+
+def _look(client: Client) -> QueueReply:
+    import msgspec
+
+    from img_serving.api.queue import QueueReply
+
+    try:
+        return msgspec.json.decode(client.call("GET", "/v1/queue").body, type=QueueReply)
+    except msgspec.DecodeError as error:
+        raise CommandFailed(f"the answer is not a queue ({error}): is there an img-serving gateway?") from error
+
+
+def page_of(queue: QueueReply) -> RenderableType:
+    """The queue for people. Texts that come from elsewhere are never read as markup."""
+    from rich.console import Group
+    from rich.text import Text
+
+    state = "stopping" if queue.draining else "taking work"
+    head = (
+        f"{queue.depth:,} waiting, {queue.running:,} calls in flight, {queue.jobs_total:,} jobs; "
+        f"oldest {_time(queue.oldest_seconds)}; {queue.work:,.0f} megapixel-steps; {state}"
+    )
+    parts: list[RenderableType] = [Text(head, "bold"), Text(), _backends(queue)]
+    if queue.tenants:
+        parts += [Text(), _tenants(queue)]
+    parts += [Text(), _endpoints(queue.endpoints)]
+    if queue.jobs:
+        parts += [Text(), _jobs(queue)]
+    return Group(*parts)
+
+
+def _backends(queue: QueueReply) -> Table:
+    table = _table("BACKEND", "WAITING", "RUNNING", "OLDEST", "A NEW REQUEST WAITS")
+    for one in queue.backends:
+        _row(table, one.name, f"{one.depth:,}", f"{one.running:,}", _time(one.oldest_seconds), _time(one.eta_seconds))
+    return table
+
+
+def _tenants(queue: QueueReply) -> Table:
+    table = _table("TENANT", "PRIORITY", "WEIGHT", "WAITING", "RUNNING", "OLDEST", "ITS LAST STARTS IN")
+    for one in queue.tenants:
+        running = f"{one.running:,}" + ("" if one.max_running is None else f"/{one.max_running:,}")
+        _row(
+            table,
+            one.name,
+            str(one.priority),
+            f"{one.weight:g}",
+            f"{one.depth:,}",
+            running,
+            _time(one.oldest_seconds),
+            _time(one.eta_seconds),
+        )
+    return table
+
+
+def _endpoints(endpoints: list[QueuedEndpointRecord]) -> Table:
+    table = _table("ENDPOINT", "SLOTS", "", "STATE", "S/MP-STEP", "S/CALL", "CALLS", "FAILED", "LAST ERROR")
+    for one in endpoints:
+        busy = round(BAR_CELLS * one.in_flight / max(1, one.max_concurrency))
+        _row(
+            table,
+            f"{one.backend} {one.url}",
+            f"{one.in_flight}/{one.max_concurrency}",
+            "█" * busy + "░" * (BAR_CELLS - busy),
+            _state(one),
+            "?" if one.seconds_per_unit is None else f"{one.seconds_per_unit:.3g}",
+            "?" if one.overhead_seconds is None else f"{one.overhead_seconds:.2g}",
+            f"{one.calls:,}",
+            f"{one.failures:,}",
+            (one.last_error or "")[:100],
+        )
+    return table
+
+
+def _state(one: QueuedEndpointRecord) -> str:
+    words = [one.health]
+    if one.breaker != "closed":
+        words.append(f"breaker {one.breaker.replace('_', ' ')}")
+    if one.suspect:
+        words.append("silent")
+    if one.loaded_model:
+        words.append(f"has {one.loaded_model}")
+    return ", ".join(words)
+
+
+def _jobs(queue: QueueReply) -> Table:
+    table = _table("JOB", "TENANT", "STATUS", "PICTURES", "BEFORE IT", "AGE", "STARTS IN", "DONE IN")
+    for one in queue.jobs[:MOST_JOBS]:
+        _row(
+            table,
+            one.id,
+            one.tenant,
+            one.status,
+            str(one.n),
+            f"{one.position:,}",
+            _time(one.age_seconds),
+            _time(one.wait_seconds),
+            _time(one.eta_seconds),
+        )
+    return table
+
+
+def _table(*names: str) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for name in names:
+        table.add_column(name, overflow="fold")
+    return table
+
+
+def _row(table: Table, *values: str) -> None:
+    from rich.text import Text
+
+    table.add_row(*(Text(printable(value), "bold" if not at else "") for at, value in enumerate(values)))
+
+
+def _time(seconds: float | None) -> str:
+    """A duration as people say it; `?` where nobody knows."""
+    if seconds is None:
+        return "?"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
