@@ -293,7 +293,7 @@ def test_a_complete_reply_without_a_good_picture_is_failed(rig_of, step):
 
 
 @OVER_HTTP
-@pytest.mark.parametrize("step", ["cut_body", "close"])
+@pytest.mark.parametrize("step", ["cut_body", "long_length", "close"])
 def test_a_reply_cut_short_is_unknown(rig_of, step):
     assert run(rig_of(step), lambda rig: failing(rig, call_of(7))).outcome is Outcome.UNKNOWN
 

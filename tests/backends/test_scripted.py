@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 
 import pytest
 from PIL import Image
@@ -191,6 +192,25 @@ def test_the_server_notices_when_a_client_leaves():
     assert 0 <= asyncio.run(main()) < 0.1
 
 
+def test_a_request_that_comes_before_the_answer_to_the_last_is_over_is_answered_next():
+    async def main():
+        async with ScriptedServer({"latency_seconds": 0.02}) as server:
+            reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+            writer.write(POST)
+            await until(lambda: server.in_flight)
+            writer.write(POST)
+            for _ in range(2):
+                head = await reader.readuntil(b"\r\n\r\n")
+                assert head.startswith(b"HTTP/1.1 200 ")
+                await reader.readexactly(int(head.partition(b"content-length: ")[2].split()[0]))
+            writer.close()
+            return server.posts
+
+    first, second = asyncio.run(main())
+    assert (first.disconnected_at, second.disconnected_at) == (None, None)
+    assert second.json == {"prompt": "x"}
+
+
 def test_a_server_starts_again_on_its_port():
     async def main():
         async with ScriptedServer() as server:
@@ -200,6 +220,49 @@ def test_a_server_starts_again_on_its_port():
             return port == server.port and (await ask(port, POST)).startswith(b"HTTP/1.1 200 ")
 
     assert asyncio.run(main())
+
+
+def test_a_server_follows_another_script_from_its_first_step():
+    async def main():
+        async with ScriptedServer({"sequence": ["500", "400", "500"]}) as server:
+            replies = [await ask(server.port, POST) for _ in range(2)]
+            server.follow({"sequence": ["503", "ok"]})
+            return [reply[9:12] for reply in replies + [await ask(server.port, POST) for _ in range(2)]], server
+
+    replies, server = asyncio.run(main())
+    assert replies == [b"500", b"400", b"503", b"200"]
+    with pytest.raises(ValueError, match="sequence: "):
+        server.follow({"sequence": ["nonsense"]})
+    assert server.script.sequence == ("503", "ok")
+
+
+def test_a_server_tells_of_each_request_as_it_comes_and_when_it_is_over():
+    heard = []
+
+    async def main():
+        async with ScriptedServer({}, tell=lambda exchange: heard.append((exchange.path, exchange.ended_at))) as server:
+            await ask(server.port, POST)
+
+    asyncio.run(main())
+    (came, not_yet), (over, ended_at) = heard
+    assert came == over == "/v1/images/generations"
+    assert not_yet is None
+    assert ended_at is not None
+
+
+def test_a_length_that_is_too_long_comes_with_a_whole_document_and_a_closed_connection():
+    async def main():
+        async with ScriptedServer({"sequence": ["long_length"]}) as server:
+            reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+            writer.write(POST)
+            reply = await reader.read()  # to the end of the connection
+            writer.close()
+            return reply
+
+    head, _, body = asyncio.run(main()).partition(b"\r\n\r\n")
+    length = next(int(line[15:]) for line in head.split(b"\r\n") if line.startswith(b"content-length:"))
+    assert json.loads(body)["data"]
+    assert length > len(body)
 
 
 def test_a_servers_impossible_script_is_refused_too():

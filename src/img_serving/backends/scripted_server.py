@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Final, Literal, Self, get_args
 
@@ -19,7 +19,7 @@ ServerStep = Literal[
     # complete answers that are no use
     "few", "bad_base64", "truncated_base64", "not_picture", "not_json", "wrong_shape", "no_pictures", "wrong_size", "huge",
     # broken connections
-    "hang", "close", "cut_body", "not_http",
+    "hang", "close", "cut_body", "long_length", "not_http",
     # error replies
     "refuse", "refuse_fastapi", "refuse_text", "moderation", "model_not_found", "quota", "echo_secret", "html",
     "oom", "sampler", "redirect", "busy", "busy_date", "busy_ms",
@@ -31,6 +31,7 @@ HUGE_BYTES: Final = 8 * 1024 * 1024
 _PIECE_BYTES: Final = 7
 _PIECES: Final = 40
 _READ_BYTES: Final = 256 * 1024
+_MISSING_BYTES: Final = 1000
 
 _Seconds = Annotated[float, Meta(ge=0)]
 
@@ -81,15 +82,25 @@ class _Answer:
 class ScriptedServer:
     """`async with ScriptedServer({"sequence": ["busy", "ok"]}) as server:` listens on a free port; see `server.url`."""
 
-    def __init__(self, script: Mapping[str, Any] | None = None) -> None:
-        """Take the options of `ServerScript`; ValueError names one at fault."""
+    def __init__(
+        self,
+        script: Mapping[str, Any] | None = None,
+        *,
+        port: int = 0,
+        tell: Callable[[Exchange], None] | None = None,
+    ) -> None:
+        """Take the options of `ServerScript`; ValueError names one at fault.
+
+        `port` 0 is any free one. `tell` hears of every request twice: as it came, and when it is over (`ended_at` is set).
+        """
         self.script = read_script(ServerScript, script or {})
         self.exchanges: list[Exchange] = []
         self.in_flight = 0
         self.max_in_flight = 0
         self.connections = 0
         self.files: dict[str, bytes] = {}
-        self.port = 0
+        self.port = port
+        self._told = tell
         self._drawn = 0
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -111,6 +122,15 @@ class ScriptedServer:
     async def __aexit__(self, *_: object) -> None:
         await self.stop()
 
+    def follow(self, script: Mapping[str, Any]) -> None:
+        """Another script from now on, from the beginning of its sequence. What hangs already goes on hanging.
+
+        Raises:
+            ValueError: see `__init__`.
+        """
+        self.script = read_script(ServerScript, script)
+        self._drawn = 0
+
     async def start(self) -> None:
         """Listen; a stopped server listens again on the port it had."""
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port, limit=_READ_BYTES)
@@ -130,10 +150,13 @@ class ScriptedServer:
         assert task is not None  # noqa: S101 - start_server runs this in a task
         self._tasks.add(task)
         self.connections += 1
+        ahead = bytearray()
         try:
-            while (exchange := await self._read(reader)) is not None:
+            while (exchange := await self._read(reader, ahead)) is not None:
                 self.exchanges.append(exchange)
-                if not await self._attend(exchange, reader, writer):
+                if self._told is not None:
+                    self._told(exchange)
+                if not await self._attend(exchange, reader, writer, ahead):
                     break
         except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
             pass  # the client left, or the test is over
@@ -141,11 +164,12 @@ class ScriptedServer:
             self._tasks.discard(task)
             writer.transport.abort()
 
-    async def _read(self, reader: asyncio.StreamReader) -> Exchange | None:
+    async def _read(self, reader: asyncio.StreamReader, ahead: bytearray) -> Exchange | None:
         try:
-            head = await reader.readuntil(b"\r\n\r\n")
+            head = bytes(ahead) + await reader.readuntil(b"\r\n\r\n")
         except asyncio.IncompleteReadError:
             return None
+        ahead.clear()
         first, *lines = head.decode("latin-1").split("\r\n")
         method, path, _ = first.split(" ", 2)
         fields = (line.partition(":") for line in lines if line)
@@ -153,13 +177,15 @@ class ScriptedServer:
         body = await reader.readexactly(int(headers.get("content-length", 0)))
         return Exchange(method, path, headers, body, asyncio.get_running_loop().time())
 
-    async def _attend(self, exchange: Exchange, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+    async def _attend(
+        self, exchange: Exchange, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, ahead: bytearray
+    ) -> bool:
         """Answer one request while watching whether its client stays. Returns whether the connection can be kept."""
         loop = asyncio.get_running_loop()
         self.in_flight += 1
         self.max_in_flight = max(self.max_in_flight, self.in_flight)
         answering = asyncio.ensure_future(self._answer(exchange, writer))
-        watching = asyncio.ensure_future(reader.read(1))  # our clients do not send ahead: a byte is none, it is the end
+        watching = asyncio.ensure_future(_until_the_client_leaves(reader, ahead))
         try:
             await asyncio.wait({answering, watching}, return_when=asyncio.FIRST_COMPLETED)
             if not answering.done():
@@ -169,6 +195,8 @@ class ScriptedServer:
         finally:
             self.in_flight -= 1
             exchange.ended_at = loop.time()
+            if self._told is not None:
+                self._told(exchange)
             for one in (answering, watching):
                 one.cancel()
             await asyncio.gather(answering, watching, return_exceptions=True)
@@ -185,13 +213,15 @@ class ScriptedServer:
             writer.write(b"220 mail.example ESMTP\r\n\r\n")
             await writer.drain()
             return False
-        headers = {"content-type": "application/json", "content-length": str(len(answer.body)), **answer.headers}
+        length = len(answer.body) + (_MISSING_BYTES if answer.manner == "long_length" else 0)
+        headers = {"content-type": "application/json", "content-length": str(length), **answer.headers}
         head = f"HTTP/1.1 {answer.status} Scripted\r\n" + "".join(
             f"{name}: {value}\r\n" for name, value in headers.items()
         )
         writer.write(head.encode() + b"\r\n")
-        if answer.manner == "cut_body":
-            writer.write(answer.body[: len(answer.body) // 2])
+        if answer.manner in {"cut_body", "long_length"}:
+            # half of what was announced, or a document that is complete but for the length it claims
+            writer.write(answer.body if answer.manner == "long_length" else answer.body[: len(answer.body) // 2])
             await writer.drain()
             writer.close()
             await writer.wait_closed()
@@ -205,8 +235,8 @@ class ScriptedServer:
 
     async def _drip(self, body: bytes, writer: asyncio.StreamWriter) -> None:
         """The first bytes one small piece at a time, and the rest at once: a slow start, not a slow test."""
-        for index in range(_PIECES):
-            writer.write(body[index * _PIECE_BYTES : (index + 1) * _PIECE_BYTES])
+        for at in range(0, min(len(body), _PIECES * _PIECE_BYTES), _PIECE_BYTES):
+            writer.write(body[at : at + _PIECE_BYTES])
             await writer.drain()
             await asyncio.sleep(self.script.drip_seconds)
         writer.write(body[_PIECES * _PIECE_BYTES :])
@@ -353,6 +383,17 @@ class ScriptedServer:
         if step == "spaced":
             return msgspec.json.format(document, indent=2)
         return document.replace(b"/", b"\\/") if step == "escaped" else document
+
+
+async def _until_the_client_leaves(reader: asyncio.StreamReader, ahead: bytearray) -> None:
+    """Return when the connection ends.
+
+    A client that has the last byte of its answer before we know that it was sent may ask again at once: the first byte of
+    that goes into `ahead`, for the next request. Nobody watches then whether the client leaves, for the moment that is left.
+    """
+    if byte := await reader.read(1):
+        ahead += byte
+        await asyncio.get_running_loop().create_future()
 
 
 def _openai_error(message: str, code: str | None, param: str | None = None) -> dict[str, Any]:
