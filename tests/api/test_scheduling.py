@@ -374,23 +374,29 @@ def test_backends_of_one_exclusive_group_take_turns() -> None:
 
 
 def test_slow_start_gives_a_recovered_endpoint_its_slots_little_by_little() -> None:
-    async def in_flight_after(slow_start: float, seconds: float) -> int:
-        toml = f"[routing]\nslow_start_seconds = {slow_start}\n" + scripted(
-            "one",
-            latency_seconds=1000,
-            batch="single",
-            max_concurrency=10,
-            backend__timeout_ms=10**7,
-            backend__health_check_interval_secs=1,
+    async def in_flight_after(slow_start: float, seconds: float, *, alone: bool = False) -> int:
+        toml = f"[routing]\nslow_start_seconds = {slow_start}\n" + "".join(
+            scripted(
+                name,
+                models=["m"],
+                latency_seconds=1000,
+                batch="single",
+                max_concurrency=10,
+                backend__timeout_ms=10**7,
+                backend__health_check_interval_secs=1,
+            )
+            for name in (["back"] if alone else ["back", "full"])
         )
         async with running(toml) as gateway:
-            adapter = gateway.adapter("one")
+            adapter = gateway.adapter("back")
             adapter.healthy = False
             await asyncio.sleep(5)
+            draws = [asyncio.ensure_future(gateway.client.draw(backend="full")) for _ in range(0 if alone else 10)]
+            await asyncio.sleep(1)
             adapter.healthy = True
             await asyncio.sleep(10)
-            ready_at = gateway.endpoint("one").ramp_ends - slow_start
-            draws = [asyncio.ensure_future(gateway.client.draw()) for _ in range(10)]
+            ready_at = gateway.endpoint("back").ramp_ends - slow_start
+            draws += [asyncio.ensure_future(gateway.client.draw(model="m")) for _ in range(10)]
             await asyncio.sleep(max(0.2, ready_at + seconds - loop_time()))
             count = int(adapter.in_flight)
             for draw in draws:
@@ -401,6 +407,55 @@ def test_slow_start_gives_a_recovered_endpoint_its_slots_little_by_little() -> N
     assert run_virtual(in_flight_after(0, 1)) == 10
     assert run_virtual(in_flight_after(100, 50.5)) == 6
     assert run_virtual(in_flight_after(100, 100.5)) == 10
+    # nobody else is there: it cannot be spared
+    assert run_virtual(in_flight_after(100, 50.5, alone=True)) == 10
+
+
+def test_a_good_health_check_lets_a_broken_endpoint_be_tried_at_once() -> None:
+    async def main() -> None:
+        toml = "[breaker]\nopen_seconds = 50\n" + scripted(
+            "one", sequence=["fail"] * 5 + ["ok"], repeat="last", backend__health_check_interval_secs=1
+        )
+        async with running("[routing]\npanic_mode = false\n" + toml) as gateway:
+            adapter = gateway.adapter("one")
+            adapter.healthy = False
+            await asyncio.sleep(0.1)
+            gateway.endpoint("one").health.record(ok=True, detail="")
+            for _ in range(5):
+                assert (await gateway.client.draw()).status == 502
+            await asyncio.sleep(5)  # the checks notice that it is down
+            adapter.healthy = True
+            started = loop_time()
+            assert (await gateway.client.draw()).status == 200
+            assert loop_time() - started < 10
+
+    run_virtual(main())
+
+
+def test_least_work_does_not_wait_for_slots_that_a_recovered_endpoint_may_not_use_yet() -> None:
+    async def main() -> None:
+        toml = '[routing]\nstrategy = "least_work"\nslow_start_seconds = 1000\n' + "".join(
+            scripted(
+                name,
+                models=["m"],
+                latency_seconds=seconds,
+                batch="single",
+                max_concurrency=10,
+                backend__health_check_interval_secs=1,
+            )
+            for name, seconds in (("fast", 10), ("slow", 12))
+        )
+        async with running(toml) as gateway:
+            await asyncio.gather(learn(gateway, backend="fast"), learn(gateway, backend="slow"))
+            gateway.adapter("fast").healthy = False
+            await asyncio.sleep(5)
+            gateway.adapter("fast").healthy = True
+            await asyncio.sleep(5)
+            replies = await asyncio.gather(*(gateway.client.draw(model="m") for _ in range(6)))
+            assert [one.headers["x-backend"] for one in replies].count("slow") == 5
+            assert {one.headers["x-queue-ms"] for one in replies} == {"0"}
+
+    run_virtual(main())
 
 
 # who is left alone

@@ -155,7 +155,7 @@ def _endpoints(endpoints: list[QueuedEndpointRecord]) -> Table:
 
 
 def _state(one: QueuedEndpointRecord) -> str:
-    words = [one.health]
+    words: list[str] = [one.health]
     if one.breaker != "closed":
         words.append(f"breaker {one.breaker.replace('_', ' ')}")
     if one.suspect:

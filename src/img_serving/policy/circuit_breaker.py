@@ -133,6 +133,12 @@ class CircuitBreaker:
             if self._state is BreakerState.HALF_OPEN or (self._state is BreakerState.CLOSED and self._is_enough()):
                 self._open(now)
 
+    def try_soon(self, now: float) -> None:
+        """Its endpoint is back, by its health check: a trial may go now instead of at the end of the wait."""
+        if self._state is BreakerState.OPEN and now < self._open_until:
+            self._open_until = now
+            self.on_change()
+
     def _count(self, now: float, *, bad: int) -> None:
         """One more call in the window."""
         window = self._window

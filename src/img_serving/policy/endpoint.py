@@ -269,6 +269,10 @@ class EndpointState:
             slots = max(1, math.ceil(slots * self._ramp(now)))
         return self.in_flight < slots and (self.group is None or self.group.admits(self))
 
+    def has_slot(self) -> bool:
+        """Whether a slot is free, however lately it has recovered."""
+        return self.in_flight < self.slots and (self.group is None or self.group.admits(self))
+
     def weight_at(self, now: float) -> float:
         """Its share: less than its weight for a while after it has recovered."""
         return self.weight * self._ramp(now) if self.ramp_ends > now else self.weight
@@ -324,7 +328,10 @@ class EndpointState:
         if not soonest:
             holder = self.group.holder if self.group is not None else None
             if holder is None or holder is self:
-                return now
+                if self.ramp_ends <= now or not self.running or self.has_room(now):
+                    return now
+                # it has slots that it may not use yet
+                return max(now, min([one.expected_end for one in self.running]))
             soonest = max([one.expected_end for one in holder.running])
         return soonest if soonest >= now else now + (now - soonest)
 

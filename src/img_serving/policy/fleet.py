@@ -15,7 +15,7 @@ MAX_ROUTES = 1024
 class Fleet:
     """All endpoints, those of removed backends included until their last call is over."""
 
-    __slots__ = ("_by_backend", "_by_backends", "_by_id", "_tiers", "grouped", "switches_models")
+    __slots__ = ("_by_backend", "_by_backends", "_by_id", "_tiers", "grouped", "ramping_until", "switches_models")
 
     def __init__(self) -> None:
         self._by_id: dict[int, EndpointState] = {}
@@ -24,6 +24,8 @@ class Fleet:
         self._by_backends: dict[tuple[str, ...], Tier] = {}
         self.switches_models = False
         """Whether any endpoint holds one model at a time."""
+        self.ramping_until = 0.0
+        """When the last of those that have recovered has all of its share again."""
         self.grouped: list[EndpointState] = []
         """The endpoints that share a GPU with others."""
 
@@ -54,6 +56,11 @@ class Fleet:
         here = [one for endpoints in self._by_backend.values() for one in endpoints]
         self.switches_models = any(one.capabilities.switches_models for one in here)
         self.grouped = [one for one in here if one.group is not None]
+
+    def recovered(self, endpoint: EndpointState, now: float, slow_start_seconds: float) -> None:
+        """An endpoint is back, and begins with a part of its share."""
+        endpoint.recovered(now, slow_start_seconds)
+        self.ramping_until = max(self.ramping_until, now + slow_start_seconds)
 
     def __getitem__(self, endpoint_id: int) -> EndpointState:
         return self._by_id[endpoint_id]

@@ -80,7 +80,7 @@ class Placement:
         if not usable:
             return self._place_on_a_last_hope(line)
         now = self._now
-        ready = [one for one in usable if one.in_flight < one.slots and one.has_room(now)]
+        ready = self._ready(usable, now)
         if not ready:
             self._wait_for_room(usable)
             return None
@@ -104,17 +104,18 @@ class Placement:
     def pick_at_once(self, task: Task, now: float) -> EndpointState | None:
         """The endpoint for a lone task while nobody waits, or None if it had better stand in line."""
         self._now = now
+        self._promised = {}
         tiers = self.fleet.tiers(task.job.route)
         for tier in tiers:
             usable = tier.usable(now)
             if not usable:
                 continue
-            ready = [one for one in usable if one.in_flight < one.slots and one.has_room(now)]
+            ready = self._ready(usable, now)
             if not ready or self.fleet.switches_models:
                 return None
             if self._by_work:
-                endpoint = usable[tier.forecast(now).soonest(task.job.cost)]
-                if not endpoint.has_room(now):
+                endpoint = usable[self._forecast_of(tier, {}).soonest(task.job.cost)]
+                if endpoint not in ready:
                     return None
             else:
                 endpoint = ready[0] if len(ready) == 1 else self._choose(ready, task.job.cost, now, self._rng)
@@ -132,7 +133,7 @@ class Placement:
         usable = self._usable(tiers, task.tried, None)
         if not usable:
             return self._choose_one(self._last_hopes(tiers, task.tried, task.job.deadline), task)
-        ready = [endpoint for endpoint in usable if endpoint.has_room(self._now)]
+        ready = self._ready(usable, self._now)
         if not ready:
             self._wait_for_room(usable)
         return self._choose_one(ready, task)
@@ -187,6 +188,17 @@ class Placement:
             if found and not (line is not None and self._overflows(line, found)):
                 break
         return found
+
+    @staticmethod
+    def _ready(usable: list[EndpointState], now: float) -> list[EndpointState]:
+        """Those of the usable endpoints that may start a call now.
+
+        One that comes back is spared while others serve; where all have just come back there is nobody to spare them.
+        """
+        ready = [one for one in usable if one.in_flight < one.slots and one.has_room(now)]
+        if not ready and all(one.ramp_ends > now for one in usable):
+            return [one for one in usable if one.has_slot()]
+        return ready
 
     def _overflows(self, line: Line, endpoints: list[EndpointState]) -> bool:
         """Whether what waits for these endpoints would take them longer than they have before the next tier helps."""
@@ -291,11 +303,17 @@ class Placement:
 
     def _forecast(self, line: Line, usable: list[EndpointState]) -> Forecast:
         """What the usable endpoints would have done when, for this line's tasks."""
-        fleet = self.fleet
-        tier = fleet.tiers(line.route)[0]
-        if usable is tier.usable(self._now) and not (fleet.switches_models or fleet.grouped or self._promised):
-            return tier.forecast(self._now)
+        tier = self.fleet.tiers(line.route)[0]
+        if usable is tier.usable(self._now):
+            return self._forecast_of(tier, line.models)
         return Forecast(usable, line.models, self._now, self._promised)
+
+    def _forecast_of(self, tier: Tier, models: dict[str, str | None]) -> Forecast:
+        """The same for a tier: from what it keeps at hand, unless something is special."""
+        fleet = self.fleet
+        if fleet.switches_models or fleet.grouped or self._promised or self._now < fleet.ramping_until:
+            return Forecast(tier.usable(self._now), models, self._now, self._promised)
+        return tier.forecast(self._now)
 
     def _place_beyond(
         self, line: Line, forecast: Forecast, free: set[int], window: list[Task], rest: float

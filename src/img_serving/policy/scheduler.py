@@ -97,7 +97,8 @@ class Scheduler:
         was_down = endpoint.health.is_down
         changed = endpoint.health.record(healthy, detail)
         if was_down and endpoint.health.health is Health.UP:
-            endpoint.recovered(now, self.options.slow_start_seconds)
+            self._fleet.recovered(endpoint, now, self.options.slow_start_seconds)
+            endpoint.breaker.try_soon(now)
         return changed
 
     def endpoint_changed(self) -> None:
@@ -385,7 +386,7 @@ class Scheduler:
             endpoint.learn(batch, max(now - batch.started_at, 1e-6), now)
             breaker.end(batch.era, ok=True, now=now)
             if before is BreakerState.HALF_OPEN and breaker.standing is BreakerState.CLOSED:
-                endpoint.recovered(now, self.options.slow_start_seconds)
+                self._fleet.recovered(endpoint, now, self.options.slow_start_seconds)
         elif ended.results is not None:
             # Not one picture: its speed says nothing, and it has failed unless it refused.
             failures = [result.message for result in ended.results if isinstance(result, ItemFailure)]
