@@ -34,6 +34,7 @@ PICTURE = Artifact("image/png", 8, 8, None, data=b"")
 BACKENDS = ("a", "b", "c")
 ROUTES: tuple[Route, ...] = (
     (Target("a", "m"),),
+    (Target("a", "another"),),
     (Target("b", "m"),),
     (Target("a", "m"), Target("b", None)),
     (Target("a", "m", 0), Target("b", "m", 1)),
@@ -94,6 +95,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         overflow=st.sampled_from([None, 5.0]),
         hedge=st.sampled_from([None, 2.0]),
         ageing=st.sampled_from([0.0, 10.0]),
+        affinity=st.sampled_from([0.0, 5.0]),
+        max_work=st.sampled_from([None, None, 1000.0]),
     )
     def start(
         self,
@@ -109,6 +112,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         overflow,
         hedge,
         ageing,
+        affinity,
+        max_work,
     ):
         """`plain`: nobody ever waits on purpose (for company, for a model, for a faster endpoint, for another's GPU)."""
         self.now = 1000.0
@@ -121,14 +126,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         options = SchedulerOptions(
             strategy,
             max_tasks=MAX_TASKS,
+            max_work=max_work,
             max_wait_seconds=max_wait_seconds,
             ageing_seconds=ageing,
+            affinity_seconds=affinity,
             slow_start_seconds=0.0 if self.plain else 30.0,
             tier_overflow_seconds=self.overflow,
             panic_mode=self.panic_mode,
             retry=retry,
         )
         self.max_attempts = max_attempts
+        self.max_work = max_work
         self.scheduler = Scheduler(options, self.rng, self.now)
         self.endpoints: dict[int, EndpointState] = {}
         self.open_jobs: dict[str, Job] = {}
@@ -151,8 +159,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         linger=st.sampled_from([0.0, 1.0]),
         group=st.sampled_from([None, "gpu 0", "gpu 1"]),
         cheap=st.booleans(),
+        pixels=st.sampled_from([None, 2 * 1024 * 1024]),
     )
-    def add_endpoint(self, *, backend, shape, size, slots, weight, retry_unknown, switches, linger, group, cheap):
+    def add_endpoint(
+        self, *, backend, shape, size, slots, weight, retry_unknown, switches, linger, group, cheap, pixels
+    ):
         assume(len(self.endpoints) < 12)
         self._add(
             backend,
@@ -165,6 +176,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             linger=linger,
             group=group,
             cheap=cheap,
+            pixels=pixels,
         )
 
     def _add(
@@ -180,6 +192,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         linger=0.0,
         group=None,
         cheap=False,
+        pixels=None,
     ):
         number = len(self.endpoints)
         self.endpoints[number] = EndpointState(
@@ -190,6 +203,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             weight=weight,
             capabilities=Capabilities(batch=shape, max_batch_size=size, switches_models=switches and not self.plain),
             max_batch_size=size,
+            max_batch_pixels=pixels,
             linger_seconds=0.0 if self.plain else linger,
             group=self.groups.get(group),
             cheap=cheap,
@@ -226,6 +240,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         endpoint = self.any_endpoint(data)
         if not endpoint.removed:
             self.scheduler.set_endpoint_state(endpoint.id, self.now, enabled=enabled)
+
+    @precondition(lambda self: self.endpoints)
+    @rule(data=st.data(), slots=st.integers(1, 4))
+    def resize(self, data, slots):
+        """An engine has said what it can."""
+        endpoint = self.any_endpoint(data)
+        if not endpoint.removed:
+            endpoint.resize(slots)
+            self.scheduler.endpoint_changed()
 
     # what happens to jobs
 
@@ -269,7 +292,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         except NoUsableBackend:
             assert not served
         except QueueFull:
-            assert before + n > MAX_TASKS
+            assert before + n > MAX_TASKS or self.max_work is not None
         except DeadlineUnreachable:
             assert before
         except RateLimited:
@@ -317,6 +340,8 @@ class SchedulerMachine(RuleBasedStateMachine):
                 assert id(task) not in seen
                 seen.add(id(task))
             self.check_batch(batch, before, usable)
+        if self.plain:
+            assert self.scheduler.next_batches(self.now) == []
         self.nobody_waits_in_vain()
 
     def check_batch(self, batch: Batch, before: dict[int, set[int]], usable: set[int]) -> None:
@@ -324,6 +349,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert endpoint.enabled
         assert not endpoint.removed
         assert 1 <= len(batch.tasks) <= endpoint.max_batch_size
+        assert endpoint.in_flight <= endpoint.slots
+        if endpoint.max_batch_pixels is not None and len(batch.tasks) > 1:
+            assert len(batch.tasks) * 1024 * 1024 <= endpoint.max_batch_pixels
         assert may_travel_together(endpoint.capabilities.batch, batch.tasks)
         target = next(one for one in batch.tasks[0].job.route if one.backend == endpoint.backend)
         assert (batch.backend, batch.model) == (endpoint.backend, target.model)
@@ -360,7 +388,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                     for endpoint in self.endpoints.values()
                     if endpoint.backend in names and endpoint.id not in task.tried and endpoint.is_usable(self.now)
                 ]
-                assert all(endpoint.in_flight == endpoint.slots for endpoint in usable)
+                assert all(endpoint.in_flight >= endpoint.slots for endpoint in usable)
                 if usable:
                     break
 
@@ -451,12 +479,12 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert len(set(map(id, order))) == len(order)
             for level in line.queue.levels:
                 for lane in level.lanes.values():
-                    expected = min(len(lane.tasks), max(0, lane.share.room))
+                    expected = min(len(lane.tasks), max(0, lane.account.room))
                     assert [task for task in order if task.place is lane] == list(lane.tasks)[:expected]
 
     @invariant()
     def tenants_keep_to_their_caps_and_the_books_are_right(self):
-        for share in self.scheduler._lines.shares:
+        for share in self.scheduler._lines.accounts:
             waiting = [task for task in self.waiting() if task.job.tenant.name == share.name and task.place is not None]
             assert share.waiting == len(waiting)
             assert share.work == pytest.approx(sum(task.job.cost for task in waiting), abs=1e-6)
@@ -486,7 +514,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.scheduler.running == len(self.running)
         for endpoint in self.endpoints.values():
             here = [batch for batch in self.running if batch.endpoint_id == endpoint.id]
-            assert 0 <= endpoint.in_flight == len(here) <= endpoint.slots
+            assert endpoint.in_flight == len(here)
+            full = [batch.expected_end for batch in here] if len(here) >= endpoint.slots else []
+            assert endpoint.expected_free == min(full, default=0.0)
             assert endpoint.outstanding_cost == pytest.approx(sum(batch.cost for batch in here), abs=1e-6)
 
     @invariant()

@@ -54,6 +54,8 @@ class Task(msgspec.Struct, eq=False):
     """The running batch that it travels in."""
     hedge: Batch | None = None
     """A second running batch that draws the same picture, in case the first is slow."""
+    waits_until: float | None = None
+    """Until when it may pass a free endpoint by for a faster one that is busy; set when it first does."""
     place: Any = None
     """Where it stands in line (`policy.fair_queue.Lane`); None: it does not."""
     artifact: Artifact | None = None

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from img_serving.domain.errors import DeadlineUnreachable, QueueFull, RateLimited
 from img_serving.domain.jobs import Job
-from img_serving.policy.estimates import estimate_of, recent_pace, wait_by_cap, wait_seconds
-from img_serving.policy.fair_queue import Share
+from img_serving.policy.estimates import Ahead, estimate_of, recent_pace, wait_for_room, wait_seconds
+from img_serving.policy.fair_queue import Account
 from img_serving.policy.options import SchedulerOptions
 from img_serving.policy.placement import Placement
 
 
-def check_admission(job: Job, share: Share, placement: Placement, queued: int, options: SchedulerOptions) -> None:
+def check_admission(job: Job, account: Account, placement: Placement, queued: int, options: SchedulerOptions) -> None:
     """Refuse a job that does not fit, or that could only fail later.
 
     Raises:
@@ -32,40 +32,43 @@ def check_admission(job: Job, share: Share, placement: Placement, queued: int, o
             f"{job.cost * count:.4g} more do not fit",
             retry_after_seconds=wait_seconds(placement, job.route, now),
         )
-    if queued or (share.max_running is not None and share.room <= 0):
-        _check_deadline(job, share, placement, options)
+    _check_deadline(job, account, placement, queued, options)
 
 
-def _check_deadline(job: Job, share: Share, placement: Placement, options: SchedulerOptions) -> None:
+def _check_deadline(job: Job, account: Account, placement: Placement, queued: int, options: SchedulerOptions) -> None:
+    """Who is late because of what stands before it is told so. Who has nothing before it may try, whatever is estimated."""
     now = job.submitted_at
     patience = job.deadline - now
     longest = options.max_wait_seconds if options.max_wait_seconds is not None else patience
-    pace = recent_pace(placement, job, now)
+    pace = recent_pace(placement, job.route, now)
     if pace is None:
         return  # nobody knows, so nobody is refused
-    capped = wait_by_cap(job, share, pace, now)
-    # nearly always there is time enough even behind everybody: then nothing has to be looked at closely
-    worst = pace.through(placement.lines.work) + (len(job.tasks) - 1) * job.cost / pace.rate + pace.one(job.cost)
-    if worst <= min(patience, longest) and capped <= patience:
+    # nearly always there is time enough even behind everybody, on the slowest: then nothing has to be looked at closely
+    count = len(job.tasks)
+    everybody = Ahead(queued, placement.lines.work)
+    if account.max_running is None and pace.at_most(everybody, Ahead(count, job.cost * count)) <= min(
+        patience, longest
+    ):
         return
-    estimate = estimate_of(job, placement, now, arriving=True)
-    if estimate.wait_seconds is None or estimate.eta_seconds is None:
-        return
-    if capped > patience:
+    own = (count - 1) * job.cost / pace.rate(job.cost) + pace.least_seconds(job.cost)
+    capped = wait_for_room(account, Ahead(account.waiting, account.work), pace, now)
+    if capped and capped + own > patience:
         raise RateLimited(
-            f"this key may have {share.max_running} pictures drawn at a time, so this would be done in {capped:.0f} s, "
-            f"and its deadline is in {patience:g} s",
+            f"this key may have {account.max_running} pictures drawn at a time, so this would be done in "
+            f"{capped + own:.0f} s, and its deadline is in {patience:g} s",
             code="max_running_reached",
-            retry_after_seconds=estimate.wait_seconds,
+            retry_after_seconds=capped,
         )
-    if estimate.eta_seconds > patience:
+    wait = estimate_of(job, placement, now, arriving=True).wait_seconds
+    if not wait:
+        return
+    if wait + own > patience:
         raise DeadlineUnreachable(
-            f"with what waits before it, this would be done in {estimate.eta_seconds:.0f} s, "
-            f"and its deadline is in {patience:g} s",
-            retry_after_seconds=estimate.wait_seconds,
+            f"with what waits before it, this would be done in {wait + own:.0f} s, and its deadline is in {patience:g} s",
+            retry_after_seconds=wait,
         )
-    if estimate.wait_seconds > longest:
+    if wait > longest:
         raise DeadlineUnreachable(
-            f"with what waits before it, this would start in {estimate.wait_seconds:.0f} s, and may wait {longest:g} s",
-            retry_after_seconds=estimate.wait_seconds,
+            f"with what waits before it, this would start in {wait:.0f} s, and may wait {longest:g} s",
+            retry_after_seconds=wait,
         )

@@ -35,22 +35,29 @@ SILENCE_SECONDS = 5.0
 class ExclusiveGroup:
     """Endpoints that share one GPU: only one of them has calls in flight at a time.
 
-    `claimed_by` is who is to be next: while it is set nobody else may start, so that the holder runs dry and hands over.
+    Who is kept from it asks for it (`ask`). From the next pass on the holder starts nothing more, runs dry and hands over; who
+    goes first then is the scheduler's usual order.
     """
 
-    __slots__ = ("claimed_by", "holder", "members", "name")
+    __slots__ = ("_asked", "_wanted", "holder", "name")
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.members: set[int] = set()
         self.holder: EndpointState | None = None
-        self.claimed_by: EndpointState | None = None
+        self._wanted = False
+        self._asked = False
+
+    def begin(self) -> None:
+        """A new pass: what was asked for in the last one counts now, if it was not had meanwhile."""
+        self._wanted, self._asked = self._asked and self.holder is not None, False
+
+    def ask(self) -> None:
+        """Somebody waits whom only the holder keeps from starting."""
+        self._asked = True
 
     def admits(self, endpoint: EndpointState) -> bool:
         """Whether the endpoint may start a call as far as the others go."""
-        return (self.holder is None or self.holder is endpoint) and (
-            self.claimed_by is None or self.claimed_by is endpoint
-        )
+        return self.holder is None or (self.holder is endpoint and not self._wanted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,8 +172,6 @@ class EndpointState:
         self.retry_unknown = retry_unknown
         self.group = group
         self.cheap = cheap
-        if group is not None:
-            group.members.add(id)
         self._removed = False
         self._suspect = False
         self.in_flight = 0

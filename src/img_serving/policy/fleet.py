@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator
 
 from img_serving.domain.jobs import Route
-from img_serving.policy.endpoint import EndpointState
+from img_serving.policy.endpoint import EndpointState, ExclusiveGroup
 from img_serving.policy.tier import Tier
 
 MAX_ROUTES = 1024
@@ -15,7 +15,7 @@ MAX_ROUTES = 1024
 class Fleet:
     """All endpoints, those of removed backends included until their last call is over."""
 
-    __slots__ = ("_by_backend", "_by_backends", "_by_id", "_tiers", "grouped", "ramping_until", "switches_models")
+    __slots__ = ("_by_backend", "_by_backends", "_by_id", "_tiers", "groups", "ramping_until", "switches_models")
 
     def __init__(self) -> None:
         self._by_id: dict[int, EndpointState] = {}
@@ -26,8 +26,8 @@ class Fleet:
         """Whether any endpoint holds one model at a time."""
         self.ramping_until = 0.0
         """When the last of those that have recovered has all of its share again."""
-        self.grouped: list[EndpointState] = []
-        """The endpoints that share a GPU with others."""
+        self.groups: tuple[ExclusiveGroup, ...] = ()
+        """Those that share a GPU."""
 
     def add(self, endpoint: EndpointState) -> None:
         """From now on it may be given work."""
@@ -55,7 +55,7 @@ class Fleet:
             one.tiers.clear()
         here = [one for endpoints in self._by_backend.values() for one in endpoints]
         self.switches_models = any(one.capabilities.switches_models for one in here)
-        self.grouped = [one for one in here if one.group is not None]
+        self.groups = tuple(dict.fromkeys(one.group for one in here if one.group is not None))
 
     def recovered(self, endpoint: EndpointState, now: float, slow_start_seconds: float) -> None:
         """An endpoint is back, and begins with a part of its share."""
@@ -91,6 +91,11 @@ class Fleet:
             endpoints = [one for backend in backends for one in self._by_backend.get(backend, ())]
             tier = self._by_backends[backends] = Tier(endpoints)
         return tier
+
+    def resources_of(self, backends: frozenset[str]) -> frozenset[str]:
+        """What work for these backends takes from others: the backends, and the GPUs that they share."""
+        groups = (one.group for backend in backends for one in self._by_backend.get(backend, ()))
+        return backends | {f"group {group.name}" for group in groups if group is not None}
 
     def has_untried(self, route: Route, tried: Collection[int]) -> bool:
         """Whether an enabled endpoint is left that is not among those tried."""

@@ -11,15 +11,18 @@ from img_serving.domain.jobs import Batch, Route, Task
 from img_serving.policy.balancing import STRATEGIES
 from img_serving.policy.batching import company_limit, fill
 from img_serving.policy.endpoint import EndpointState
-from img_serving.policy.fair_queue import Rank, Urgency, urgencies
+from img_serving.policy.fair_queue import Urgency, urgencies
 from img_serving.policy.fleet import Fleet
 from img_serving.policy.forecast import Forecast
-from img_serving.policy.lines import Line, Lines
+from img_serving.policy.lines import Line, Lines, Pool
 from img_serving.policy.options import SchedulerOptions
 from img_serving.policy.tier import Tier
 
 WINDOW = 16
 """Waiting tasks that `least_work` plans ahead for: whom a free endpoint suits is nearly always among the first few."""
+
+PROMISING = 4
+"""Lines of a pool that are planned for although none of its endpoints is free, so that other lines know what is taken."""
 
 LATE_SECONDS = 0.1
 LATE_SHARE = 0.1
@@ -35,13 +38,14 @@ class Placement:
     `wake` is when a pass may find more although nothing happens until then.
     """
 
-    def __init__(self, options: SchedulerOptions, lines: Lines, rng: Random) -> None:
-        self.fleet = Fleet()
+    def __init__(self, options: SchedulerOptions, fleet: Fleet, lines: Lines, rng: Random) -> None:
+        self.fleet = fleet
         self.lines = lines
         self.wake = NEVER
         self._options = options
         self._choose = STRATEGIES[options.strategy]
-        self._by_work = options.strategy == "least_work"
+        self.by_work = options.strategy == "least_work"
+        """Whether busy endpoints are compared too."""
         self._rng = rng
         self._now = 0.0
         self._urgency: Urgency | None = None
@@ -59,40 +63,58 @@ class Placement:
         self._promised = {}
         self._wanted = None
         self._urgency = None
-        if len(self.lines.shares.waiting) > 1:
-            self._urgency = urgencies((line.queue for line in self.lines), now, self._options.ageing_seconds)
-        for endpoint in self.fleet.grouped:
-            endpoint.group.claimed_by = None  # type: ignore[union-attr] # those of `grouped` have one
+        if len(self.lines.priorities) > 1:
+            served = (line.queue for line in self.lines if self._usable(self.fleet.tiers(line.route), (), None))
+            self._urgency = urgencies(served, now, self._options.ageing_seconds)
+        for group in self.fleet.groups:
+            group.begin()
 
     def lines_with_a_chance(self) -> list[Line]:
-        """The lines to look at: all, or none where every slot is taken."""
-        if any(endpoint.in_flight < endpoint.slots for endpoint in self.fleet):
-            return list(self.lines)
-        return []
+        """The lines to look at: those of pools with a free slot, and what contends with them for a faster endpoint."""
+        found: list[Line] = []
+        shut: list[Pool] = []
+        for pool in self.lines.active:
+            tiers = self.fleet.tiers(next(iter(pool.lines)))
+            if any(one.in_flight < one.slots for tier in tiers for one in tier.endpoints):
+                found += pool.lines.values()
+            else:
+                shut.append(pool)
+                self._note_when_steady(tiers)
+        if found and shut and self.by_work:
+            for pool in shut:
+                found += islice(pool.lines.values(), PROMISING)
+        return found
 
-    def rank(self, line: Line) -> Rank:
+    def rank(self, line: Line) -> tuple[float, ...]:
         """Where the line stands among the others: the lowest goes first."""
-        return line.queue.rank(self._urgency)
+        urgency, priority, *rest = line.queue.rank(self._urgency)
+        return urgency, priority, line.pool.clock, *rest
+
+    def is_full(self) -> bool:
+        """Whether every slot is taken."""
+        return all(endpoint.in_flight >= endpoint.slots for endpoint in self.fleet)
 
     def place(self, line: Line) -> Found | None:
         """Who of the line goes where now, with what company; None: nobody can, or whoever can had better wait."""
+        now = self._now
         usable = self._usable(self.fleet.tiers(line.route), (), line)
         if not usable:
             return self._place_on_a_last_hope(line)
-        now = self._now
         ready = self._ready(usable, now)
         if not ready:
             self._wait_for_room(usable)
+        if self.by_work and (len(usable) > 1 or len(self.lines.active) > 1):
+            # with nobody ready this only promises: others must not count on what this line is waiting for
+            return self._place_by_work(line, usable, ready) if ready or len(self.lines.active) > 1 else None
+        if not ready:
             return None
-        if self._by_work and len(usable) > 1:
-            return self._place_by_work(line, usable, ready)
         task = next(self._order(line), None)
         if task is None:
             return None
         if self.fleet.switches_models:
-            ready = self._near_the_model(ready, usable, line, task)
+            ready = self._near_the_model(ready, usable, line)
         while ready:
-            endpoint = ready[0] if len(ready) == 1 else self._choose(ready, task.job.cost, self._now, self._rng)
+            endpoint = ready[0] if len(ready) == 1 else self._choose(ready, task.job.cost, now, self._rng)
             members = self._with_company(line, task, endpoint, ready)
             if members is not None:
                 return endpoint, members
@@ -103,6 +125,8 @@ class Placement:
 
     def pick_at_once(self, task: Task, now: float) -> EndpointState | None:
         """The endpoint for a lone task while nobody waits, or None if it had better stand in line."""
+        if task.job.deadline <= now:
+            return None
         self._now = now
         self._promised = {}
         tiers = self.fleet.tiers(task.job.route)
@@ -113,7 +137,7 @@ class Placement:
             ready = self._ready(usable, now)
             if not ready or self.fleet.switches_models:
                 return None
-            if self._by_work:
+            if self.by_work:
                 endpoint = usable[self._forecast_of(tier, {}).soonest(task.job.cost)]
                 if endpoint not in ready:
                     return None
@@ -125,9 +149,7 @@ class Placement:
     def pick_again(self, task: Task) -> EndpointState | None:
         """The endpoint for a second try, which does not stand in line again: one that it has not tried."""
         tenant = task.job.tenant
-        if task.job.deadline <= self._now or (
-            tenant.max_running is not None and self.lines.shares.of(tenant).room <= 0
-        ):
+        if task.job.deadline <= self._now or (tenant.max_running is not None and self.lines.account(tenant).room <= 0):
             return None
         tiers = self.fleet.tiers(task.job.route)
         usable = self._usable(tiers, task.tried, None)
@@ -138,9 +160,9 @@ class Placement:
             self._wait_for_room(usable)
         return self._choose_one(ready, task)
 
-    def pick_hedge(self, task: Task, now: float) -> EndpointState | None:
+    def pick_hedge(self, task: Task) -> EndpointState | None:
         """A free and cheap endpoint that has not had the task, for a second call beside the one that is slow."""
-        self._now = now
+        now = self._now
         usable = self._usable(self.fleet.tiers(task.job.route), task.tried, None)
         return self._choose_one([one for one in usable if one.cheap and one.has_room(now)], task)
 
@@ -179,15 +201,23 @@ class Placement:
     def _usable(self, tiers: Sequence[Tier], tried: Collection[int], line: Line | None) -> list[EndpointState]:
         """The usable endpoints, full ones included, of the first tier that has any; of more where a tier overflows."""
         now = self._now
+        may_overflow = line is not None and self._options.tier_overflow_seconds is not None
         found: list[EndpointState] = []
+        self._note_when_steady(tiers)
         for tier in tiers:
             usable = tier.usable(now)
-            if not found and not tried and (usable and (line is None or self._options.tier_overflow_seconds is None)):
+            if usable and not (found or tried or may_overflow):
                 return usable
             found += [one for one in usable if one.id not in tried]
-            if found and not (line is not None and self._overflows(line, found)):
+            if found and not (line is not None and may_overflow and self._overflows(line, found)):
                 break
         return found
+
+    def _note_when_steady(self, tiers: Sequence[Tier]) -> None:
+        """Look again when an endpoint may be used that may not now: it was busy, or its breaker is open."""
+        for tier in tiers:
+            if self._now < tier.steady_until < self.wake:
+                self.wake = tier.steady_until
 
     @staticmethod
     def _ready(usable: list[EndpointState], now: float) -> list[EndpointState]:
@@ -203,7 +233,7 @@ class Placement:
     def _overflows(self, line: Line, endpoints: list[EndpointState]) -> bool:
         """Whether what waits for these endpoints would take them longer than they have before the next tier helps."""
         limit = self._options.tier_overflow_seconds
-        if limit is None:
+        if limit is None or self._ready(endpoints, self._now):
             return False
         return Forecast(endpoints, {}, self._now, {}).level(line.queue.work, range(len(endpoints))) > self._now + limit
 
@@ -222,27 +252,34 @@ class Placement:
                     continue
                 if one.is_only_busy(now) and one.busy_until < deadline:
                     worth_waiting = True
-                    self.wake = min(self.wake, one.busy_until)
                 elif one.has_room(now):
                     hopes.append(one)
-                if (opens_in := one.breaker.opens_in(now)) > 0:
-                    self.wake = min(self.wake, now + opens_in)
         return [] if worth_waiting else hopes
 
     def _wait_for_room(self, usable: list[EndpointState]) -> None:
         """Nobody has room: look again when one that is coming back gets its next slot.
 
-        Where another endpoint of its group holds the GPU, the first of these is to have it next.
+        Where another endpoint of its group holds the GPU, it is to hand it over.
         """
         for one in usable:
             if one.ramp_ends > self._now and one.in_flight < one.slots:
                 self.wake = min(self.wake, self._now + max(LATE_SECONDS, one.ramp_seconds / one.slots))
         for one in usable:
-            group = one.group
-            if group is not None and group.holder is not None and group.holder is not one and one.in_flight < one.slots:
-                if group.claimed_by is None:
-                    group.claimed_by = one
+            if self._is_held_by_another(one):
+                self._ask_for_the_gpu(one)
                 return
+
+    @staticmethod
+    def _is_held_by_another(one: EndpointState) -> bool:
+        """Whether all that keeps the endpoint from a call is that another of its group has the GPU."""
+        group = one.group
+        return group is not None and group.holder is not None and group.holder is not one and one.in_flight < one.slots
+
+    def _ask_for_the_gpu(self, one: EndpointState) -> None:
+        """Whoever holds it is to hand it over; that is seen to in the next pass."""
+        if one.group is not None:
+            one.group.ask()
+            self.wake = min(self.wake, self._now + LATE_SECONDS)
 
     # who goes
 
@@ -276,30 +313,48 @@ class Placement:
             forecast = forecast.narrowed(forecast.contenders([task.job.cost for task in window]))
         free = set(map(id, ready))
         promised = 0.0
-        if not free.isdisjoint(map(id, forecast.endpoints)):
+        if not free or not free.isdisjoint(map(id, forecast.endpoints)):
             for task in window:
                 cost = task.job.cost
                 index = forecast.soonest(cost)
+                if free and task is window[0]:
+                    index = self._unless_it_waits_in_vain(task, forecast, free, index)
                 endpoint = forecast.endpoints[index]
-                if (
-                    id(endpoint) in free
-                    and forecast.frees[index] <= now
-                    and not self._is_deferred(endpoint, line, task)
-                ):
+                if id(endpoint) in free and forecast.frees[index] <= now and not self._is_deferred(endpoint, line):
                     members = self._with_company(line, task, endpoint, ready)
                     if members is not None:
                         return endpoint, members
                     free.discard(id(endpoint))
+                elif self._is_held_by_another(endpoint):
+                    self._ask_for_the_gpu(endpoint)
                 forecast.promise(index, cost)
                 promised += cost
         if free and line.queue.size > len(window):
             # those who were planned for are among what is promised, if the others have heard of it
-            rest = line.queue.work - (promised if forecast is everybody else 0.0)
+            rest = line.queue.may_run()[1] - (promised if forecast is everybody else 0.0)
             found = self._place_beyond(line, everybody, free, window, rest)
             if found is not None:
                 return found
         self._keep_promises(forecast)
         return None
+
+    def _unless_it_waits_in_vain(self, task: Task, forecast: Forecast, free: set[int], index: int) -> int:
+        """The endpoint that the first task of a line had better wait for, or a free one if it has waited too long already.
+
+        That is as long as the free one would have taken from the first: more cannot be lost by any forecast, however often
+        the one that it waits for goes to others or comes late.
+        """
+        idle = [at for at, one in enumerate(forecast.endpoints) if id(one) in free and forecast.frees[at] <= self._now]
+        if not idle or index in idle:
+            return index
+        ends = forecast.ends(task.job.cost)
+        best = min(idle, key=ends.__getitem__)
+        if task.waits_until is None:
+            task.waits_until = ends[best]
+        elif self._now >= task.waits_until:
+            return best
+        self.wake = min(self.wake, task.waits_until)
+        return index
 
     def _forecast(self, line: Line, usable: list[EndpointState]) -> Forecast:
         """What the usable endpoints would have done when, for this line's tasks."""
@@ -311,7 +366,7 @@ class Placement:
     def _forecast_of(self, tier: Tier, models: dict[str, str | None]) -> Forecast:
         """The same for a tier: from what it keeps at hand, unless something is special."""
         fleet = self.fleet
-        if fleet.switches_models or fleet.grouped or self._promised or self._now < fleet.ramping_until:
+        if fleet.switches_models or fleet.groups or self._promised or self._now < fleet.ramping_until:
             return Forecast(tier.usable(self._now), models, self._now, self._promised)
         return tier.forecast(self._now)
 
@@ -328,7 +383,7 @@ class Placement:
         idle = [
             index
             for index, one in enumerate(forecast.endpoints)
-            if id(one) in free and forecast.frees[index] <= self._now and not self._is_deferred(one, line, task)
+            if id(one) in free and forecast.frees[index] <= self._now and not self._is_deferred(one, line)
         ]
         if not busy or not idle:
             return None
@@ -342,32 +397,36 @@ class Placement:
     def _keep_promises(self, forecast: Forecast) -> None:
         """Other lines must not count on what this one's tasks wait for; and whoever waits looks again if it comes late."""
         now = self._now
-        for endpoint, free in zip(forecast.endpoints, forecast.frees, strict=True):
-            if free > now:
-                self._promised[endpoint.id] = free
-            if endpoint.expected_free:
-                due = endpoint.expected_free
-                late = max(LATE_SECONDS, now - due, LATE_SHARE * (due - min(b.started_at for b in endpoint.running)))
-                self.wake = min(self.wake, max(due, now) + late)
+        if len(self.lines.active) > 1:
+            for endpoint, free in zip(forecast.endpoints, forecast.frees, strict=True):
+                if free > now:
+                    self._promised[endpoint.id] = free
+        busy = [one for one in forecast.endpoints if one.expected_free]
+        if busy:
+            first = min(busy, key=_expected_free)
+            due = first.expected_free
+            late = max(LATE_SECONDS, now - due, LATE_SHARE * (due - min([one.started_at for one in first.running])))
+            self.wake = min(self.wake, max(due, now) + late)
 
     def _with_company(
         self, line: Line, task: Task, endpoint: EndpointState, ready: list[EndpointState]
     ) -> list[Task] | None:
         """The task and those who travel with it; None where it should linger for more company."""
-        queue = line.queue
         most = company_limit(endpoint, task)
         if most == 1:
             return [task]
-        limit = min(most, queue.size)
+        waiting, _ = line.queue.may_run()
+        limit = min(most, waiting)
+        lingers = endpoint.linger_seconds > 0 and endpoint.capabilities.batch not in {"single", "request"}
         if limit > 1:
             # A batch leaves work for the other free slots; where calls linger for company, only for other endpoints.
-            free = len(ready) if endpoint.linger_seconds else sum([one.slots - one.in_flight for one in ready])
-            limit = min(limit, -(-queue.size // max(1, free)))
+            free = len(ready) if lingers else sum([one.slots - one.in_flight for one in ready])
+            limit = min(limit, -(-waiting // max(1, free)))
         members = [task]
         if limit > 1:
             others = (one for one in self._order(line) if one is not task)
             members = fill(endpoint.capabilities.batch, task, others, limit)
-        if endpoint.linger_seconds and len(members) < most:
+        if lingers and len(members) < most:
             until = task.job.submitted_at + endpoint.linger_seconds
             if self._now < until:
                 self.wake = min(self.wake, until)
@@ -377,24 +436,34 @@ class Placement:
     # models
 
     def _near_the_model(
-        self, ready: list[EndpointState], usable: list[EndpointState], line: Line, task: Task
+        self, ready: list[EndpointState], usable: list[EndpointState], line: Line
     ) -> list[EndpointState]:
-        """Of the free endpoints those that have the task's model loaded; where there are none, those that may load it.
+        """Of the free endpoints those that have the line's model loaded; where there are none, those that may load it.
 
-        For a bounded time a task waits for a busy endpoint that has its model, if that is free sooner than another could
+        For a bounded time a line waits for a busy endpoint that has its model, if that is free sooner than another could
         load it, and is passed over for others whose model is loaded.
         """
         at_hand = [one for one in ready if not self._must_switch(one, line)]
         if at_hand:
             return at_hand
-        until = task.job.submitted_at + self._options.affinity_seconds
-        if self._now < until:
-            soonest = min(one.switch_seconds for one in ready)
-            for one in usable:
-                if not self._must_switch(one, line) and one.free_at(self._now) - self._now < soonest:
-                    self.wake = min(self.wake, until)
-                    return []
-        return [one for one in ready if not self._is_deferred(one, line, task)]
+        soonest = min(one.switch_seconds for one in ready)
+        if any(
+            not self._must_switch(one, line) and one.free_at(self._now) - self._now < soonest for one in usable
+        ) and self._may_be_passed_over(line):
+            return []
+        return [one for one in ready if not self._is_deferred(one, line)]
+
+    def _may_be_passed_over(self, line: Line) -> bool:
+        """Whether the line can wait a while yet for the sake of models; its patience begins when it is first asked for."""
+        if not self._options.affinity_seconds:
+            return False
+        if line.passed_over_since is None:
+            line.passed_over_since = self._now
+        until = line.passed_over_since + self._options.affinity_seconds
+        if self._now >= until:
+            return False
+        self.wake = min(self.wake, until)
+        return True
 
     @staticmethod
     def _must_switch(endpoint: EndpointState, line: Line) -> bool:
@@ -403,15 +472,15 @@ class Placement:
         model = line.models.get(endpoint.backend)
         return model is not None and endpoint.loaded_model != model
 
-    def _is_deferred(self, endpoint: EndpointState, line: Line, task: Task) -> bool:
-        """Whether the endpoint has a model loaded that others wait for, and the task can wait a while yet."""
-        if not self.fleet.switches_models or not self._must_switch(endpoint, line) or endpoint.loaded_model is None:
-            return False
-        until = task.job.submitted_at + self._options.affinity_seconds
-        if self._now >= until or endpoint.loaded_model not in self._models_wanted(endpoint.backend):
-            return False
-        self.wake = min(self.wake, until)
-        return True
+    def _is_deferred(self, endpoint: EndpointState, line: Line) -> bool:
+        """Whether the endpoint has a model loaded that others wait for, and the line can wait a while yet."""
+        return (
+            self.fleet.switches_models
+            and endpoint.loaded_model is not None
+            and self._must_switch(endpoint, line)
+            and endpoint.loaded_model in self._models_wanted(endpoint.backend)
+            and self._may_be_passed_over(line)
+        )
 
     def _models_wanted(self, backend: str) -> set[str | None]:
         if self._wanted is None:
@@ -420,3 +489,7 @@ class Placement:
                 for name, model in line.models.items():
                     self._wanted.setdefault(name, set()).add(model)
         return self._wanted.get(backend, set())
+
+
+def _expected_free(endpoint: EndpointState) -> float:
+    return endpoint.expected_free

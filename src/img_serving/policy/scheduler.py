@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection
+from heapq import heapify, heappop, heapreplace
 from random import Random
 
 from img_serving.domain.errors import (
@@ -37,9 +38,9 @@ from img_serving.policy.circuit_breaker import BreakerState
 from img_serving.policy.cost import cost_of
 from img_serving.policy.endpoint import EndpointState
 from img_serving.policy.estimates import estimate_of, snapshot_of, wait_seconds
-from img_serving.policy.fair_queue import Share
+from img_serving.policy.fleet import Fleet
 from img_serving.policy.health import Health
-from img_serving.policy.lines import Lines
+from img_serving.policy.lines import Line, Lines
 from img_serving.policy.options import SchedulerOptions
 from img_serving.policy.placement import NEVER, Placement
 from img_serving.policy.retry import RetryBudget
@@ -55,9 +56,9 @@ class Scheduler:
         """`rng` decides for the random strategy; `now` starts the retry budget."""
         self.options = options
         self._budget = RetryBudget(options.retry, now)
-        self._lines = Lines()
-        self._placement = Placement(options, self._lines, rng)
-        self._fleet = self._placement.fleet
+        self._fleet = Fleet()
+        self._lines = Lines(self._fleet.resources_of)
+        self._placement = Placement(options, self._fleet, self._lines, rng)
         self._again: deque[Task] = deque()
         self._running: set[Batch] = set()
         self._suspects: set[Batch] = set()
@@ -138,9 +139,9 @@ class Scheduler:
         job.cost = cost_of(job.request)
         if not self._fleet.has_untried(job.route, ()):
             raise NoUsableBackend("no endpoint of the route is left", retry_after_seconds=1.0)
-        share = self._lines.shares.of(job.tenant)
-        check_admission(job, share, self._placement, self._queued, self.options)
-        self._lines.enter(job, share)
+        account = self._lines.account(job.tenant)
+        check_admission(job, account, self._placement, self._queued, self.options)
+        self._lines.enter(job, account)
         self._queued += len(job.tasks)
         self._open(job)
 
@@ -152,11 +153,8 @@ class Scheduler:
         if self._queued or len(job.tasks) != 1:
             return None
         job.cost = cost_of(job.request)
-        share: Share | None = None
-        if job.tenant.max_running is not None:
-            share = self._lines.shares.of(job.tenant)
-            if share.room <= 0:
-                return None
+        if job.tenant.max_running is not None and self._lines.account(job.tenant).room <= 0:
+            return None
         endpoint = self._placement.pick_at_once(job.tasks[0], now)
         if endpoint is None:
             return None
@@ -181,20 +179,36 @@ class Scheduler:
                     self._again.append(task)
                 else:
                     batches.append(self._start(endpoint, [task], now))
+        self._place_lines(batches, now)
+        return batches
+
+    def _place_lines(self, batches: list[Batch], now: float) -> None:
+        """Give free slots to the lines, always the one whose turn it is; who cannot go now is not asked again in this pass."""
+        placement = self._placement
         lines = placement.lines_with_a_chance()
-        while lines:
-            line = lines[0] if len(lines) == 1 else min(lines, key=placement.rank)
+        alone = len(lines) == 1
+        heap: list[tuple[tuple[float, ...], int, Line]] = [
+            (() if alone else placement.rank(line), number, line) for number, line in enumerate(lines)
+        ]
+        heapify(heap)
+        while heap:
+            rank, number, line = heap[0]
+            if not alone and rank != (current := placement.rank(line)):
+                # its tenants have had a turn meanwhile
+                heapreplace(heap, (current, number, line))
+                continue
             found = placement.place(line)
             if found is None:
-                lines.remove(line)
+                heappop(heap)
                 continue
             endpoint, members = found
             for task in members:
                 self._lines.serve(line, task)
             batches.append(self._start(endpoint, members, now))
             if not line.queue.size:
-                lines.remove(line)
-        return batches
+                heappop(heap)
+            if not alone and placement.is_full():
+                return
 
     def wakes_at(self, now: float) -> float | None:
         """When to call `next_batches` again although nothing happens until then; None: not before something does."""
@@ -230,12 +244,15 @@ class Scheduler:
         elif ended.refusal is not None:
             done += self._after_refusal(batch, ended.refusal, now)
         elif ended.outcome is not None:
-            # A batch that failed as a whole is taken apart: its members are tried again one by one.
+            # A batch that failed as a whole is taken apart: its members are tried again one by one. It was one call, so
+            # it costs the budget one retry, and the last member is not refused for the first ones' sake.
+            shared = len(batch.tasks) > 1
+            payment = _Payment(self._budget, now)
             for task in batch.tasks:
-                task.alone = task.alone or len(batch.tasks) > 1
+                task.alone = task.alone or shared
                 if not task.job.is_over:
                     done += self._after_failure(
-                        task, endpoint, ended.outcome, ended.message, now, shared=len(batch.tasks) > 1
+                        task, endpoint, ended.outcome, ended.message, now, shared=shared, payment=payment
                     )
         else:
             # Cancelled: whoever still wants a picture of it (there should be nobody) is asked for again.
@@ -291,6 +308,7 @@ class Scheduler:
         factor = self.options.retry.hedge_after_factor
         if factor is None or self._queued:
             return []
+        self._placement.begin(now)
         batches: list[Batch] = []
         for batch in list(self._running):
             expected = batch.expected_seconds
@@ -300,7 +318,7 @@ class Scheduler:
                 continue
             for task in batch.tasks:
                 if not task.job.is_over and task.artifact is None and task.hedge is None:
-                    other = self._placement.pick_hedge(task, now)
+                    other = self._placement.pick_hedge(task)
                     if other is not None and self._budget.spend(now):
                         batches.append(self._start(other, [task], now, is_hedge=True))
         return batches
@@ -353,7 +371,7 @@ class Scheduler:
             if not is_hedge:
                 job.backend = endpoint.backend
             if job.tenant.max_running is not None and not is_hedge:
-                self._lines.shares.started(self._lines.shares.of(job.tenant), task)
+                self._lines.account(job.tenant).started(task)
         batch = Batch(endpoint.id, endpoint.backend, model, tuple(members), endpoint.breaker.start(now), cost, now, now)
         batch.is_hedge = is_hedge
         self._placement.expect(batch, endpoint, now)
@@ -373,7 +391,7 @@ class Scheduler:
         elif task.batch is batch:
             task.batch, task.hedge = task.hedge, None
         if task.batch is None and task.job.tenant.max_running is not None:
-            self._lines.shares.ended(self._lines.shares.of(task.job.tenant), task)
+            self._lines.account(task.job.tenant).ended(task)
 
     # what follows from how it ended
 
@@ -406,12 +424,20 @@ class Scheduler:
             breaker.end(batch.era, ok=False, now=now, timed_out=ended.timed_out)
 
     def _after_failure(
-        self, task: Task, endpoint: EndpointState, outcome: Outcome, message: str, now: float, *, shared: bool = False
+        self,
+        task: Task,
+        endpoint: EndpointState,
+        outcome: Outcome,
+        message: str,
+        now: float,
+        *,
+        shared: bool = False,
+        payment: _Payment | None = None,
     ) -> list[Job]:
         """Try the task elsewhere if it may be and there is an elsewhere; else its job has failed.
 
         A task that failed in company (`shared`) may be asked for alone where it was, if that is all there is: perhaps it was
-        another's prompt that spoiled the batch.
+        another's prompt that spoiled the batch. `payment` is that of its whole batch.
         """
         if task.artifact is not None:
             return []
@@ -425,7 +451,7 @@ class Scheduler:
             if shared and not task.job.panicked and not self._fleet.has_untried(route, task.tried):
                 task.tried.discard(endpoint.id)
             if self._fleet.has_untried(route, task.tried) and (
-                outcome is Outcome.NOT_STARTED or self._budget.spend(now)
+                outcome is Outcome.NOT_STARTED or (payment or _Payment(self._budget, now)).is_made()
             ):
                 self._stand_again(task)
                 return []
@@ -447,9 +473,9 @@ class Scheduler:
         return AllAttemptsFailed(message, should_retry=False)
 
     def _after_refusal(self, batch: Batch, error: GatewayError, now: float) -> list[Job]:
-        jobs = {task.job.id: task.job for task in batch.tasks if not task.job.is_over and task.artifact is None}
+        jobs = {task.job.id: task.job for task in batch.tasks}
         if len(jobs) == 1:
-            return [self._fail(job, error, now) for job in jobs.values()]
+            return [self._fail(job, error, now) for job in jobs.values() if not job.is_over]
         # One of several requests is at fault, and nobody knows which: each is asked alone, at the same endpoint if need be.
         return self._ask_again(batch, now)
 
@@ -509,6 +535,23 @@ class Scheduler:
                 if task.place is not None:
                     self._lines.leave(task)
         return job
+
+
+class _Payment:
+    """One retry of the budget, asked for when it is first needed."""
+
+    __slots__ = ("_budget", "_made", "_now")
+
+    def __init__(self, budget: RetryBudget, now: float) -> None:
+        self._budget = budget
+        self._now = now
+        self._made: bool | None = None
+
+    def is_made(self) -> bool:
+        """Whether the budget gives it."""
+        if self._made is None:
+            self._made = self._budget.spend(self._now)
+        return self._made
 
 
 def _patience(job: Job) -> float:

@@ -8,8 +8,8 @@ MEMORY = 0.95
 OUTLIER = 3.0
 """A call is taken to have lasted at most this many times what was expected: one stall must not spoil twenty calls."""
 
-SHRINKAGE = 4.0
-"""How many calls' worth of doubt there is about a fixed part: with few calls, or calls of one size, there is none."""
+DOUBT_CALLS = 4.0
+"""How many calls' worth of doubt there is about a fixed part: after few calls, or calls of one size, there is none."""
 
 STALE_SECONDS = 3600.0
 STALE_CALLS = 200
@@ -22,15 +22,14 @@ KNOWN_WELL = 5
 class Speed:
     """`overhead` seconds a call and `per_unit` seconds a megapixel-step; None until the first call was measured.
 
-    A regression of seconds on cost with forgetting, weighted so that relative errors count: engines are off by a share of
-    what they do, so a big picture's seconds must not drown a small one's. With v = seconds / cost and u = 1 / cost it is the
-    line v = per_unit + overhead x u.
+    A regression of seconds on cost with forgetting. Each call weighs as one over the square of its seconds, since engines are
+    off by a share of what they do: a big picture's seconds must not drown a small one's.
     """
 
-    __slots__ = ("_n", "_u", "_uu", "_uv", "_v", "calls", "overhead", "per_unit", "stale_at")
+    __slots__ = ("_w", "_wx", "_wxx", "_wxy", "_wy", "calls", "overhead", "per_unit", "stale_at")
 
     def __init__(self) -> None:
-        self._n = self._u = self._uu = self._v = self._uv = 0.0
+        self._w = self._wx = self._wxx = self._wy = self._wxy = 0.0
         self.calls = 0
         self.overhead = 0.0
         self.per_unit: float | None = None
@@ -45,18 +44,19 @@ class Speed:
         """A call of `cost` megapixel-steps took `seconds`."""
         if self.per_unit is not None and self.calls >= KNOWN_WELL:
             seconds = min(seconds, OUTLIER * (self.overhead + cost * self.per_unit))
-        u, v = 1.0 / cost, seconds / cost
-        n = self._n = self._n * MEMORY + 1.0
-        self._u = self._u * MEMORY + u
-        self._v = self._v * MEMORY + v
-        self._uu = self._uu * MEMORY + u * u
-        self._uv = self._uv * MEMORY + u * v
-        mean_u, mean_v = self._u / n, self._v / n
-        spread = self._uu / n - mean_u * mean_u
-        slope = (self._uv / n - mean_u * mean_v) / (spread + SHRINKAGE / n * mean_u * mean_u)
+        expected = seconds if self.per_unit is None else self.overhead + cost * self.per_unit
+        weight = 1.0 / (expected * expected)
+        weighted = weight * cost
+        w = self._w = self._w * MEMORY + weight
+        wx = self._wx = self._wx * MEMORY + weighted
+        wxx = self._wxx = self._wxx * MEMORY + weighted * cost
+        wy = self._wy = self._wy * MEMORY + weight * seconds
+        wxy = self._wxy = self._wxy * MEMORY + weighted * seconds
+        doubt = DOUBT_CALLS / (self.calls + 1)
+        overhead = (wxx * wy - wx * wxy) / (w * wxx - wx * wx + doubt * wx * wx)
         # a part that is fixed cannot be negative, and cannot be all of it
-        self.overhead = min(max(slope, 0.0), 0.95 * mean_v / mean_u)
-        self.per_unit = mean_v - self.overhead * mean_u
+        self.overhead = min(max(overhead, 0.0), 0.95 * wxy / wx)
+        self.per_unit = (wxy - self.overhead * wx) / wxx
         self.calls += 1
         self.stale_at = now + max(STALE_SECONDS, STALE_CALLS * seconds)
 

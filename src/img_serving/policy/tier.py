@@ -18,12 +18,13 @@ RENEWED_SECONDS = 60.0
 class Tier:
     """Endpoints in file order. They tell it (`EndpointState.tiers`) when they change or move."""
 
-    __slots__ = ("_frees", "_heads", "_renewed_at", "_slopes", "_usable", "_valid_until", "endpoints", "moved")
+    __slots__ = ("_frees", "_heads", "_renewed_at", "_slopes", "_usable", "endpoints", "moved", "steady_until")
 
     def __init__(self, endpoints: Sequence[EndpointState]) -> None:
         self.endpoints = tuple(endpoints)
         self._usable: list[EndpointState] = []
-        self._valid_until = float("-inf")
+        self.steady_until = float("-inf")
+        """Until when the same are usable, if nothing happens."""
         self.moved: set[EndpointState] = set()
         """Endpoints on which a call began or ended since the last forecast."""
         self._renewed_at = float("-inf")
@@ -35,14 +36,14 @@ class Tier:
 
     def changed(self) -> None:
         """An endpoint may have become usable, or may not be any more."""
-        self._valid_until = float("-inf")
+        self.steady_until = float("-inf")
 
     def usable(self, now: float) -> list[EndpointState]:
         """Those that may be used, full ones included. Not to be changed."""
-        if now >= self._valid_until:
+        if now >= self.steady_until:
             before = self._usable
             self._usable = [one for one in self.endpoints if one.is_usable(now)]
-            self._valid_until = min([one.usable_until(now) for one in self.endpoints], default=float("inf"))
+            self.steady_until = min([one.usable_until(now) for one in self.endpoints], default=float("inf"))
             if before != self._usable:
                 self._renewed_at = float("-inf")
         return self._usable
