@@ -50,15 +50,18 @@ def _check_deadline(job: Job, account: Account, placement: Placement, queued: in
         patience, longest
     ):
         return
-    own = (count - 1) * job.cost / pace.rate(job.cost) + pace.least_seconds(job.cost)
-    capped = wait_for_room(account, Ahead(account.waiting, account.work), pace, now)
-    if capped and capped + own > patience:
-        raise RateLimited(
-            f"this key may have {account.max_running} pictures drawn at a time, so this would be done in "
-            f"{capped + own:.0f} s, and its deadline is in {patience:g} s",
-            code="max_running_reached",
-            retry_after_seconds=capped,
-        )
+    rest = (count - 1) * job.cost / pace.rate(job.cost)
+    own = rest + pace.least_seconds(job.cost)
+    if account.max_running is not None:
+        capped = wait_for_room(account, Ahead(account.waiting, account.work), pace, now)
+        done = capped + rest / min(1.0, account.max_running / pace.slots) + pace.least_seconds(job.cost)
+        if capped and done > patience:
+            raise RateLimited(
+                f"this key may have {account.max_running} pictures drawn at a time, so this would be done in "
+                f"{done:.0f} s, and its deadline is in {patience:g} s",
+                code="max_running_reached",
+                retry_after_seconds=capped,
+            )
     wait = estimate_of(job, placement, now, arriving=True).wait_seconds
     if not wait:
         return

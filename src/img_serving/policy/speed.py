@@ -22,8 +22,9 @@ KNOWN_WELL = 5
 class Speed:
     """`overhead` seconds a call and `per_unit` seconds a megapixel-step; None until the first call was measured.
 
-    A regression of seconds on cost with forgetting. Each call weighs as one over the square of its seconds, since engines are
-    off by a share of what they do: a big picture's seconds must not drown a small one's.
+    A regression of seconds on cost with forgetting. Engines are off by a share of what they do, so each call weighs as one over
+    the square of what it would be expected to take: a big picture's seconds must not drown a small one's. Expected in units of
+    cost, not in seconds: an engine that has become slower must not be heard less for it.
     """
 
     __slots__ = ("_w", "_wx", "_wxx", "_wxy", "_wy", "calls", "overhead", "per_unit", "stale_at")
@@ -44,7 +45,7 @@ class Speed:
         """A call of `cost` megapixel-steps took `seconds`."""
         if self.per_unit is not None and self.calls >= KNOWN_WELL:
             seconds = min(seconds, OUTLIER * (self.overhead + cost * self.per_unit))
-        expected = seconds if self.per_unit is None else self.overhead + cost * self.per_unit
+        expected = cost if self.per_unit is None else cost + self.overhead / self.per_unit
         weight = 1.0 / (expected * expected)
         weighted = weight * cost
         w = self._w = self._w * MEMORY + weight
