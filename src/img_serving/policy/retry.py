@@ -52,3 +52,20 @@ class RetryBudget:
         if attempts >= self._options.max_attempts:
             return False
         return outcome is Outcome.FAILED or (outcome is Outcome.UNKNOWN and retry_unknown)
+
+
+class Payment:
+    """One retry of the budget, asked for when it is first needed."""
+
+    __slots__ = ("_budget", "_made", "_now")
+
+    def __init__(self, budget: RetryBudget, now: float) -> None:
+        self._budget = budget
+        self._now = now
+        self._made: bool | None = None
+
+    def is_made(self) -> bool:
+        """Whether the budget gives it."""
+        if self._made is None:
+            self._made = self._budget.spend(self._now)
+        return self._made

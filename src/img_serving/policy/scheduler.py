@@ -23,7 +23,6 @@ from heapq import heapify, heappop, heapreplace
 from random import Random
 
 from img_serving.domain.errors import (
-    AllAttemptsFailed,
     Cancelled,
     DeadlineExceeded,
     GatewayError,
@@ -31,11 +30,11 @@ from img_serving.domain.errors import (
     NoUsableBackend,
     Outcome,
 )
-from img_serving.domain.images import Artifact, ItemFailure
+from img_serving.domain.images import Artifact
 from img_serving.domain.jobs import Batch, Ended, Job, JobStatus, Route, Task
 from img_serving.policy.admission import check_admission
-from img_serving.policy.circuit_breaker import BreakerState
 from img_serving.policy.cost import cost_of
+from img_serving.policy.deadlines import OpenJobs
 from img_serving.policy.endpoint import EndpointState
 from img_serving.policy.estimates import estimate_of, snapshot_of, wait_seconds
 from img_serving.policy.fleet import Fleet
@@ -43,8 +42,9 @@ from img_serving.policy.health import Health
 from img_serving.policy.lines import Line, Lines
 from img_serving.policy.options import SchedulerOptions
 from img_serving.policy.placement import NEVER, Placement
-from img_serving.policy.retry import RetryBudget
+from img_serving.policy.retry import Payment, RetryBudget
 from img_serving.policy.snapshots import JobEstimate, SchedulerSnapshot
+from img_serving.policy.verdicts import final_error, judge
 
 REMOVED = "the backend that should serve this was removed"
 
@@ -63,9 +63,7 @@ class Scheduler:
         self._running: set[Batch] = set()
         self._suspects: set[Batch] = set()
         """Running batches that a resolved job or a picture from elsewhere has left: nobody may want them any more."""
-        self._jobs: dict[str, Job] = {}
-        self._by_patience: dict[float, dict[str, Job]] = {}
-        """The open jobs by how long they may take: each dict is in the order of their deadlines, so only its head is asked."""
+        self._jobs = OpenJobs()
         self._queued = 0
         self._turn = 0
 
@@ -125,7 +123,7 @@ class Scheduler:
     @property
     def jobs(self) -> Collection[Job]:
         """The jobs that are not resolved yet, in the order of their arrival."""
-        return self._jobs.values()
+        return self._jobs.all
 
     def submit(self, job: Job) -> None:
         """The job's tasks stand in line, all or none.
@@ -143,7 +141,7 @@ class Scheduler:
         check_admission(job, account, self._placement, self._queued, self.options)
         self._lines.enter(job, account)
         self._queued += len(job.tasks)
-        self._open(job)
+        self._jobs.add(job)
 
     def start_at_once(self, job: Job, now: float) -> Batch | None:
         """`submit` and `next_batches` in one, for a single picture while nobody waits; None where that is not so.
@@ -158,7 +156,7 @@ class Scheduler:
         endpoint = self._placement.pick_at_once(job.tasks[0], now)
         if endpoint is None:
             return None
-        self._open(job)
+        self._jobs.add(job)
         self._queued += 1
         return self._start(endpoint, [job.tasks[0]], now)
 
@@ -223,7 +221,8 @@ class Scheduler:
         self._fleet.forget_if_over(endpoint)
         for task in batch.tasks:
             self._leave(task, batch)
-        self._note(endpoint, batch, ended, now)
+        if judge(endpoint, batch, ended, now):
+            self._fleet.recovered(endpoint, now, self.options.slow_start_seconds)
         done: list[Job] = []
         if ended.results is not None:
             for task, result in zip(batch.tasks, ended.results, strict=True):
@@ -247,7 +246,7 @@ class Scheduler:
             # A batch that failed as a whole is taken apart: its members are tried again one by one. It was one call, so
             # it costs the budget one retry, and the last member is not refused for the first ones' sake.
             shared = len(batch.tasks) > 1
-            payment = _Payment(self._budget, now)
+            payment = Payment(self._budget, now)
             for task in batch.tasks:
                 task.alone = task.alone or shared
                 if not task.job.is_over:
@@ -276,12 +275,9 @@ class Scheduler:
     def expire(self, now: float) -> list[Job]:
         """Resolve the jobs whose deadline has passed, or that waited longer than they may."""
         late: list[tuple[Job, str]] = []
-        for jobs in list(self._by_patience.values()):
-            for job in jobs.values():
-                if now < job.deadline:
-                    break
-                waited = "before it started" if job.started_at is None else "before it was done"
-                late.append((job, f"the deadline of {job.deadline - job.submitted_at:g} s passed {waited}"))
+        for job in self._jobs.late(now):
+            waited = "before it started" if job.started_at is None else "before it was done"
+            late.append((job, f"the deadline of {job.deadline - job.submitted_at:g} s passed {waited}"))
         longest = self.options.max_wait_seconds
         if longest is not None:
             told = {job.id for job, _ in late}
@@ -339,14 +335,6 @@ class Scheduler:
 
     # starting
 
-    def _open(self, job: Job) -> None:
-        self._jobs[job.id] = job
-        patience = _patience(job)
-        jobs = self._by_patience.get(patience)
-        if jobs is None:
-            jobs = self._by_patience[patience] = {}
-        jobs[job.id] = job
-
     def _start(self, endpoint: EndpointState, members: list[Task], now: float, *, is_hedge: bool = False) -> Batch:
         model = _model_for(members[0], endpoint)
         cost = members[0].job.cost * len(members)
@@ -395,34 +383,6 @@ class Scheduler:
 
     # what follows from how it ended
 
-    def _note(self, endpoint: EndpointState, batch: Batch, ended: Ended, now: float) -> None:
-        """Breaker, speed and last error of the endpoint. Cancellations, refusals and "busy" count for nothing."""
-        results = ended.results
-        breaker = endpoint.breaker
-        before = breaker.standing
-        if results and (isinstance(results[0], Artifact) or any(isinstance(result, Artifact) for result in results)):
-            endpoint.learn(batch, max(now - batch.started_at, 1e-6), now)
-            breaker.end(batch.era, ok=True, now=now)
-            if before is BreakerState.HALF_OPEN and breaker.standing is BreakerState.CLOSED:
-                self._fleet.recovered(endpoint, now, self.options.slow_start_seconds)
-        elif ended.results is not None:
-            # Not one picture: its speed says nothing, and it has failed unless it refused.
-            failures = [result.message for result in ended.results if isinstance(result, ItemFailure)]
-            refused = any(isinstance(result, ItemFailure) and result.refused for result in ended.results)
-            if not refused:
-                endpoint.failures += 1
-                endpoint.last_error = failures[-1]
-            breaker.end(batch.era, ok=None if refused else False, now=now)
-        elif ended.outcome is None or ended.busy_seconds is not None:
-            breaker.end(batch.era, ok=None, now=now)
-            if ended.busy_seconds is not None:
-                endpoint.busy_until = now + ended.busy_seconds
-                endpoint.last_error = ended.message
-        else:
-            endpoint.failures += 1
-            endpoint.last_error = ended.message
-            breaker.end(batch.era, ok=False, now=now, timed_out=ended.timed_out)
-
     def _after_failure(
         self,
         task: Task,
@@ -432,7 +392,7 @@ class Scheduler:
         now: float,
         *,
         shared: bool = False,
-        payment: _Payment | None = None,
+        payment: Payment | None = None,
     ) -> list[Job]:
         """Try the task elsewhere if it may be and there is an elsewhere; else its job has failed.
 
@@ -451,26 +411,12 @@ class Scheduler:
             if shared and not task.job.panicked and not self._fleet.has_untried(route, task.tried):
                 task.tried.discard(endpoint.id)
             if self._fleet.has_untried(route, task.tried) and (
-                outcome is Outcome.NOT_STARTED or (payment or _Payment(self._budget, now)).is_made()
+                outcome is Outcome.NOT_STARTED or (payment or Payment(self._budget, now)).is_made()
             ):
                 self._stand_again(task)
                 return []
-        return [self._fail(task.job, self._final_error(task, message, now), now)]
-
-    def _final_error(self, task: Task, message: str, now: float) -> GatewayError:
-        endpoints = list(self._fleet.of(task.job.route))
-        if not task.attempts:
-            # Nothing was drawn or paid: where an endpoint said when it is free again, the caller may come back then.
-            busy = [one.busy_until - now for one in endpoints if one.enabled and one.busy_until > now]
-            if busy:
-                return NoUsableBackend(message, retry_after_seconds=max(1.0, min(busy)))
-        if task.job.panicked:
-            wait = min((one.breaker.opens_in(now) for one in endpoints), default=1.0)
-            return NoUsableBackend(
-                f"no endpoint of the route is usable; the last one tried said: {message}",
-                retry_after_seconds=max(1.0, wait),
-            )
-        return AllAttemptsFailed(message, should_retry=False)
+        error = final_error(task, list(self._fleet.of(task.job.route)), message, now)
+        return [self._fail(task.job, error, now)]
 
     def _after_refusal(self, batch: Batch, error: GatewayError, now: float) -> list[Job]:
         jobs = {task.job.id: task.job for task in batch.tasks}
@@ -505,7 +451,7 @@ class Scheduler:
         """Resolve waiting jobs that no endpoint is left for (a backend was removed)."""
         hopeless = [
             job
-            for job in self._jobs.values()
+            for job in self._jobs.all
             if any(not task.started and not self._fleet.has_untried(job.route, task.tried) for task in job.tasks)
         ]
         return [self._fail(job, NoUsableBackend(REMOVED, retry_after_seconds=1.0), now) for job in hopeless]
@@ -517,12 +463,7 @@ class Scheduler:
         job.status = status
         job.error = error
         job.finished_at = now
-        del self._jobs[job.id]
-        patience = _patience(job)
-        jobs = self._by_patience[patience]
-        del jobs[job.id]
-        if not jobs:
-            del self._by_patience[patience]
+        self._jobs.remove(job)
         if status is JobStatus.SUCCEEDED:
             return job  # all of it was started: there is nothing left to find
         for task in job.tasks:
@@ -535,28 +476,6 @@ class Scheduler:
                 if task.place is not None:
                     self._lines.leave(task)
         return job
-
-
-class _Payment:
-    """One retry of the budget, asked for when it is first needed."""
-
-    __slots__ = ("_budget", "_made", "_now")
-
-    def __init__(self, budget: RetryBudget, now: float) -> None:
-        self._budget = budget
-        self._now = now
-        self._made: bool | None = None
-
-    def is_made(self) -> bool:
-        """Whether the budget gives it."""
-        if self._made is None:
-            self._made = self._budget.spend(self._now)
-        return self._made
-
-
-def _patience(job: Job) -> float:
-    """How long a job may take, to the millisecond: nearly all have the same, so that their deadlines come in their order."""
-    return round(job.deadline - job.submitted_at, 3)
 
 
 def _model_for(task: Task, endpoint: EndpointState) -> str | None:
