@@ -294,7 +294,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         except QueueFull:
             assert before + n > MAX_TASKS or self.max_work is not None
         except DeadlineUnreachable:
-            assert before
+            assert before or self.running
         except RateLimited:
             assert tenant.max_running is not None
         else:
@@ -555,7 +555,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.scheduler.next_batches(self.now) == []
         assert not self.scheduler._again
         assert not list(self.scheduler._lines)
-        assert not self.scheduler._by_patience
+        assert not self.scheduler._jobs._by_patience
         assert all(endpoint.in_flight == 0 for endpoint in self.endpoints.values())
         assert not any(endpoint.removed for endpoint in self.scheduler._fleet)
 

@@ -17,6 +17,9 @@ from img_serving.policy.snapshots import BackendQueue, JobEstimate, SchedulerSna
 PACE_SECONDS = 0.5
 MAX_PACES = 1024
 
+MOST_ETAS = 100
+"""With more tenants than this waiting, a snapshot has no estimates of each."""
+
 UNKNOWN_SECONDS = 1.0
 """A task is taken to need so long where nothing was measured, for those who must be told something."""
 
@@ -327,7 +330,8 @@ def _by_backend(placement: Placement, in_flight: dict[str, int], now: float) -> 
         # the other backends on a line's route help with it
         fleets = [placement.usable_of(line.route, now) for line in lines]
         fleets.append([one for one in placement.fleet if one.backend == name and one.is_usable(now)])
-        paces = [pace for one in fleets if (pace := pace_of(one, now)) is not None]
+        distinct = {id(one): one for one in fleets}  # lines of one pool have one list
+        paces = [pace for one in distinct.values() if (pace := pace_of(one, now)) is not None]
         found.append(
             BackendQueue(
                 backend=name,
@@ -355,7 +359,8 @@ def _by_tenant(
     for name, theirs in lanes.items():
         account = placement.lines.account(tenants[name])
         arrived = [next(iter(lane.tasks)).job.submitted_at for lane in theirs]
-        waits = [_wait_of_the_last(lane, placement, now) for lane in theirs]
+        # what goes before whom is a question of everybody to everybody
+        waits = [_wait_of_the_last(lane, placement, now) if len(lanes) <= MOST_ETAS else None for lane in theirs]
         known = [wait for wait in waits if wait is not None]
         found.append(
             TenantQueue(

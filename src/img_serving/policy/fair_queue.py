@@ -22,6 +22,10 @@ from img_serving.domain.tenants import Tenant
 
 _numbers = count()
 
+MOST_PASSES = 8
+"""So often the first task of a lane may be passed by others of it that fit into somebody's batch: they move its tenant's clock
+on, and without a bound its turn would never come."""
+
 DEAD_LANES = 64
 """So many lanes without tasks may stand in a heap before it is swept."""
 
@@ -64,20 +68,18 @@ class Account:
 class Clock:
     """How much a tenant has had in one pool: cost over weight, and when it last had a turn."""
 
-    __slots__ = ("turn", "value", "waiting")
+    __slots__ = ("turn", "value")
 
     def __init__(self) -> None:
         self.value = 0.0
         self.turn = 0
         """Number of its last turn: who had none for longest goes first among equals."""
-        self.waiting = 0
-        """Its tasks that wait in the pool."""
 
 
 class Lane:
     """The tasks of one tenant in one line, first come first served."""
 
-    __slots__ = ("account", "clock", "level", "listed", "number", "tasks", "work")
+    __slots__ = ("account", "clock", "level", "listed", "number", "passed", "tasks", "work")
 
     def __init__(self, level: Level, account: Account, clock: Clock) -> None:
         self.level = level
@@ -87,6 +89,13 @@ class Lane:
         self.work = 0.0
         self.number = next(_numbers)
         self.listed = False
+        self.passed = 0
+        """How often others of the lane went before its first task, in somebody's company."""
+
+    @property
+    def head(self) -> Task:
+        """Its first task; it has one."""
+        return next(iter(self.tasks))
 
 
 class Level:
@@ -164,7 +173,7 @@ class Level:
         oldest = self.oldest()
         if oldest is None or oldest.place.account.room > 0:
             return oldest
-        heads = [next(iter(lane.tasks)) for lane in self.lanes.values() if lane.account.room > 0]
+        heads = [lane.head for lane in self.lanes.values() if lane.account.room > 0]
         return min(heads, key=_arrival, default=None)
 
     def arrived_until(self, moment: float) -> Iterator[Job]:
@@ -202,7 +211,7 @@ class Level:
             elif value != clock.value or turn != clock.turn:
                 heapreplace(heap, (clock.value, clock.turn, lane.number, lane))
             else:
-                return next(iter(lane.tasks))
+                return lane.head
         return None
 
     def order(self) -> Iterator[Task]:

@@ -18,11 +18,12 @@ MAX_POOLS = 1024
 class Pool:
     """The lines that stand for the same backends, whatever the models: the unit of fairness between tenants.
 
-    Pools that have a backend or a GPU in common contend for it. Between them its own clock decides: each task served moves it
-    on by its cost over the weights of all tenants that wait in the pool, so that a pool of three tenants gets three shares.
+    Pools that have a backend or a GPU in common contend for it. Between them their own clocks decide: each task served moves
+    its pool's on by its cost over the weights of all tenants that wait there, so that a pool of three tenants gets three
+    shares. A tenant that waits in several contending pools is split between them: asking in many ways brings no more.
     """
 
-    __slots__ = ("_clocks", "_turns", "_weights", "backends", "clock", "clocks", "lines", "resources")
+    __slots__ = ("_clocks", "_turns", "backends", "clock", "clocks", "lines", "resources", "waiting")
 
     def __init__(self, backends: frozenset[str]) -> None:
         self.backends = backends
@@ -32,9 +33,10 @@ class Pool:
         self.clock = 0.0
         self.clocks: dict[str, Clock] = {}
         """How much each tenant has had here."""
+        self.waiting: dict[Account, int] = {}
+        """The tenants that have tasks waiting here, and how many."""
         self._clocks: dict[int, float] = {}
         """The clock of each priority: that of the tenant that was served last, as it was before."""
-        self._weights = 0.0
         self._turns = 0
 
     def arrive(self, account: Account, tasks: int) -> Clock:
@@ -42,28 +44,38 @@ class Pool:
         clock = self.clocks.get(account.name)
         if clock is None:
             clock = self.clocks[account.name] = Clock()
-        if not clock.waiting:
+        waiting = self.waiting.get(account, 0)
+        if not waiting:
             clock.value = max(clock.value, self._clocks.get(account.priority, 0.0))
-            self._weights += account.weight
-        clock.waiting += tasks
+        self.waiting[account] = waiting + tasks
         return clock
 
-    def leave(self, account: Account, clock: Clock) -> None:
+    def leave(self, account: Account) -> None:
         """A waiting task of the tenant does not wait any more."""
-        clock.waiting -= 1
-        if not clock.waiting:
-            self._weights = self._weights - account.weight if self.lines else 0.0
+        left = self.waiting[account] - 1
+        if left:
+            self.waiting[account] = left
+        else:
+            del self.waiting[account]
 
-    def serve(self, lane: Lane, cost: float) -> float:
-        """A waiting task starts: the clocks of its tenant and of the pool move on. Returns by how much the pool's does."""
+    def serve(self, lane: Lane, cost: float, contenders: list[Pool]) -> None:
+        """A waiting task starts: the clock of its tenant moves on, and the pool's where others want the same."""
         clock, account = lane.clock, lane.account
         self._clocks[account.priority] = max(self._clocks.get(account.priority, 0.0), clock.value)
-        clock.value += cost / account.weight
         self._turns += 1
         clock.turn = self._turns
-        step = cost / max(self._weights, account.weight)
+        if not contenders:
+            clock.value += cost / account.weight
+            return
+        clock.value += cost / self._weight_here(account, contenders)
+        step = cost / sum([self._weight_here(one, contenders) for one in self.waiting])
         self.clock += step
-        return step
+        for other in contenders:
+            other.clock = max(other.clock, self.clock - BEHIND_TASKS * step)
+
+    @staticmethod
+    def _weight_here(account: Account, contenders: list[Pool]) -> float:
+        return account.weight / (1 + sum([account in other.waiting for other in contenders]))
 
 
 class Line:
@@ -109,7 +121,7 @@ class Lines:
         return iter(self._accounts.values())
 
     def account(self, tenant: Tenant) -> Account:
-        """The tenant's account, made at the first question; weight and cap are those of the newest."""
+        """The tenant's account, made at the first question; the cap is that of the newest."""
         account = self._accounts.get(tenant.name)
         if account is None:
             account = self._accounts[tenant.name] = Account(tenant)
@@ -141,11 +153,9 @@ class Lines:
         """It is the task's turn: it leaves the line, and its tenant has had that much more."""
         lane: Lane = task.place
         pool = line.pool
-        step = pool.serve(lane, task.job.cost)
+        pool.serve(lane, task.job.cost, self.contenders(pool) if len(self.active) > 1 else [])
         line.passed_over_since = None
-        if len(self.active) > 1:
-            for other in self.contenders(pool):
-                other.clock = max(other.clock, pool.clock - BEHIND_TASKS * step)
+        lane.passed = 0 if task is lane.head else lane.passed + 1
         self._remove(line, task, lane)
 
     def leave(self, task: Task) -> None:
@@ -191,5 +201,5 @@ class Lines:
             del pool.lines[line.route]
             if not pool.lines:
                 del self.active[pool]
-        pool.leave(account, lane.clock)
+        pool.leave(account)
         self.work = self.work - cost if self._by_route else 0.0

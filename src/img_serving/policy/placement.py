@@ -11,7 +11,7 @@ from img_serving.domain.jobs import Batch, Route, Task
 from img_serving.policy.balancing import STRATEGIES
 from img_serving.policy.batching import company_limit, fill
 from img_serving.policy.endpoint import EndpointState
-from img_serving.policy.fair_queue import Urgency, urgencies
+from img_serving.policy.fair_queue import MOST_PASSES, Lane, Urgency, urgencies
 from img_serving.policy.fleet import Fleet
 from img_serving.policy.forecast import Forecast
 from img_serving.policy.lines import Line, Lines, Pool
@@ -216,8 +216,8 @@ class Placement:
     def _note_when_steady(self, tiers: Sequence[Tier]) -> None:
         """Look again when an endpoint may be used that may not now: it was busy, or its breaker is open."""
         for tier in tiers:
-            if self._now < tier.steady_until < self.wake:
-                self.wake = tier.steady_until
+            tier.usable(self._now)
+            self.wake = min(self.wake, tier.steady_until)
 
     @staticmethod
     def _ready(usable: list[EndpointState], now: float) -> list[EndpointState]:
@@ -291,6 +291,7 @@ class Placement:
         task = next(self._order(line), None)
         if task is None:
             return None
+        self.wake = min(self.wake, task.job.deadline)  # those behind it may be able to wait for longer
         hopes = self._last_hopes(self.fleet.tiers(line.route), (), task.job.deadline)
         endpoint = self._choose_one(hopes, task)
         if endpoint is None:
@@ -424,7 +425,7 @@ class Placement:
             limit = min(limit, -(-waiting // max(1, free)))
         members = [task]
         if limit > 1:
-            others = (one for one in self._order(line) if one is not task)
+            others = (one for one in self._order(line) if one is not task and _may_go_along(one))
             members = fill(endpoint.capabilities.batch, task, others, limit)
         if lingers and len(members) < most:
             until = task.job.submitted_at + endpoint.linger_seconds
@@ -489,6 +490,12 @@ class Placement:
                 for name, model in line.models.items():
                     self._wanted.setdefault(name, set()).add(model)
         return self._wanted.get(backend, set())
+
+
+def _may_go_along(task: Task) -> bool:
+    """Whether a task may travel in another's company: the first of its lane always, the others not past it for ever."""
+    lane: Lane = task.place
+    return lane.passed < MOST_PASSES or task is lane.head
 
 
 def _expected_free(endpoint: EndpointState) -> float:

@@ -60,8 +60,8 @@ class Scheduler:
         self._lines = Lines(self._fleet.resources_of)
         self._placement = Placement(options, self._fleet, self._lines, rng)
         self._again: deque[Task] = deque()
-        self._running: set[Batch] = set()
-        self._suspects: set[Batch] = set()
+        self._running: dict[Batch, None] = {}
+        self._suspects: dict[Batch, None] = {}
         """Running batches that a resolved job or a picture from elsewhere has left: nobody may want them any more."""
         self._jobs = OpenJobs()
         self._queued = 0
@@ -215,7 +215,7 @@ class Scheduler:
 
     def finish(self, batch: Batch, ended: Ended, now: float) -> list[Job]:
         """A batch's call is over; returns the jobs that are resolved by it."""
-        self._running.remove(batch)
+        del self._running[batch]
         endpoint = self._fleet[batch.endpoint_id]
         endpoint.end(batch)
         self._fleet.forget_if_over(endpoint)
@@ -233,7 +233,7 @@ class Scheduler:
                     if batch.is_hedge:
                         task.job.backend = batch.backend
                     if task.batch is not None:
-                        self._suspects.add(task.batch)  # the other call for the same picture has lost
+                        self._suspects[task.batch] = None  # the other call for the same picture has lost
                     if len(task.job.tasks) == 1 or all(other.artifact is not None for other in task.job.tasks):
                         done.append(self._resolve(task.job, JobStatus.SUCCEEDED, None, now))
                 elif result.refused:
@@ -269,7 +269,7 @@ class Scheduler:
         """Running batches that nobody waits for any more; each is told once."""
         if not self._suspects:
             return []
-        suspects, self._suspects = self._suspects, set()
+        suspects, self._suspects = self._suspects, {}
         return [batch for batch in suspects if batch in self._running and batch.is_unwanted]
 
     def expire(self, now: float) -> list[Job]:
@@ -369,7 +369,7 @@ class Scheduler:
             else:
                 task.batch = batch
         endpoint.start(batch)
-        self._running.add(batch)
+        self._running[batch] = None
         return batch
 
     def _leave(self, task: Task, batch: Batch) -> None:
@@ -468,9 +468,9 @@ class Scheduler:
             return job  # all of it was started: there is nothing left to find
         for task in job.tasks:
             if task.batch is not None:
-                self._suspects.add(task.batch)
+                self._suspects[task.batch] = None
                 if task.hedge is not None:
-                    self._suspects.add(task.hedge)
+                    self._suspects[task.hedge] = None
             elif not task.started:
                 self._queued -= 1
                 if task.place is not None:

@@ -18,6 +18,8 @@ def judge(endpoint: EndpointState, batch: Batch, ended: Ended, now: float) -> bo
     """
     results = ended.results
     breaker = endpoint.breaker
+    if batch.loads_model and results is None:
+        endpoint.loaded_model = None  # whether it came so far nobody knows
     if results and (isinstance(results[0], Artifact) or any(isinstance(result, Artifact) for result in results)):
         before = breaker.standing
         endpoint.learn(batch, max(now - batch.started_at, 1e-6), now)
