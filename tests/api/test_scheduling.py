@@ -321,7 +321,9 @@ def test_affinity_does_not_starve_the_other_model() -> None:
             others = asyncio.gather(*stream)
             reply = await later(1.5, lambda: gateway.client.draw(model="b"))
             assert reply.status == 200
-            assert int(reply.headers["x-queue-ms"]) < 9000  # the pictures before it, five seconds, and the one that is drawn
+            assert (
+                int(reply.headers["x-queue-ms"]) < 9000
+            )  # the pictures before it, five seconds, and the one that is drawn
             await others
 
     run_virtual(main())

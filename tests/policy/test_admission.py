@@ -158,7 +158,7 @@ def test_who_is_late_because_of_its_own_cap_is_told_so_with_another_status():
     for _ in range(3):
         fleet.submit(job(tenant=CAPPED))
     fleet.run(1.0)
-    with pytest.raises(RateLimited, match="this key may have 1 pictures drawn at a time") as caught:
+    with pytest.raises(RateLimited, match="this key may have one picture drawn at a time") as caught:
         fleet.submit(job(tenant=CAPPED, now=1.0, patience=35.0))
     assert (caught.value.status, caught.value.code) == (429, "max_running_reached")
     assert caught.value.retry_after_seconds == pytest.approx(29.0)

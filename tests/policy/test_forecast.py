@@ -101,9 +101,28 @@ def test_a_promise_takes_only_its_part_of_the_slots_and_of_a_shared_call():
 
 def test_some_are_through_with_work_when_all_of_them_are():
     one = forecast(endpoint(0, speed=1.0), busy(endpoint(1, speed=0.5), 6.0), endpoint(2, speed=9.0))
-    assert one.level(12.0, [0, 1]) == pytest.approx((0.0 + 6.0 * 2 + 12.0) / 3)
-    assert one.level(12.0, [0]) == 12.0
-    assert one.level(12.0, []) == float("inf")
+    two = one.level_of([0, 1])
+    assert two.through(3.0) == 3.0
+    assert two.through(12.0) == pytest.approx((0.0 + 6.0 * 2 + 12.0) / 3)
+    assert one.level_of([0]).through(12.0) == 12.0
+    assert one.level_of([]).through(12.0) == float("inf")
+
+
+@steady
+@given(
+    known=st.lists(st.tuples(st.floats(0.01, 10), st.floats(0, 50)), min_size=1, max_size=20),
+    work=st.floats(0.1, 1000),
+)
+def test_the_work_done_by_a_moment_and_the_moment_of_some_work_are_each_others_inverse(known, work):
+    endpoints = [endpoint(number, speed=speed) for number, (speed, _) in enumerate(known)]
+    for one, (_, end) in zip(endpoints, known, strict=True):
+        if end:
+            busy(one, end)
+    everybody = forecast(*endpoints)
+    indices = range(len(endpoints))
+    level = everybody.level_of(indices)
+    assert level.work_by(level.through(work)) == pytest.approx(work, rel=1e-6)
+    assert everybody.work_by(level.through(work), indices) == pytest.approx(work, rel=1e-6)
 
 
 @steady
@@ -118,10 +137,18 @@ def test_whom_the_cheapest_and_the_dearest_of_some_tasks_would_choose_is_among_t
         if end:
             busy(one, end)
     everybody = forecast(*endpoints)
-    few = everybody.narrowed(everybody.contenders(costs))
+    few = everybody.narrowed(everybody.contenders(costs, []))
     assert len(few.endpoints) == len(set(few.endpoints)) <= len(endpoints)
     for cost in (min(costs), max(costs)):
         assert few.endpoints[few.soonest(cost)] is everybody.endpoints[everybody.soonest(cost)]
+
+
+def test_the_best_of_the_idle_ones_is_a_contender_however_slow():
+    one = forecast(
+        *[endpoint(number, speed=1.0) for number in range(5)], endpoint(5, speed=50.0), endpoint(6, speed=90.0)
+    )
+    assert one.contenders([1.0], []) == [0, 1, 2, 3, 4]
+    assert one.contenders([1.0], [5, 6]) == [0, 1, 2, 3, 4, 5]
 
 
 @steady

@@ -555,10 +555,10 @@ def test_removing_a_backend_ends_what_only_it_could_serve_and_lets_what_runs_fin
     running, stranded, elsewhere = submitted(one, job("a"), job("a"), job("a", "b"))
     first = next(batch for batch in one.next_batches(0) if batch.endpoint_id == 0)
     assert one.remove_backend("a", 1) == [stranded]
-    assert not one.is_idle("a")
+    assert one.running == 2
     assert not elsewhere.is_over
     assert one.finish(first, drawn(first), 2) == [running]
-    assert one.is_idle("a")
+    assert one.running == 1
     assert [snapshot.backend for snapshot in one.snapshot(2).endpoints] == ["b"]
 
 
@@ -659,14 +659,38 @@ def test_an_endpoint_that_is_busy_past_the_deadline_is_a_last_hope():
     assert asked.error.retry_after_seconds == 400
 
 
-def test_a_job_that_only_met_busy_endpoints_is_told_when_they_are_free():
+def test_a_job_that_only_met_endpoints_busy_past_its_deadline_is_told_when_they_are_free():
     one = with_endpoints(endpoint(0), endpoint(1))
-    (asked,) = submitted(one, job())
+    (asked,) = submitted(one, job(patience=5))
     seconds = iter((30, 7))
     while batches := one.next_batches(0):
         one.finish(only(batches), busy(next(seconds)), 0)
     assert isinstance(asked.error, NoUsableBackend)
     assert (asked.error.retry_after_seconds, asked.error.should_retry) == (7, None)
+
+
+def test_a_job_that_only_met_busy_endpoints_waits_for_the_first_to_be_free():
+    one = with_endpoints(endpoint(0), endpoint(1))
+    (asked,) = submitted(one, job(patience=100))
+    seconds = iter((30, 7))
+    while batches := one.next_batches(0):
+        one.finish(only(batches), busy(next(seconds)), 0)
+    assert one.next_batches(6.9) == []
+    batch = only(one.next_batches(7))
+    assert one.finish(batch, drawn(batch), 8) == [asked]
+    assert asked.status is JobStatus.SUCCEEDED
+
+
+def test_endpoints_that_are_busy_again_and_again_are_not_asked_without_end():
+    one = with_endpoints(endpoint(0))
+    (asked,) = submitted(one, job(patience=1000))
+    now = 0.0
+    while not asked.is_over and now < 1000:
+        for batch in one.next_batches(now):
+            one.finish(batch, busy(1), now)
+        now += 1.0
+    assert isinstance(asked.error, NoUsableBackend)
+    assert asked.attempts == 20
 
 
 def test_a_job_that_may_have_been_drawn_is_not_to_be_repeated_although_another_endpoint_is_busy():

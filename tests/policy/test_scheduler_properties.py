@@ -225,7 +225,6 @@ class SchedulerMachine(RuleBasedStateMachine):
                 and endpoint.id not in task.tried
                 for endpoint in self.endpoints.values()
             )
-        assert self.scheduler.is_idle(backend) == (not any(batch.backend == backend for batch in self.running))
 
     @precondition(lambda self: self.endpoints)
     @rule(data=st.data(), ok=st.booleans())

@@ -20,6 +20,9 @@ _INLINE_MODELS = re.compile(r"(chatgpt-image|gpt-image)")
 """Clients of these model names expect base64 without asking for it, as the vendor's own API answers."""
 
 MAX_GUIDANCE = 100.0
+MAX_NAME_CHARS = 256
+"""Of a model or a backend: names are remembered, so they must not be megabytes."""
+
 _T = TypeVar("_T")
 
 
@@ -27,7 +30,10 @@ class GenerationBody(msgspec.Struct, kw_only=True, gc=False):
     """Body of `POST /v1/images/generations`. `null` means default; unknown fields are ignored."""
 
     prompt: Annotated[str, Meta(description="What to draw.", min_length=1)]
-    model: Annotated[str | None, Meta(description="A model of GET /v1/models, an alias, or a backend's name.")] = None
+    model: Annotated[
+        Annotated[str, Meta(max_length=MAX_NAME_CHARS)] | None,
+        Meta(description="A model of GET /v1/models, an alias, or a backend's name."),
+    ] = None
     n: Annotated[
         Annotated[int, Meta(ge=1, le=1_000_000)] | None, Meta(description="How many pictures (default 1).")
     ] = None
@@ -65,7 +71,9 @@ class GenerationBody(msgspec.Struct, kw_only=True, gc=False):
     sampler: str | None = None
     scheduler: str | None = None
     clip_skip: Annotated[int, Meta(ge=1, le=12)] | None = None
-    backend: Annotated[str | None, Meta(description="Use this backend and no other.")] = None
+    backend: Annotated[
+        Annotated[str, Meta(max_length=MAX_NAME_CHARS)] | None, Meta(description="Use this backend and no other.")
+    ] = None
     strict: Annotated[
         bool | None, Meta(description="Refuse a parameter that the backend cannot honour instead of ignoring it.")
     ] = None

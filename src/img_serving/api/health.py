@@ -75,7 +75,7 @@ class Health:
     def _gauges(self) -> Iterator[tuple[str, str, Mapping[Labels, float]]]:
         services = self._services
         now = services.clock()
-        scheduler = services.dispatcher.scheduler.snapshot(now)
+        scheduler = services.dispatcher.scheduler.snapshot(now, with_waits=False)
         yield "queue_depth", "Tasks that wait.", {(): scheduler.queued}
         yield "queue_work", "Megapixel-steps that wait.", {(): scheduler.work}
         yield "queue_oldest_seconds", "How long the oldest waiting task has waited.", {(): scheduler.oldest_seconds}

@@ -11,6 +11,7 @@ from img_serving.api.backends import EndpointRecord, endpoint_record
 from img_serving.api.exchange import Exchange, Reply
 from img_serving.api.services import Services
 from img_serving.domain.jobs import Job
+from img_serving.policy.snapshots import JobEstimate
 
 MAX_JOBS = 100
 """Jobs listed at most, the oldest ones; the counts are of all."""
@@ -97,7 +98,7 @@ class Queue:
         now = self._services.clock()
         scheduler = dispatcher.scheduler
         snapshot = scheduler.snapshot(now)
-        jobs = scheduler.jobs
+        oldest = list(islice(scheduler.jobs, MAX_JOBS))
         reply = QueueReply(
             depth=snapshot.queued,
             running=snapshot.running,
@@ -142,23 +143,23 @@ class Queue:
                 )
                 for one in snapshot.endpoints
             ],
-            jobs=[self._job(job, now) for job in islice(jobs, MAX_JOBS)],
-            jobs_total=len(jobs),
+            jobs=[_job(job, one, now) for job, one in zip(oldest, scheduler.estimates(oldest, now), strict=True)],
+            jobs_total=len(scheduler.jobs),
         )
         return Reply(200, (msgspec.json.encode(reply),))
 
-    def _job(self, job: Job, now: float) -> QueuedJobRecord:
-        estimate = self._services.dispatcher.scheduler.estimate(job, now)
-        return QueuedJobRecord(
-            id=job.id,
-            tenant=job.tenant.name,
-            status="queued" if job.started_at is None else "running",
-            n=len(job.tasks),
-            position=estimate.position,
-            age_seconds=_rounded(now - job.submitted_at),
-            wait_seconds=_rounded(estimate.wait_seconds),
-            eta_seconds=_rounded(estimate.eta_seconds),
-        )
+
+def _job(job: Job, estimate: JobEstimate, now: float) -> QueuedJobRecord:
+    return QueuedJobRecord(
+        id=job.id,
+        tenant=job.tenant.name,
+        status="queued" if job.started_at is None else "running",
+        n=len(job.tasks),
+        position=estimate.position,
+        age_seconds=_rounded(now - job.submitted_at),
+        wait_seconds=_rounded(estimate.wait_seconds),
+        eta_seconds=_rounded(estimate.eta_seconds),
+    )
 
 
 @overload

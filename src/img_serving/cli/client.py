@@ -44,7 +44,7 @@ class Answer:
         """
         try:
             return msgspec.json.decode(self.body)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, RecursionError) as error:
             raise CommandFailed(f"the answer is not JSON ({error}): is there an img-serving gateway?") from error
 
 

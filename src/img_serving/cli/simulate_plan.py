@@ -42,6 +42,7 @@ from img_serving.simulation import (
     SimulatedEndpoint,
     Status,
     Terms,
+    TooMuch,
     Workload,
     burst,
     load_of,
@@ -248,7 +249,10 @@ class Plan:
             return report
         rng = Random(self.seed)  # noqa: S311 - as above
         terms = replace(self.terms, strategy=strategy)  # type: ignore[arg-type]
-        return simulate(self.fleet, self.workload, terms, faults=self.faults, rng=rng, watch=watch)
+        try:
+            return simulate(self.fleet, self.workload, terms, faults=self.faults, rng=rng, watch=watch)
+        except TooMuch as error:
+            raise CommandFailed(f"{error}: ask for less, or let them think for longer", MISUSED) from None
 
     # telling
 

@@ -47,15 +47,17 @@ def read_trace(path: str, known: Mapping[str, Tenant]) -> Trace:
     Raises:
         CommandFailed: it cannot be read or used; the message names the line.
     """
-    file = Path(path)
+    shown = printable(path)
     try:
-        if file.stat().st_size > MOST_TRACE_BYTES:
-            raise CommandFailed(f"--trace: {path} has more than {MOST_TRACE_BYTES // 2**20} MiB", MISUSED)
-        text = file.read_text("utf-8-sig")
+        with Path(path).open("rb") as file:
+            content = file.read(MOST_TRACE_BYTES + 1)  # a device has no size, and perhaps no end
+        if len(content) > MOST_TRACE_BYTES:
+            raise CommandFailed(f"--trace: {shown} has more than {MOST_TRACE_BYTES // 2**20} MiB", MISUSED)
+        text = content.decode("utf-8-sig")
     except OSError as error:
-        raise CommandFailed(f"--trace: {path} cannot be read: {error.strerror}", MISUSED) from error
+        raise CommandFailed(f"--trace: {shown} cannot be read: {error.strerror}", MISUSED) from error
     except UnicodeDecodeError:
-        raise CommandFailed(f"--trace: {path} is not UTF-8 text: it must be CSV or JSON lines", MISUSED) from None
+        raise CommandFailed(f"--trace: {shown} is not UTF-8 text: it must be CSV or JSON lines", MISUSED) from None
     kinds: dict[tuple[str, ...], int] = {}
     made: list[Kind] = []
     senders: dict[tuple[str, int], int] = {}
@@ -81,9 +83,9 @@ def read_trace(path: str, known: Mapping[str, Tenant]) -> Trace:
                 raise SpecFault(f"at most {MOST_KINDS} kinds of requests and {MOST_TENANTS} tenants are simulated")
             arrivals.append(Arrival(at, kinds[key], sender))
     except (SpecFault, csv.Error) as fault:
-        raise CommandFailed(f"--trace: {path}, line {line.number}: {printable(str(fault))}", MISUSED) from None
+        raise CommandFailed(f"--trace: {shown}, line {line.number}: {printable(str(fault))}", MISUSED) from None
     if not arrivals:
-        raise CommandFailed(f"--trace: {path} has no arrivals", MISUSED)
+        raise CommandFailed(f"--trace: {shown} has no arrivals", MISUSED)
     tenants = [
         Tenant(
             name,
@@ -137,5 +139,7 @@ def _check_columns(names: Sequence[str]) -> None:
     for name in names:
         if name not in TRACE_COLUMNS:
             raise SpecFault(f"there is no column `{name[:60]}`: {instead_of(name, TRACE_COLUMNS)}")
+    if len(set(names)) < len(names):
+        raise SpecFault("a column stands there twice")
     if "seconds" not in names:
         raise SpecFault(f"the column `seconds` is missing; a trace has {', '.join(TRACE_COLUMNS)}")

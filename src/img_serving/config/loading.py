@@ -17,6 +17,9 @@ from img_serving.config.settings import Config
 CONFIG_VARIABLE: Final = "IMG_SERVING_CONFIG"
 DEFAULT_FILE: Final = Path("config") / "default.toml"
 
+MOST_BYTES: Final = 16 * 2**20
+"""A configuration is smaller than that."""
+
 _NO_WEBHOOKS: Final = "webhooks are not sent"
 
 NOT_YET: Final[Mapping[str, str]] = {
@@ -100,7 +103,11 @@ def _is_there(path: Path) -> bool:
 
 def _parse_file(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        with path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)  # a device has no size, and perhaps no end
+        if len(content) > MOST_BYTES:
+            raise ConfigError([Problem("", f"has more than {MOST_BYTES // 2**20} MiB", str(path))])
+        text = content.decode("utf-8-sig")
         return tomllib.loads(text)
     except OSError as error:
         raise ConfigError([Problem("", f"cannot be read: {error.strerror or error}", str(path))]) from error

@@ -221,7 +221,7 @@ class Queue(Section, frozen=True, kw_only=True):
     max_work: Annotated[
         Annotated[float, Meta(gt=0)] | None,
         Meta(
-            description="Megapixel-steps that may wait (1024x1024, 20 steps, guidance: 42); unset: no bound.",
+            description="Megapixel-steps that may wait beside one job (1024x1024, 20 steps, guidance: 42); unset: no bound.",
             examples=[40000],
         ),
     ] = None
@@ -239,7 +239,7 @@ class Queue(Section, frozen=True, kw_only=True):
 class Retry(Section, frozen=True, kw_only=True):
     """How often a failed attempt is made again elsewhere."""
 
-    max_attempts: Annotated[int, Meta(ge=1, description="Attempts per request; 1 = never again.")] = 3
+    max_attempts: Annotated[int, Meta(ge=1, description="Attempts per picture; 1 = never again.")] = 3
     budget_ratio: Annotated[
         float,
         Meta(ge=0, le=1, description="Second attempts as a share of all traffic (10 a second are always allowed)."),
@@ -261,7 +261,7 @@ class Breaker(Section, frozen=True, kw_only=True):
     error_share: Annotated[
         float, Meta(gt=0, le=1, description="or when this share of the calls in the window failed,")
     ] = 0.5
-    window_seconds: Annotated[float, Meta(gt=0, description="a window of so many seconds,")] = 30
+    window_seconds: Annotated[float, Meta(ge=1, description="a window of so many seconds,")] = 30
     min_calls: Annotated[int, Meta(ge=1, description="if it has at least so many calls.")] = 10
     open_seconds: Annotated[
         float, Meta(gt=0, description="Then it is left alone for so long, twice that the next time,")

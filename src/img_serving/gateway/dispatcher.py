@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from img_serving.domain.errors import (
+    AllAttemptsFailed,
     AttemptError,
     BackendRefusal,
     Draining,
@@ -312,7 +313,17 @@ class Dispatcher:
                 ended.message,
                 extra={"fields": {"backend": batch.backend, "request_id": batch.tasks[0].job.request_id}},
             )
-        for job in self.scheduler.finish(batch, ended, now):
+        try:
+            resolved = self.scheduler.finish(batch, ended, now)
+        except Exception:
+            # whatever is wrong there, nobody must wait for ever for a call that is over
+            log.exception("the scheduler broke on the end of a call to %s", batch.backend)
+            self._metrics.internal_errors.add("scheduler")
+            error = AllAttemptsFailed("an internal error in the gateway; its log has it", should_retry=False)
+            resolved = [task.job for task in batch.tasks]
+            for job in resolved:
+                self.scheduler.cancel(job, now, error)
+        for job in resolved:
             self._settle(job)
         self._stop(self.scheduler.unwanted())
         self._endpoints.batch_ended(batch)
@@ -350,7 +361,8 @@ class Dispatcher:
     def _stop(self, batches: list[Batch]) -> None:
         for batch in batches:
             attempt = self._attempts.get(batch)
-            if attempt is not None and attempt.task is not None and not attempt.stopped:
+            # one that has timed out is being cancelled already: a second time would look as if its waiter had left
+            if attempt is not None and attempt.task is not None and not (attempt.stopped or attempt.timed_out):
                 attempt.stopped = True
                 attempt.task.cancel()
 

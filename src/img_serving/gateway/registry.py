@@ -106,7 +106,8 @@ class Registry:
         self._ids = itertools.count(1)
         self._entries: dict[str, BackendEntry] = {}
         self._by_id: dict[int, tuple[BackendEntry, Endpoint]] = {}
-        self._leaving: dict[str, list[Endpoint]] = {}
+        self._leaving: dict[int, Endpoint] = {}
+        """Endpoints of removed backends that still have calls."""
         self._probers: dict[int, asyncio.Task[None]] = {}
         self._candidates: tuple[Candidate, ...] | None = None
         self.on_resolved: Callable[[list[Job]], None] = lambda _: None
@@ -236,7 +237,7 @@ class Registry:
         )
 
     def batch_ended(self, batch: Batch) -> None:
-        """Tell of a breaker that moved, and close a removed backend's adapters once its last batch is over."""
+        """Tell of a breaker that moved, and close a removed endpoint's adapter once its last batch is over."""
         known = self._by_id.get(batch.endpoint_id)
         if known is not None:
             _, endpoint = known
@@ -248,9 +249,10 @@ class Registry:
                 log.log(level, "circuit breaker is %s", state.value, extra={"fields": fields})
                 if state is BreakerState.OPEN:
                     self._metrics.breaker_openings.add(batch.backend, endpoint.state.url)
-        if batch.backend in self._leaving and self._scheduler.is_idle(batch.backend):
-            for endpoint in self._leaving.pop(batch.backend):
-                self._retire(endpoint)
+        leaving = self._leaving.get(batch.endpoint_id)
+        if leaving is not None and not leaving.state.in_flight:
+            del self._leaving[batch.endpoint_id]
+            self._retire(leaving)
 
     async def close(self) -> None:
         """Stop probing and close every adapter."""
@@ -321,11 +323,11 @@ class Registry:
             if prober is not None:
                 prober.cancel()
         resolved = self._scheduler.remove_backend(name, self._clock())
-        if self._scheduler.is_idle(name):
-            for endpoint in entry.endpoints:
+        for endpoint in entry.endpoints:
+            if endpoint.state.in_flight:
+                self._leaving[endpoint.state.id] = endpoint
+            else:
                 self._retire(endpoint)
-        else:
-            self._leaving.setdefault(name, []).extend(entry.endpoints)
         return resolved
 
     def _retire(self, endpoint: Endpoint) -> None:

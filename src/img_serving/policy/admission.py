@@ -36,32 +36,36 @@ def check_admission(job: Job, account: Account, placement: Placement, queued: in
 
 
 def _check_deadline(job: Job, account: Account, placement: Placement, queued: int, options: SchedulerOptions) -> None:
-    """Who is late because of what stands before it is told so. Who has nothing before it may try, whatever is estimated."""
+    """Who is late because of what stands before it is told so.
+
+    Who has nothing before it may try, and so may who would be late all by itself: that is nobody else's fault, and what is
+    foretold of pictures that were never drawn before may be wrong; refused for it, they never would be.
+    """
     now = job.submitted_at
     patience = job.deadline - now
     longest = options.max_wait_seconds if options.max_wait_seconds is not None else patience
     pace = recent_pace(placement, job.route, now)
     if pace is None:
         return  # nobody knows, so nobody is refused
-    # nearly always there is time enough even behind everybody, on the slowest: then nothing has to be looked at closely
     count = len(job.tasks)
-    everybody = Ahead(queued, placement.lines.work)
-    if account.max_running is None and pace.at_most(everybody, Ahead(count, job.cost * count)) <= min(
-        patience, longest
-    ):
-        return
+    least = pace.least_seconds(job.cost)
     rest = (count - 1) * job.cost / pace.rate(job.cost)
-    own = rest + pace.least_seconds(job.cost)
     if account.max_running is not None:
         capped = wait_for_room(account, Ahead(account.waiting, account.work), pace, now)
-        done = capped + rest / min(1.0, account.max_running / pace.slots) + pace.least_seconds(job.cost)
+        done = capped + rest / min(1.0, account.max_running / pace.slots) + least
         if capped and done > patience:
+            pictures = "one picture" if account.max_running == 1 else f"{account.max_running} pictures"
             raise RateLimited(
-                f"this key may have {account.max_running} pictures drawn at a time, so this would be done in "
-                f"{done:.0f} s, and its deadline is in {patience:g} s",
+                f"this key may have {pictures} drawn at a time, so this would be done in {done:.0f} s, "
+                f"and its deadline is in {patience:g} s",
                 code="max_running_reached",
                 retry_after_seconds=capped,
             )
+    # nearly always there is time enough even behind everybody, on the slowest: then nothing has to be looked at closely
+    everybody = Ahead(queued, placement.lines.work)
+    own = rest + least
+    if own > patience or pace.at_most(everybody, Ahead(count, job.cost * count)) <= min(patience, longest):
+        return
     wait = estimate_of(job, placement, now, arriving=True).wait_seconds
     if not wait:
         return

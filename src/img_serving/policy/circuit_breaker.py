@@ -148,10 +148,10 @@ class CircuitBreaker:
             cell[1] += 1
             cell[2] += bad
         else:
-            window.append([second, 1, bad])
             oldest = now - self._options.window_seconds
-            while window[0][0] < oldest:
+            while window and window[0][0] < oldest:
                 window.popleft()
+            window.append([second, 1, bad])
 
     def _is_enough(self) -> bool:
         options = self._options

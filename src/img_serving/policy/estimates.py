@@ -9,8 +9,7 @@ import msgspec
 from img_serving.domain.jobs import Batch, Job, Route
 from img_serving.domain.tenants import Tenant
 from img_serving.policy.endpoint import EndpointState
-from img_serving.policy.fair_queue import Account, Lane, Level
-from img_serving.policy.lines import Line
+from img_serving.policy.fair_queue import Account, Lane
 from img_serving.policy.placement import Placement
 from img_serving.policy.snapshots import BackendQueue, JobEstimate, SchedulerSnapshot, TenantQueue
 
@@ -32,6 +31,13 @@ class Ahead(msgspec.Struct, frozen=True, gc=False):
 
     def __add__(self, other: Ahead) -> Ahead:
         return Ahead(self.tasks + other.tasks, self.work + other.work)
+
+    def times(self, share: float) -> Ahead:
+        """A share of it."""
+        return self if share == 1.0 else Ahead(self.tasks * share, self.work * share)
+
+
+NOTHING = Ahead()
 
 
 class Stand(msgspec.Struct, frozen=True, gc=False):
@@ -143,79 +149,121 @@ def recent_pace(placement: Placement, route: Route, now: float) -> Pace | None:
 # what goes before whom
 
 
-def _ahead_in_level(level: Level, account: Account, own: float) -> Ahead:
-    """What other tenants of a level have before a task with `own` work of its tenant before it and with it.
+class _PoolBook(msgspec.Struct):
+    """What stands in the lines of one pool, by priority and tenant, and the endpoints that it waits for."""
 
-    Others get as much as their weights say while it waits, no more than they have, and no more than their caps let run.
+    usable: list[EndpointState]
+    slots: int
+    by_priority: dict[int, dict[Account, Ahead]]
+    lanes: dict[Account, list[Lane]]
+
+
+class Book:
+    """Who waits for what at one moment, added up once: asking for many jobs must not mean walking all lines each time."""
+
+    def __init__(self, placement: Placement, now: float) -> None:
+        self.placement = placement
+        self.now = now
+        self._paces: dict[int, Pace | None] = {}
+        self._pools: list[_PoolBook] = []
+        for pool in placement.lines.active:
+            usable = placement.usable_of(next(iter(pool.lines)), now)
+            found: dict[int, dict[Account, Ahead]] = {}
+            lanes: dict[Account, list[Lane]] = {}
+            for line in pool.lines.values():
+                for level in line.queue.levels:
+                    accounts = found.setdefault(level.priority, {})
+                    for lane in level.lanes.values():
+                        more = Ahead(len(lane.tasks), lane.work)
+                        accounts[lane.account] = accounts.get(lane.account, NOTHING) + more
+                        lanes.setdefault(lane.account, []).append(lane)
+            self._pools.append(_PoolBook(usable, sum(one.slots for one in usable), found, lanes))
+
+    def pace(self, usable: list[EndpointState]) -> Pace | None:
+        """The pace of some endpoints, worked out once for each list."""
+        if id(usable) not in self._paces:
+            self._paces[id(usable)] = pace_of(usable, self.now)
+        return self._paces[id(usable)]
+
+    def ahead_of(self, job: Job, standing: _Standing) -> Ahead:
+        """What goes before a job: of its tenant's, and of others', as far as they go to the same endpoints."""
+        account = self.placement.lines.account(job.tenant)
+        usable = self.placement.usable_of(job.route, self.now)
+        mine = {one.id for one in usable}
+        shared: list[tuple[float, _PoolBook]] = []
+        own = standing.before
+        for pool in self._pools:
+            part = 1.0
+            if pool.usable is not usable:
+                part = sum(one.slots for one in pool.usable if one.id in mine) / pool.slots if pool.slots else 0.0
+            if not part:
+                continue
+            shared.append((part, pool))
+            for lane in pool.lanes.get(account, ()):
+                if lane is not standing.lane:
+                    own += Ahead(len(lane.tasks), lane.work).times(part * _share_before(lane, job))
+        others = NOTHING
+        for part, pool in shared:
+            for priority, accounts in pool.by_priority.items():
+                if priority >= account.priority:
+                    for other, theirs in accounts.items():
+                        if other is not account:
+                            before = _before(other, theirs, account, own.work + job.cost, priority)
+                            others += before.times(part)
+        return own + others
+
+
+def _before(other: Account, theirs: Ahead, account: Account, own: float, priority: int) -> Ahead:
+    """What another tenant has before a task with `own` work of its own tenant before it and with it.
+
+    Of the same priority as much as the weights say, of a higher one all; never more than there is, or than its cap lets run.
     """
-    ahead = Ahead()
-    for lane in level.lanes.values():
-        if lane.account is not account:
-            size, work = len(lane.tasks), lane.work
-            most = min(work, own * lane.account.weight / account.weight)
-            if lane.account.max_running is not None:
-                most = min(most, work * max(0, lane.account.room) / size)
-            ahead += Ahead(size * most / work, most)
-    return ahead
+    share = 1.0
+    if priority == account.priority and theirs.work:
+        share = min(1.0, own * other.weight / account.weight / theirs.work)
+    if other.max_running is not None and theirs.tasks:
+        share = min(share, max(0, other.room) / theirs.tasks)
+    return theirs.times(share)
 
 
-def _ahead_in_line(line: Line, account: Account, own: float) -> Ahead:
-    """What other tenants have in a line before it."""
-    ahead = Ahead()
-    for level in line.queue.levels:
-        if level.priority > account.priority:
-            held, held_work = level.held_back()
-            ahead += Ahead(level.size - held, level.work - held_work)
-        elif level.priority == account.priority:
-            ahead += _ahead_in_level(level, account, own)
-    return ahead
-
-
-def _ahead_elsewhere(job: Job, account: Account, own: float, placement: Placement, now: float) -> Ahead:
-    """What goes before it in other lines, its own tenant's included, as far as they go to the same endpoints."""
-    mine = {one.id for one in placement.usable_of(job.route, now)}
-    ahead = Ahead()
-    for line in placement.lines:
-        if line.route == job.route:
-            continue
-        theirs = placement.usable_of(line.route, now)
-        common = sum(one.slots for one in theirs if one.id in mine)
-        if not common:
-            continue
-        part = common / sum(one.slots for one in theirs)
-        found = _ahead_in_line(line, account, own)
-        for level in line.queue.levels:
-            lane = level.lanes.get(account.name)
-            for task in lane.tasks if lane is not None else ():
-                if task.job.submitted_at > job.submitted_at:
-                    break
-                found += Ahead(1, task.job.cost)
-        ahead += Ahead(found.tasks * part, found.work * part)
-    return ahead
+def _share_before(lane: Lane, job: Job) -> float:
+    """How much of a lane came before a job, about: by its first and its last task, as if the others had come evenly."""
+    first, last = lane.head.job.submitted_at, next(reversed(lane.tasks)).job.submitted_at
+    if job.submitted_at >= last:
+        return 1.0
+    return max(0.0, (job.submitted_at - first) / (last - first)) if last > first else 0.0
 
 
 class _Standing(msgspec.Struct, frozen=True):
-    """A job's `waiting` tasks, and what of its tenant's own lane is `before` them."""
+    """A job's `waiting` tasks, its tenant's `lane`, and what of that is `before` them."""
 
     waiting: int
+    lane: Lane | None
     before: Ahead
 
 
-def estimate_of(job: Job, placement: Placement, now: float, *, arriving: bool = False) -> JobEstimate:
-    """Where a job stands. `arriving`: it is not in line yet, and would stand last of its tenant's."""
-    if arriving:
-        return _estimate(job, placement, now, _Standing(len(job.tasks), _of_lane(_lane_of(job, placement), None)))
-    waiting = [task for task in job.tasks if not task.started]
-    if not waiting:
+def estimate_of(
+    job: Job, placement: Placement, now: float, *, arriving: bool = False, book: Book | None = None
+) -> JobEstimate:
+    """Where a job stands. `arriving`: it is not in line yet, and would stand last of its tenant's.
+
+    `book`: that of this very moment, where many are asked for.
+    """
+    if not arriving and all(task.started for task in job.tasks):
         return _estimate_of_running(job, now)
+    book = book if book is not None else Book(placement, now)
+    lane = _lane_of(job, placement)
+    if arriving:
+        return _estimate(job, book, _Standing(len(job.tasks), lane, _of_lane(lane, None)))
+    waiting = [task for task in job.tasks if not task.started]
     if all(task.place is None for task in waiting):
         # a second try goes before all lines
-        pace = pace_of(placement.usable_of(job.route, now), now)
+        pace = book.pace(placement.usable_of(job.route, now))
         if pace is None:
             return JobEstimate(0, None, None)
-        wait = pace.through(Ahead())
+        wait = pace.through(NOTHING)
         return JobEstimate(0, wait, wait + pace.mean_seconds(job.cost))
-    return _estimate(job, placement, now, _Standing(len(waiting), _of_lane(_lane_of(job, placement), job)))
+    return _estimate(job, book, _Standing(len(waiting), lane, _of_lane(lane, job)))
 
 
 def _lane_of(job: Job, placement: Placement) -> Lane | None:
@@ -227,7 +275,7 @@ def _lane_of(job: Job, placement: Placement) -> Lane | None:
 def _of_lane(lane: Lane | None, until: Job | None) -> Ahead:
     """What stands in a lane before a job (None: all of it)."""
     if lane is None:
-        return Ahead()
+        return NOTHING
     if until is None:
         return Ahead(len(lane.tasks), lane.work)
     tasks, work = 0, 0.0
@@ -246,18 +294,15 @@ def _estimate_of_running(job: Job, now: float) -> JobEstimate:
     return JobEstimate(0, 0.0, max([0.0, *(batch.expected_end - now for batch in batches)]))
 
 
-def _estimate(job: Job, placement: Placement, now: float, standing: _Standing) -> JobEstimate:
-    account = placement.lines.account(job.tenant)
-    own = standing.before.work + job.cost
-    line = placement.lines.find(job.route)
-    others = Ahead() if line is None else _ahead_in_line(line, account, own)
-    if len(placement.lines) > (line is not None):
-        others += _ahead_elsewhere(job, account, own, placement, now)
-    position = round(standing.before.tasks + others.tasks)
-    pace = pace_of(placement.usable_of(job.route, now), now)
+def _estimate(job: Job, book: Book, standing: _Standing) -> JobEstimate:
+    placement, now = book.placement, book.now
+    ahead = book.ahead_of(job, standing)
+    position = round(ahead.tasks)
+    pace = book.pace(placement.usable_of(job.route, now))
     if pace is None:
         return JobEstimate(position, None, None)
-    wait = max(pace.through(standing.before + others), wait_for_room(account, standing.before, pace, now))
+    account = placement.lines.account(job.tenant)
+    wait = max(pace.through(ahead), wait_for_room(account, standing.before, pace, now))
     rest = (standing.waiting - 1) * job.cost / pace.rate(job.cost)
     last = pace.least_seconds(job.cost) if placement.by_work else pace.mean_seconds(job.cost)
     return JobEstimate(position, wait, wait + rest + last)
@@ -295,8 +340,13 @@ def wait_seconds(placement: Placement, route: Route | None, now: float) -> float
 # the whole picture
 
 
-def snapshot_of(placement: Placement, queued: int, running: Iterable[Batch], now: float) -> SchedulerSnapshot:
-    """A frozen picture of the scheduler. It costs time by tenants, endpoints and calls, not by what waits."""
+def snapshot_of(
+    placement: Placement, queued: int, running: Iterable[Batch], now: float, *, with_waits: bool
+) -> SchedulerSnapshot:
+    """A frozen picture of the scheduler. It costs time by tenants, lines, endpoints and calls, not by the tasks that wait.
+
+    `with_waits`: also how long each tenant's last task will wait.
+    """
     in_flight: dict[str, int] = {}
     drawn: dict[str, int] = {}
     tenants: dict[str, Tenant] = {}
@@ -317,51 +367,64 @@ def snapshot_of(placement: Placement, queued: int, running: Iterable[Batch], now
         oldest_seconds=now - min(oldest) if oldest else 0.0,
         endpoints=tuple(endpoint.snapshot(now) for endpoint in placement.fleet),
         backends=_by_backend(placement, in_flight, now),
-        tenants=_by_tenant(placement, tenants, drawn, now),
+        tenants=_by_tenant(Book(placement, now), tenants, drawn, with_waits=with_waits),
     )
 
 
 def _by_backend(placement: Placement, in_flight: dict[str, int], now: float) -> tuple[BackendQueue, ...]:
+    waiting: dict[str, Ahead] = {}
+    oldest: dict[str, float] = {}
+    fleets: dict[str, dict[int, list[EndpointState]]] = {}
+    for line in placement.lines:
+        more = Ahead(line.queue.size, line.queue.work)
+        head = line.queue.oldest()
+        usable = placement.usable_of(line.route, now)
+        for name in line.models:
+            waiting[name] = waiting.get(name, NOTHING) + more
+            # the other backends on a line's route help with it; lines of one pool have one list
+            fleets.setdefault(name, {})[id(usable)] = usable
+            if head is not None:
+                oldest[name] = min(head.job.submitted_at, oldest.get(name, now))
     found: list[BackendQueue] = []
     for name in dict.fromkeys(endpoint.backend for endpoint in placement.fleet):
-        lines = [line for line in placement.lines if name in line.models]
-        waiting = Ahead(sum(line.queue.size for line in lines), sum(line.queue.work for line in lines))
-        oldest = [head.job.submitted_at for line in lines if (head := line.queue.oldest()) is not None]
-        # the other backends on a line's route help with it
-        fleets = [placement.usable_of(line.route, now) for line in lines]
-        fleets.append([one for one in placement.fleet if one.backend == name and one.is_usable(now)])
-        distinct = {id(one): one for one in fleets}  # lines of one pool have one list
-        paces = [pace for one in distinct.values() if (pace := pace_of(one, now)) is not None]
+        ahead = waiting.get(name, NOTHING)
+        its_own = [one for one in placement.fleet if one.backend == name and one.is_usable(now)]
+        paces = [pace_of(one, now) for one in [*fleets.get(name, {}).values(), its_own]] if its_own else []
         found.append(
             BackendQueue(
                 backend=name,
-                depth=int(waiting.tasks),
+                depth=int(ahead.tasks),
                 running=in_flight.get(name, 0),
-                work=waiting.work,
-                oldest_seconds=now - min(oldest) if oldest else 0.0,
-                eta_seconds=min([pace.through(waiting) for pace in paces], default=None),
+                work=ahead.work,
+                oldest_seconds=now - oldest.get(name, now),
+                # nobody waits for a backend that cannot be used
+                eta_seconds=min([pace.through(ahead) for pace in paces if pace is not None], default=None),
             )
         )
     return tuple(found)
 
 
 def _by_tenant(
-    placement: Placement, tenants: dict[str, Tenant], drawn: dict[str, int], now: float
+    book: Book, tenants: dict[str, Tenant], drawn: dict[str, int], *, with_waits: bool
 ) -> tuple[TenantQueue, ...]:
     """Those who have something waiting or running."""
-    lanes: dict[str, list[Lane]] = {name: [] for name in tenants}
+    placement, now = book.placement, book.now
+    oldest: dict[str, float] = {}
+    longest: dict[str, Lane] = {}
     for line in placement.lines:
         for level in line.queue.levels:
             for lane in level.lanes.values():
-                lanes.setdefault(lane.account.name, []).append(lane)
-                tenants[lane.account.name] = next(iter(lane.tasks)).job.tenant
+                name, job = lane.account.name, lane.head.job
+                tenants[name] = job.tenant
+                oldest[name] = min(job.submitted_at, oldest.get(name, now))
+                if name not in longest or lane.work > longest[name].work:
+                    longest[name] = lane
     found: list[TenantQueue] = []
-    for name, theirs in lanes.items():
-        account = placement.lines.account(tenants[name])
-        arrived = [next(iter(lane.tasks)).job.submitted_at for lane in theirs]
-        # what goes before whom is a question of everybody to everybody
-        waits = [_wait_of_the_last(lane, placement, now) if len(lanes) <= MOST_ETAS else None for lane in theirs]
-        known = [wait for wait in waits if wait is not None]
+    for name, tenant in tenants.items():
+        account = placement.lines.account(tenant)
+        wait: float | None = 0.0
+        if name in longest:
+            wait = _wait_of_the_last(longest[name], book) if with_waits and len(longest) <= MOST_ETAS else None
         found.append(
             TenantQueue(
                 tenant=name,
@@ -371,17 +434,17 @@ def _by_tenant(
                 depth=account.waiting,
                 running=drawn.get(name, 0),
                 work=account.work,
-                oldest_seconds=now - min(arrived) if arrived else 0.0,
-                eta_seconds=max(known, default=0.0) if len(known) == len(waits) else None,
+                oldest_seconds=now - oldest.get(name, now),
+                eta_seconds=wait,
             )
         )
     return tuple(found)
 
 
-def _wait_of_the_last(lane: Lane, placement: Placement, now: float) -> float | None:
+def _wait_of_the_last(lane: Lane, book: Book) -> float | None:
     job = next(reversed(lane.tasks)).job
     before = Ahead(len(lane.tasks) - 1, lane.work - job.cost)
-    return _estimate(job, placement, now, _Standing(1, before)).wait_seconds
+    return _estimate(job, book, _Standing(1, lane, before)).wait_seconds
 
 
 def _free(one: Stand) -> float:

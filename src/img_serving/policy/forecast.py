@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 
 from img_serving.policy.endpoint import EndpointState
 
@@ -63,8 +65,11 @@ class Forecast:
         return [free + head + cost * slope for free, head, slope in zip(self.frees, self.heads, self.slopes)]  # noqa: B905 - hot, and made together
 
     def soonest(self, cost: float) -> int:
-        """The index of the one that would be done first; among equals the one whose turn is longest ago."""
-        ends = self.ends(cost)
+        """The index of the one that would have a task of `cost` done first."""
+        return self.first_of(self.ends(cost))
+
+    def first_of(self, ends: list[float]) -> int:
+        """The index of the soonest of these ends; among equals of the one whose turn is longest ago."""
         best = min(ends)
         index = ends.index(best)
         if best in ends[index + 1 :]:
@@ -72,16 +77,19 @@ class Forecast:
             index = min(tied, key=lambda at: self.endpoints[at].picked_at)
         return index
 
-    def contenders(self, costs: Sequence[float]) -> list[int]:
+    def contenders(self, costs: Sequence[float], idle: Sequence[int]) -> list[int]:
         """The indices of those whom tasks of these costs could choose: of n tasks each finds one of the n soonest.
 
         Asked for the cheapest and the dearest task; who is soonest for one in between is so for one of these, nearly always.
+        The best of those that are `idle` is among them in any case.
         """
         found: set[int] = set()
         for cost in {min(costs), max(costs)}:
             ends = self.ends(cost)
             last = sorted(ends)[min(len(costs), len(ends)) - 1]
             found.update([index for index, end in enumerate(ends) if end <= last])
+            if idle:
+                found.add(min(idle, key=ends.__getitem__))
         return sorted(found)
 
     def narrowed(self, indices: Sequence[int]) -> Forecast:
@@ -103,9 +111,38 @@ class Forecast:
             seconds += self.heads[index]
         self.frees[index] += seconds / endpoint.slots
 
-    def level(self, work: float, among: Sequence[int]) -> float:
-        """When the endpoints at those indices would be through with `work` megapixel-steps, shared out evenly."""
-        rates = [self.endpoints[index].slots / self.slopes[index] for index in among]
-        total = sum(rates)
-        begun = sum(self.frees[index] * rate for index, rate in zip(among, rates, strict=True))
-        return (begun + work) / total if total else float("inf")
+    def work_by(self, moment: float, indices: Sequence[int]) -> float:
+        """Megapixel-steps that the endpoints at those indices would have done by then."""
+        frees, slopes, endpoints = self.frees, self.slopes, self.endpoints
+        return sum([(moment - frees[at]) * endpoints[at].slots / slopes[at] for at in indices if frees[at] < moment])
+
+    def level_of(self, indices: Sequence[int]) -> Level:
+        """What the endpoints at those indices get done together."""
+        return Level([(self.frees[index], self.endpoints[index].slots / self.slopes[index]) for index in indices])
+
+
+class Level:
+    """How much work some endpoints have done by when, each from the moment at which it is free."""
+
+    __slots__ = ("_begun", "_frees", "_rates")
+
+    def __init__(self, stands: list[tuple[float, float]]) -> None:
+        """(when it is free, megapixel-steps a second) of each."""
+        stands.sort()
+        self._frees = [free for free, _ in stands]
+        self._rates = [0.0, *accumulate([rate for _, rate in stands])]
+        self._begun = [0.0, *accumulate([free * rate for free, rate in stands])]
+
+    def work_by(self, moment: float) -> float:
+        """Megapixel-steps done by then."""
+        count = bisect_left(self._frees, moment)
+        return self._rates[count] * moment - self._begun[count]
+
+    def through(self, work: float) -> float:
+        """When they are through with so much."""
+        frees, rates, begun = self._frees, self._rates, self._begun
+        for count in range(1, len(frees) + 1):
+            moment = (work + begun[count]) / rates[count]
+            if count == len(frees) or moment <= frees[count]:
+                return moment
+        return float("inf")

@@ -18,7 +18,7 @@ or a picture in every task.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from heapq import heapify, heappop, heapreplace
 from random import Random
 
@@ -36,7 +36,7 @@ from img_serving.policy.admission import check_admission
 from img_serving.policy.cost import cost_of
 from img_serving.policy.deadlines import OpenJobs
 from img_serving.policy.endpoint import EndpointState
-from img_serving.policy.estimates import estimate_of, snapshot_of, wait_seconds
+from img_serving.policy.estimates import Book, estimate_of, snapshot_of, wait_seconds
 from img_serving.policy.fleet import Fleet
 from img_serving.policy.health import Health
 from img_serving.policy.lines import Line, Lines
@@ -45,6 +45,12 @@ from img_serving.policy.placement import NEVER, Placement
 from img_serving.policy.retry import Payment, RetryBudget
 from img_serving.policy.snapshots import JobEstimate, SchedulerSnapshot
 from img_serving.policy.verdicts import final_error, judge
+
+AGAIN_WINDOW = 64
+"""Second tries looked at in a pass."""
+
+MOST_BUSY_CALLS = 20
+"""So many calls may tell a task that they are busy before it is not sent there again."""
 
 REMOVED = "the backend that should serve this was removed"
 
@@ -103,10 +109,6 @@ class Scheduler:
     def endpoint_changed(self) -> None:
         """An endpoint can do something else than before (slots, capabilities)."""
         self._fleet.changed()
-
-    def is_idle(self, backend: str) -> bool:
-        """Whether no batch of that backend (also one removed) is running."""
-        return not any(batch.backend == backend for batch in self._running)
 
     # the life of a job
 
@@ -168,8 +170,9 @@ class Scheduler:
             return batches
         placement = self._placement
         placement.begin(now)
-        if self._again:
-            for task in [self._again.popleft() for _ in range(len(self._again))]:
+        if self._again and not placement.is_full():
+            # some at a time: with a thousand waiting for an endpoint to recover, every event must not ask for all of them
+            for task in [self._again.popleft() for _ in range(min(AGAIN_WINDOW, len(self._again)))]:
                 if task.job.is_over or task.started:
                     continue
                 endpoint = placement.pick_again(task)
@@ -321,13 +324,18 @@ class Scheduler:
 
     # what can be looked at
 
-    def snapshot(self, now: float) -> SchedulerSnapshot:
-        """A frozen picture of it all."""
-        return snapshot_of(self._placement, self._queued, self._running, now)
+    def snapshot(self, now: float, *, with_waits: bool = True) -> SchedulerSnapshot:
+        """A frozen picture of it all; without the tenants' waits it costs less."""
+        return snapshot_of(self._placement, self._queued, self._running, now, with_waits=with_waits)
 
     def estimate(self, job: Job, now: float) -> JobEstimate:
         """A job's position in line, and when it should start and be done."""
         return estimate_of(job, self._placement, now)
+
+    def estimates(self, jobs: Iterable[Job], now: float) -> list[JobEstimate]:
+        """The same for many jobs, at hardly more than the cost of one."""
+        book = Book(self._placement, now)
+        return [estimate_of(job, self._placement, now, book=book) for job in jobs]
 
     def wait_estimate(self, now: float, route: Route | None = None) -> float:
         """Seconds until what waits now has probably started (for one route, or the slowest); 1 s at least."""
@@ -408,6 +416,16 @@ class Scheduler:
         allowed = self._budget.allows(outcome, task.attempts, retry_unknown=endpoint.retry_unknown)
         if allowed:
             route = task.job.route
+            if (
+                outcome is Outcome.NOT_STARTED
+                and now < endpoint.busy_until < task.job.deadline
+                and task.calls < MOST_BUSY_CALLS
+                and endpoint.enabled
+                and not endpoint.removed
+            ):
+                task.tried.discard(
+                    endpoint.id
+                )  # it said when it is free again, and that is in time: it may be waited for
             if shared and not task.job.panicked and not self._fleet.has_untried(route, task.tried):
                 task.tried.discard(endpoint.id)
             if self._fleet.has_untried(route, task.tried) and (

@@ -6,7 +6,18 @@ from img_serving.simulation.faults import Fault, FaultKind
 from img_serving.simulation.fleet import SimulatedEndpoint, Terms, routes_of
 from img_serving.simulation.report import Report, Status, jain_index, percentile
 from img_serving.simulation.simulator import simulate
-from img_serving.simulation.workload import Arrival, Client, Kind, Noise, Sender, Workload, burst, poisson, trace
+from img_serving.simulation.workload import (
+    Arrival,
+    Client,
+    Kind,
+    Noise,
+    Sender,
+    TooMuch,
+    Workload,
+    burst,
+    poisson,
+    trace,
+)
 
 __all__ = [
     "EARLY_RULES",
@@ -22,6 +33,7 @@ __all__ = [
     "SimulatedEndpoint",
     "Status",
     "Terms",
+    "TooMuch",
     "Workload",
     "burst",
     "jain_index",

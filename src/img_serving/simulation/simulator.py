@@ -21,7 +21,7 @@ from img_serving.policy.endpoint import ExclusiveGroup
 from img_serving.simulation.faults import CUT, RECOVERY_SECONDS, TIMED_OUT, Fault, FaultPlan
 from img_serving.simulation.fleet import SimulatedEndpoint, Terms, endpoint_state, new_scheduler, routes_of
 from img_serving.simulation.report import EndpointFigures, Report, Status
-from img_serving.simulation.workload import Workload
+from img_serving.simulation.workload import MAX_TASKS, TooMuch, Workload
 
 Watch = Callable[[float], None]
 """Told now and then how far the work is, from 0 to 1."""
@@ -62,6 +62,7 @@ def simulate(
     Raises:
         GatewayError: no endpoint could ever serve one of the workload's kinds.
         ValueError: a fault is of an endpoint that there is not.
+        TooMuch: clients ask for more than is simulated at a time.
     """
     return _Run(fleet, workload, terms, faults, rng).to_the_end(watch)
 
@@ -395,6 +396,8 @@ class _Run:
             client.until is not None and now >= client.until
         ):
             return
+        if len(self._noise) >= MAX_TASKS:
+            raise TooMuch(f"clients ask for more than the {MAX_TASKS:,} pictures that one simulation takes")
         self._asked[place] += 1
         rng = self._client_rngs[place]
         kind = self._workload.draw_kind(client.sender, rng)
