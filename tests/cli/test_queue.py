@@ -37,7 +37,7 @@ def reply(**more: Any) -> dict[str, Any]:
         "work": 84.0,
         "suspect": True,
         "loaded_model": "sdxl",
-        "exclusive_group": None,
+        "exclusive_group": "gpu-0",
     }
     tenant = {**counts, "name": "한국팀", "priority": 1, "weight": 2.0, "max_running": 3, "eta_seconds": 3700.0}
     job = {
@@ -76,7 +76,7 @@ def test_it_shows_who_waits_for_how_long_and_what_the_endpoints_do(gateway: Stub
         "sd http://gpu:7860",
         "2/4",
         "█████░░░░░",
-        "up, breaker half open, silent, has sdxl",
+        "up, breaker half open, suspect (silent), has sdxl, shares gpu-0",
         "0.0712",
         "1,234",
         "sd: [bold]HTTP 500[/bold]",
@@ -94,6 +94,38 @@ def test_an_empty_queue_is_shown_too(gateway: StubGateway, capsys: Out) -> None:
     out = capsys.readouterr().out
     assert "0 waiting" in out
     assert "stopping" in out
+
+
+def test_the_jobs_that_are_next_are_shown_and_the_others_counted(gateway: StubGateway, capsys: Out) -> None:
+    one = reply()["jobs"][0]
+    jobs = [{**one, "id": f"job_{number}", "position": 100 - number} for number in range(40)]
+    running = {**one, "id": "job_running", "status": "running", "position": 0}
+    gateway.answer(200, reply(jobs=[*jobs, running], jobs_total=41))
+    assert main(["queue"]) == 0
+    out = capsys.readouterr().out
+    assert out.index("job_running") < out.index("job_39") < out.index("job_30")
+    assert "job_0 " not in out
+    assert "… and 26 more" in out
+
+
+def test_watching_goes_on_when_the_gateway_is_started_anew(
+    gateway: StubGateway, capsys: Out, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[float] = []
+
+    def wait(seconds: float) -> None:
+        looks.append(seconds)
+        if len(looks) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(time, "sleep", wait)
+    gateway.answer(200, reply())
+    gateway.refuse(503, "the gateway is stopping")
+    gateway.answer(200, reply())
+    assert main(["queue", "--watch"]) == 130
+    out = capsys.readouterr().out
+    assert "the gateway is stopping" in out
+    assert out.count("7 waiting") == 2
 
 
 def test_json_is_what_the_gateway_answered(gateway: StubGateway, capsys: Out) -> None:

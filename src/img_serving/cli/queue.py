@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from img_serving.api.queue import QueuedEndpointRecord, QueueReply
     from img_serving.cli.client import Client
 
-MOST_JOBS = 10
-"""Jobs shown at most, the oldest ones; `--json` has more."""
+MOST_JOBS = 15
+"""Jobs shown at most, those that are next; `--json` has more."""
 
 BAR_CELLS = 10
 
@@ -55,11 +55,12 @@ def run(args: argparse.Namespace) -> int:
     from img_serving.cli.client import connect
 
     client = connect(args)
+    if args.json and args.watch is None:
+        print(json.dumps(client.call("GET", "/v1/queue").json(), indent=2, ensure_ascii=False))
+        return OK
     if args.json:
-        while True:
-            print(json.dumps(client.call("GET", "/v1/queue").json(), indent=2, ensure_ascii=False), flush=True)
-            if args.watch is None:
-                return OK
+        while True:  # one line a look, for programs
+            print(json.dumps(client.call("GET", "/v1/queue").json(), ensure_ascii=False), flush=True)
             time.sleep(args.watch)
 
     from rich.console import Console
@@ -71,14 +72,27 @@ def run(args: argparse.Namespace) -> int:
     if args.watch is None:
         console.print(page_of(_look(client)))
         return OK
+    page = page_of(_look(client))  # what is wrong at the first look will be at the next
     if not console.is_terminal:
         while True:
-            console.print(page_of(_look(client)))
+            console.print(page)
             time.sleep(args.watch)
+            page = _next_page(client)
     with Live(console=console, auto_refresh=False, screen=True) as live:
         while True:
-            live.update(page_of(_look(client)), refresh=True)
+            live.update(page, refresh=True)
             time.sleep(args.watch)
+            page = _next_page(client)
+
+
+def _next_page(client: Client) -> RenderableType:
+    """The queue, or what is wrong for the moment: a gateway that is started anew comes back."""
+    from rich.text import Text
+
+    try:
+        return page_of(_look(client))
+    except CommandFailed as failure:
+        return Text(f"{failure} (looking again)", "red")
 
 
 def _look(client: Client) -> QueueReply:
@@ -103,11 +117,16 @@ def page_of(queue: QueueReply) -> RenderableType:
         f"oldest {_time(queue.oldest_seconds)}; {queue.work:,.0f} megapixel-steps; {state}"
     )
     parts: list[RenderableType] = [Text(head, "bold"), Text(), _backends(queue)]
+    if len(queue.backends) > 1 and queue.depth:
+        parts.append(Text("a picture counts for every backend that could draw it", "dim"))
     if queue.tenants:
         parts += [Text(), _tenants(queue)]
     parts += [Text(), _endpoints(queue.endpoints)]
     if queue.jobs:
         parts += [Text(), _jobs(queue)]
+        more = queue.jobs_total - min(len(queue.jobs), MOST_JOBS)
+        if more:
+            parts.append(Text(f"… and {more:,} more", "dim"))
     return Group(*parts)
 
 
@@ -159,15 +178,18 @@ def _state(one: QueuedEndpointRecord) -> str:
     if one.breaker != "closed":
         words.append(f"breaker {one.breaker.replace('_', ' ')}")
     if one.suspect:
-        words.append("silent")
+        words.append("suspect (silent)")
     if one.loaded_model:
         words.append(f"has {one.loaded_model}")
+    if one.exclusive_group:
+        words.append(f"shares {one.exclusive_group}")
     return ", ".join(words)
 
 
 def _jobs(queue: QueueReply) -> Table:
     table = _table("JOB", "TENANT", "STATUS", "PICTURES", "BEFORE IT", "AGE", "STARTS IN", "DONE IN")
-    for one in queue.jobs[:MOST_JOBS]:
+    first = sorted(queue.jobs, key=lambda job: (job.status != "running", job.position))
+    for one in first[:MOST_JOBS]:
         _row(
             table,
             one.id,
@@ -182,13 +204,17 @@ def _jobs(queue: QueueReply) -> Table:
     return table
 
 
+_TEXTS = frozenset({"BACKEND", "TENANT", "ENDPOINT", "JOB", "STATE", "LAST ERROR"})
+"""Columns of words: these are folded where the terminal is narrow, numbers are not."""
+
+
 def _table(*names: str) -> Table:
     from rich import box
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for name in names:
-        table.add_column(name, overflow="fold")
+        table.add_column(name, overflow="fold", no_wrap=name not in _TEXTS)
     return table
 
 

@@ -90,7 +90,7 @@ def load(path: Path | None, environ: Mapping[str, str]) -> Loaded:
             problems.append(Problem(path_text(where), message, _source_of(where, origins, written, file)))
     if config is None or problems:
         raise ConfigError(problems)
-    notes = (*_not_yet_notes(data, origins, file), *_routing_notes(config))
+    notes = (*_not_yet_notes(data, origins, file), *_routing_notes(config), *_idle_notes(config))
     return Loaded(config, path, notes)
 
 
@@ -173,3 +173,23 @@ def _routing_notes(config: Config) -> Iterator[str]:
     near = nearest(wanted, names)
     hint = f" (did you mean `{near}`?)" if near else ""
     yield f"routing.default_backend: no backend here is named `{wanted}`{hint}; it counts once one is added over the API"
+
+
+def _idle_notes(config: Config) -> Iterator[str]:
+    """Settings that are right one by one and have no effect together."""
+    names = {backend.name for backend in config.backends} or {"procedural"}
+    for index, key in enumerate(config.auth.api_keys):
+        if not isinstance(key, str):
+            unknown = sorted(set(key.backends or ()) - names)
+            if unknown:
+                yield f"auth.api_keys[{index}].backends: no backend here is named {', '.join(unknown)}"
+    if config.auth.enabled and config.auth.api_keys and all(key.role != "admin" for key in config.auth.key_list()):
+        yield "auth.api_keys: none is an admin key, so nobody may look at the queue or change backends"
+    if config.retry.hedge_after_factor is not None and not any(backend.cheap for backend in config.backends):
+        yield "retry.hedge_after_factor is set, but no backend is `cheap`: nothing is hedged"
+    for index, backend in enumerate(config.backends):
+        if backend.max_wait_ms and backend.max_batch_size == 1:
+            yield f"backends[{index}].max_wait_ms is set, but its batches hold one picture: nothing lingers"
+    longest = config.queue.max_wait_seconds
+    if longest is not None and longest >= config.queue.request_timeout_seconds:
+        yield "queue.max_wait_seconds is not below queue.request_timeout_seconds: the deadline comes first"

@@ -11,6 +11,9 @@ OUTLIER = 3.0
 DOUBT_CALLS = 4.0
 """How many calls' worth of doubt there is about a fixed part: after few calls, or calls of one size, there is none."""
 
+DUST = 1e-3
+"""A fixed part that is a smaller share of a call is none, but rounding."""
+
 STALE_SECONDS = 3600.0
 STALE_CALLS = 200
 """Without a call for so long, and for so many times as long as its last one took, an endpoint may have changed."""
@@ -56,7 +59,8 @@ class Speed:
         doubt = DOUBT_CALLS / (self.calls + 1)
         overhead = (wxx * wy - wx * wxy) / (w * wxx - wx * wx + doubt * wx * wx)
         # a part that is fixed cannot be negative, and cannot be all of it
-        self.overhead = min(max(overhead, 0.0), 0.95 * wxy / wx)
+        mean = wxy / wx
+        self.overhead = min(overhead, 0.95 * mean) if overhead > DUST * mean else 0.0
         self.per_unit = (wxy - self.overhead * wx) / wxx
         self.calls += 1
         self.stale_at = now + max(STALE_SECONDS, STALE_CALLS * seconds)
