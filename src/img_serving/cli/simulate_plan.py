@@ -53,6 +53,12 @@ from img_serving.simulation import (
     trace,
 )
 
+ARRIVALS_FOR_A_RATE: Final = 20
+"""A recording of fewer arrivals has no rate that could be too high."""
+
+IMAGES_FOR_FAIRNESS: Final = 50
+"""Pictures a tenant, begun while all wait, from which on shares can be told from luck."""
+
 ALL: Final = (*STRATEGIES, *EARLY_RULES)
 
 
@@ -290,6 +296,8 @@ class Plan:
         """What should not be overlooked."""
         notes = list(self._said)
         asked = self.utilisation()
+        if self.rate is None and len(self.workload.at) < ARRIVALS_FOR_A_RATE:
+            asked = None
         if asked is not None and asked >= 1:
             where = "the fleet" if len(self._bottleneck) == len(self.fleet) else ", ".join(self._bottleneck[:8])
             notes.insert(
@@ -311,6 +319,15 @@ class Plan:
             limit = self.terms.max_wait_seconds or self.terms.deadline_seconds or 0.0
             notes.append(
                 f"up to {expired:,} requests waited too long and expired (after {limit:g} s): --deadline, --max-wait"
+            )
+        failed = max(report.count(Status.FAILED) for report in reports)
+        if failed:
+            notes.append(f"up to {failed:,} requests failed: their attempts were used up, or nobody was left to try")
+        tenants = len(self.workload.senders)
+        together = min((one.images_while_all_wait for one in reports if one.strategy in STRATEGIES), default=0)
+        if tenants > 1 and together < IMAGES_FOR_FAIRNESS * tenants:
+            notes.append(
+                f"only {together:,} pictures were begun while all tenants had something waiting: the fairness index says little"
             )
         return [printable(note) for note in notes]
 

@@ -129,6 +129,8 @@ class Report:
     """Jobs that were refused at submission, by the error's code."""
     served_while_all_wait: list[float] = field(default_factory=list)
     """By tenant: megapixel-steps begun while every tenant had tasks waiting."""
+    images_while_all_wait: int = 0
+    """How many pictures that were: of few, no index says how fair it is."""
     samples: Samples = field(default_factory=Samples)
     images: int = 0
     """Pictures drawn."""

@@ -330,6 +330,7 @@ class _Run:
             self._no_longer_waits(sender)
             if all_wait:
                 report.served_while_all_wait[sender] += each
+                report.images_while_all_wait += 1
             if isnan(report.started[place]):
                 report.started[place] = now
 
