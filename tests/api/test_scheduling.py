@@ -664,3 +664,94 @@ def test_everybody_who_waits_is_answered_when_the_gateway_stops() -> None:
             assert (await gateway.client.draw()).status == 503
 
     run_virtual(main())
+
+
+# what must not be lost
+
+
+@pytest.mark.parametrize("timeout_ms", [950, 1000, 1050])
+def test_a_time_out_and_a_deadline_at_the_same_moment_are_a_deadline(timeout_ms: int) -> None:
+    async def main() -> None:
+        toml = "[queue]\nrequest_timeout_seconds = 1\n" + scripted(
+            "one", sequence=["hang"], backend__timeout_ms=timeout_ms
+        )
+        async with running(toml) as gateway:
+            for _ in range(3):
+                reply = await gateway.client.draw()
+                assert reply.status in {502, 504}
+                assert reply.headers["x-should-retry"] == "false"
+                assert reply.json()["error"]["code"] in {"deadline_exceeded", "backend_failed"}
+
+    run_virtual(main())
+
+
+def test_nobody_waits_for_ever_when_the_scheduler_breaks_on_the_end_of_a_call(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        async with running(one_slot()) as gateway:
+            scheduler = gateway.gateway.dispatcher.scheduler
+
+            def broken(*_: object) -> list[object]:
+                raise IndexError("a bug")
+
+            monkeypatch.setattr(scheduler, "finish", broken)
+            reply = await gateway.client.draw()
+            assert (reply.status, reply.json()["error"]["code"]) == (502, "backend_failed")
+            assert "a bug" in caplog.text
+            metrics = (await gateway.nobody.get("/metrics")).body.decode()
+            assert 'img_serving_internal_errors_total{where="scheduler"} 1' in metrics
+
+    run_virtual(main())
+
+
+@pytest.mark.parametrize("field", ["model", "backend"])
+def test_names_of_models_and_backends_are_not_remembered_by_the_megabyte(field: str) -> None:
+    async def main() -> None:
+        async with running(one_slot()) as gateway:
+            reply = await gateway.client.draw(**{field: "x" * 257})
+            assert (reply.status, reply.json()["error"]["param"]) == (400, field)
+
+    run_virtual(main())
+
+
+def test_a_backend_that_comes_and_goes_under_load_leaves_no_adapter_open() -> None:
+    async def main() -> None:
+        async with running(one_slot("other")) as gateway:
+            closed = 0
+            adapters = []
+            body = {"name": "x", "protocol": "scripted", "scripted": {"latency_seconds": 1.0, "batch": "single"}}
+            draws = []
+            for _ in range(5):
+                assert (await gateway.client.post("/v1/backends", body)).status == 201
+                adapter = gateway.adapter("x")
+                adapters.append(adapter)
+                close = adapter.close
+
+                async def counted(close: Callable[[], Awaitable[None]] = close) -> None:
+                    nonlocal closed
+                    closed += 1
+                    await close()
+
+                adapter.close = counted
+                draws += [asyncio.ensure_future(gateway.client.draw(backend="x")) for _ in range(3)]
+                await asyncio.sleep(0.3)
+                assert (await gateway.client.request("DELETE", "/v1/backends/x")).status == 200
+            await asyncio.sleep(0.75)  # the first ones are over, those of the same name added later are not
+            assert closed >= 3
+            assert {one.status for one in await asyncio.gather(*draws)} == {200}
+            await asyncio.sleep(0.1)
+            assert closed == 5
+            assert gateway.gateway.registry._leaving == {}
+
+    run_virtual(main())
+
+
+def test_a_request_waits_for_a_busy_backend_that_is_free_in_time() -> None:
+    async def main() -> None:
+        async with running(scripted("one", sequence=["busy", "ok"], repeat="last", busy_seconds=7)) as gateway:
+            started = loop_time()
+            assert (await gateway.client.draw()).status == 200
+            assert loop_time() - started == pytest.approx(7, abs=0.2)
+
+    run_virtual(main())

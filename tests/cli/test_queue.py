@@ -157,6 +157,12 @@ def test_watch_takes_seconds_above_zero(text: str, capsys: Out) -> None:
     assert "--watch" in capsys.readouterr().err
 
 
+def test_json_without_a_bottom_is_told(gateway: StubGateway, capsys: Out) -> None:
+    gateway.answer(200, b"[" * 100_000)
+    assert main(["queue", "--json"]) == 1
+    assert "not JSON" in capsys.readouterr().err
+
+
 def test_what_is_no_queue_is_told(gateway: StubGateway, capsys: Out) -> None:
     gateway.answer(200, {"hello": "world"})
     assert main(["queue"]) == 1

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from img_serving.cli import simulate_trace
 from img_serving.cli.endings import MISUSED, CommandFailed
 from img_serving.cli.simulate_specs import (
     SpecFault,
@@ -264,6 +265,11 @@ def test_a_wrong_trace_is_told_with_its_line(tmp_path: Path, content: str, said:
     path = tmp_path / "a.csv"
     path.write_text(content)
     assert said in refusal(read_trace, str(path), {})
+
+
+def test_a_trace_without_an_end_is_not_read_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(simulate_trace, "MOST_TRACE_BYTES", 2**20)
+    assert "more than 1 MiB" in refusal(read_trace, "/dev/zero", {})
 
 
 def test_a_trace_that_is_no_text_or_not_there_is_told(tmp_path: Path) -> None:

@@ -124,6 +124,15 @@ def test_good_calls_before_the_first_failure_count_too():
     assert one.admits(1)
 
 
+def test_a_window_shorter_than_a_second_is_still_one():
+    one = breaker(BreakerOptions(failures=1000, window_seconds=0.5, min_calls=2))
+    for moment in (0.9, 1.9, 2.9):
+        call(one, ok=False, now=moment)
+    assert one.admits(2.9)
+    call(one, ok=False, now=2.95)
+    assert not one.admits(2.95)
+
+
 def test_few_time_outs_in_a_row_are_enough():
     one = breaker(BreakerOptions(failures=5, timeouts=2))
     one.end(one.start(0), False, 0, timed_out=True)

@@ -476,3 +476,27 @@ def test_the_head_of_a_tenants_lane_is_not_passed_over_for_ever_by_its_own_small
     fleet.submit(big)
     fleet.run(200.0)
     assert big.started_at is not None
+
+
+def test_a_thousand_second_tries_are_not_all_asked_at_every_event():
+    one = scheduler(
+        endpoint(0, "a", slots=1000), endpoint(1, "b"), endpoint(2, "c"), retry=RetryOptions(floor_per_second=1e6)
+    )
+    blocker = job("b")
+    one.submit(blocker)
+    one.next_batches(0.0)
+    for _ in range(500):
+        one.submit(job("a", "b"))
+    for batch in one.next_batches(0.0):
+        one.finish(batch, FAILED, 0.0)
+    asked = 0
+    pick = one._placement.pick_again
+
+    def counted(task):
+        nonlocal asked
+        asked += 1
+        return pick(task)
+
+    one._placement.pick_again = counted  # type: ignore[method-assign]
+    one.next_batches(0.0)
+    assert 0 < asked <= 64

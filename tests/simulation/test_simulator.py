@@ -27,6 +27,7 @@ from img_serving.simulation import (
     SimulatedEndpoint,
     Status,
     Terms,
+    TooMuch,
     Workload,
     burst,
     poisson,
@@ -290,3 +291,10 @@ def test_what_else_the_scheduler_is_told_counts_too() -> None:
     tight = SchedulerOptions(max_work=25)
     report = run(ONE, burst((UNIT,), 5, noise=STILL, rng=Random(1)), base=tight)
     assert (report.count(Status.REFUSED), report.refusals) == (2, {"queue_full": 2})
+
+
+def test_clients_that_ask_without_end_are_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("img_serving.simulation.simulator.MAX_TASKS", 100)
+    eager = Workload((UNIT,), (Sender(Tenant("eager")),), clients=(Client(0, count=None, until=1e9),))
+    with pytest.raises(TooMuch, match="more than the 100 pictures"):
+        run(SimulatedEndpoint("quick", speed=1e6), eager)
