@@ -405,21 +405,17 @@ class Placement:
         if forecast.work_by(now + head / COURTESY, busy) > rest:
             return None  # all that waits is not enough, even for the smallest picture
         level = forecast.level_of(busy)
-        last: Task | None = None
-        for task in islice(self._order(line), WINDOW, DEPTH):
+        for depth, task in enumerate(islice(self._order(line), WINDOW, DEPTH), WINDOW + 1):
             cost = task.job.cost
             others = level.work_by(now + (head + cost * slope) / COURTESY)
             if others > rest + cost:
                 return None  # nor is it for this one; the next ones are hardly different
-            last = task
-            if others <= ahead + cost:
-                break
+            if others <= ahead + cost or depth == DEPTH:
+                endpoint = forecast.endpoints[index]
+                members = self._with_company(line, task, endpoint, [endpoint])
+                return None if members is None else (endpoint, members)
             ahead += cost
-        if last is None:
-            return None
-        endpoint = forecast.endpoints[index]
-        members = self._with_company(line, last, endpoint, [endpoint])
-        return None if members is None else (endpoint, members)
+        return None
 
     def _keep_promises(self, forecast: Forecast) -> None:
         """Other lines must not count on what this one's tasks wait for; and whoever waits looks again if it comes late."""
