@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from itertools import islice
 from random import Random
 from typing import Any
 
@@ -14,27 +13,12 @@ from img_serving.policy.endpoint import EndpointState
 from img_serving.policy.fair_queue import MOST_PASSES, Lane, Urgency, urgencies
 from img_serving.policy.fleet import Fleet
 from img_serving.policy.forecast import Forecast
-from img_serving.policy.lines import Line, Lines, Pool
+from img_serving.policy.lines import Line, Lines
 from img_serving.policy.options import SchedulerOptions
 from img_serving.policy.tier import Tier
 
-WINDOW = 16
-"""Waiting tasks that `least_work` plans ahead for: whom a free endpoint suits is nearly always among the first few."""
-
-COURTESY = 1.5
-"""A free endpoint is taken although it would be this many times as late as a busy one: whoever takes a slow one frees the fast
-one for all behind. In the benchmark's mixes 1.5 is better for the slowest twentieth and hundredth than 1 (everybody for
-himself), by 3 to 8 %, and for the mean; from 2 on big pictures suffer on slow endpoints."""
-
-DEPTH = 256
-"""So far behind in a line a task is looked for that suits a free endpoint, if so much waits that there must be one."""
-
-PROMISING = 4
-"""Lines of a pool that are planned for although none of its endpoints is free, so that other lines know what is taken."""
-
 LATE_SECONDS = 0.1
-LATE_SHARE = 0.1
-"""Who waits for a busy endpoint looks again when that is late by so many seconds, or by this share of its call."""
+"""Who waits for somebody to come or go without being told looks again after so long."""
 
 NEVER = float("inf")
 Found = tuple[EndpointState, list[Task]]
@@ -43,8 +27,12 @@ Found = tuple[EndpointState, list[Task]]
 class Placement:
     """One pass after the other: `begin(now)`, then `place` for the lines, in the order of their `rank`.
 
-    `wake` is when a pass may find more although nothing happens until then.
+    `wake` is when a pass may find more although nothing happens until then. Strategies that choose among the free endpoints
+    are used here as they are; `least_work.LeastWork` also looks at the busy ones.
     """
+
+    by_work = False
+    """Whether busy endpoints are compared too."""
 
     def __init__(self, options: SchedulerOptions, fleet: Fleet, lines: Lines, rng: Random) -> None:
         self.fleet = fleet
@@ -52,12 +40,9 @@ class Placement:
         self.wake = NEVER
         self._options = options
         self._choose = STRATEGIES[options.strategy]
-        self.by_work = options.strategy == "least_work"
-        """Whether busy endpoints are compared too."""
         self._rng = rng
         self._now = 0.0
         self._urgency: Urgency | None = None
-        self._promised: dict[int, float] = {}
         self._wanted: dict[str, set[str | None]] | None = None
         self.paces: dict[Route, tuple[float, Any]] = {}
         """What `estimates` keeps for a moment: (until when, pace) by route."""
@@ -68,7 +53,6 @@ class Placement:
         """Nothing is promised yet, and nobody has claimed anything."""
         self._now = now
         self.wake = NEVER
-        self._promised = {}
         self._wanted = None
         self._urgency = None
         if len(self.lines.priorities) > 1:
@@ -78,19 +62,14 @@ class Placement:
             group.begin()
 
     def lines_with_a_chance(self) -> list[Line]:
-        """The lines to look at: those of pools with a free slot, and what contends with them for a faster endpoint."""
+        """The lines to look at: those of pools with a free slot."""
         found: list[Line] = []
-        shut: list[Pool] = []
         for pool in self.lines.active:
             tiers = self.fleet.tiers(next(iter(pool.lines)))
             if any(one.in_flight < one.slots for tier in tiers for one in tier.endpoints):
                 found += pool.lines.values()
             else:
-                shut.append(pool)
                 self._note_when_steady(tiers)
-        if found and shut and self.by_work:
-            for pool in shut:
-                found += islice(pool.lines.values(), PROMISING)
         return found
 
     def rank(self, line: Line) -> tuple[float, ...]:
@@ -111,9 +90,10 @@ class Placement:
         ready = self._ready(usable, now)
         if not ready:
             self._wait_for_room(usable)
-        if self.by_work and (len(usable) > 1 or len(self.lines.active) > 1):
-            # with nobody ready this only promises: others must not count on what this line is waiting for
-            return self._place_by_work(line, usable, ready) if ready or len(self.lines.active) > 1 else None
+        return self._place_among(line, usable, ready)
+
+    def _place_among(self, line: Line, usable: list[EndpointState], ready: list[EndpointState]) -> Found | None:
+        """Who of the line goes to which of the usable endpoints, of which those that are ready may start a call."""
         if not ready:
             return None
         task = next(self._order(line), None)
@@ -122,7 +102,7 @@ class Placement:
         if self.fleet.switches_models:
             ready = self._near_the_model(ready, usable, line)
         while ready:
-            endpoint = ready[0] if len(ready) == 1 else self._choose(ready, task.job.cost, now, self._rng)
+            endpoint = self._choose_of(ready, task.job.cost)
             members = self._with_company(line, task, endpoint, ready)
             if members is not None:
                 return endpoint, members
@@ -136,7 +116,6 @@ class Placement:
         if task.job.deadline <= now:
             return None
         self._now = now
-        self._promised = {}
         tiers = self.fleet.tiers(task.job.route)
         for tier in tiers:
             usable = tier.usable(now)
@@ -145,14 +124,18 @@ class Placement:
             ready = self._ready(usable, now)
             if not ready or self.fleet.switches_models:
                 return None
-            if self.by_work:
-                endpoint = usable[self._forecast_of(tier, {}).soonest(task.job.cost)]
-                if endpoint not in ready:
-                    return None
-            else:
-                endpoint = ready[0] if len(ready) == 1 else self._choose(ready, task.job.cost, now, self._rng)
+            endpoint = self._best_at_once(tier, ready, task)
+            if endpoint is None:
+                return None
             return None if endpoint.linger_seconds and endpoint.max_batch_size > 1 else endpoint
         return self._choose_one(self._last_hopes(tiers, (), task.job.deadline), task)
+
+    def _best_at_once(self, tier: Tier, ready: list[EndpointState], task: Task) -> EndpointState | None:  # noqa: ARG002
+        """Of the endpoints that are ready the one for a lone task; None if a busy one of the tier is worth waiting for."""
+        return self._choose_of(ready, task.job.cost)
+
+    def _choose_of(self, ready: list[EndpointState], cost: float) -> EndpointState:
+        return ready[0] if len(ready) == 1 else self._choose(ready, cost, self._now, self._rng)
 
     def pick_again(self, task: Task) -> EndpointState | None:
         """The endpoint for a second try, which does not stand in line again: one that it has not tried."""
@@ -188,9 +171,7 @@ class Placement:
         batch.expected_end = now + seconds
 
     def _choose_one(self, candidates: list[EndpointState], task: Task) -> EndpointState | None:
-        if not candidates:
-            return None
-        return self._choose(candidates, task.job.cost, self._now, self._rng)
+        return self._choose_of(candidates, task.job.cost) if candidates else None
 
     def _guess(self, route: Route) -> float:
         """Seconds a megapixel-step of an endpoint that was not measured, times its weight: those of the fastest other."""
@@ -308,129 +289,6 @@ class Placement:
         members = self._with_company(line, task, endpoint, hopes)
         return None if members is None else (endpoint, members)
 
-    def _place_by_work(self, line: Line, usable: list[EndpointState], ready: list[EndpointState]) -> Found | None:
-        """The first task, in the order of the line, that would be done soonest by an endpoint that is free now.
-
-        Every task before it is better off waiting for a busy one, and is promised it. So a fast endpoint's next moment is
-        given to whom it is due, and a slow one takes what it would finish sooner than anybody else could.
-        """
-        window = list(islice(self._order(line), WINDOW))
-        if not window:
-            return None
-        everybody = forecast = self._forecast(line, usable)
-        free = set(map(id, ready))
-        if len(usable) > 2 * WINDOW:
-            costs = [task.job.cost for task in window]
-            forecast = forecast.narrowed(forecast.contenders(costs, self._idle_of(forecast, free)))
-        idle = self._idle_of(forecast, free)
-        promised = 0.0
-        for task in window:
-            index = self._better_off_at(task, forecast, idle, is_first=task is window[0])
-            endpoint = forecast.endpoints[index]
-            if index in idle:
-                members = None if self._is_deferred(endpoint, line) else self._with_company(line, task, endpoint, ready)
-                if members is not None:
-                    return endpoint, members
-                idle.remove(index)
-                free.discard(id(endpoint))
-            elif self._is_held_by_another(endpoint):
-                self._ask_for_the_gpu(endpoint)
-            forecast.promise(index, task.job.cost)
-            promised += task.job.cost
-        if free and line.queue.size > len(window):
-            # those who were planned for are among what is promised, if everybody has heard of it
-            ahead = sum([task.job.cost for task in window]) - (promised if forecast is everybody else 0.0)
-            found = self._place_beyond(line, everybody, free, ahead)
-            if found is not None:
-                return found
-        self._keep_promises(forecast)
-        return None
-
-    def _idle_of(self, forecast: Forecast, free: set[int]) -> list[int]:
-        """The indices of the free endpoints that nobody else has been promised."""
-        now = self._now
-        return [at for at, one in enumerate(forecast.endpoints) if forecast.frees[at] <= now and id(one) in free]
-
-    def _better_off_at(self, task: Task, forecast: Forecast, idle: list[int], *, is_first: bool) -> int:
-        """The endpoint for a task: the soonest, or an idle one that takes not much longer.
-
-        Who takes a slow endpoint although a fast one would be a little sooner makes room there for everybody behind (see
-        `COURTESY`). And the first of a line passes an idle endpoint by for no longer than that would have taken from the
-        first: so much cannot be lost by any forecast, however often the other goes to somebody else or comes late.
-        """
-        ends = forecast.ends(task.job.cost)
-        index = forecast.first_of(ends)
-        if not idle or index in idle:
-            return index
-        now = self._now
-        best = min(idle, key=ends.__getitem__)
-        if now + (ends[best] - now) / COURTESY <= ends[index]:
-            return best
-        if is_first:
-            if task.waits_until is None:
-                task.waits_until = ends[best]
-            elif now >= task.waits_until:
-                return best
-            self.wake = min(self.wake, task.waits_until)
-        return index
-
-    def _forecast(self, line: Line, usable: list[EndpointState]) -> Forecast:
-        """What the usable endpoints would have done when, for this line's tasks."""
-        tier = self.fleet.tiers(line.route)[0]
-        if usable is tier.usable(self._now):
-            return self._forecast_of(tier, line.models)
-        return Forecast(usable, line.models, self._now, self._promised)
-
-    def _forecast_of(self, tier: Tier, models: dict[str, str | None]) -> Forecast:
-        """The same for a tier: from what it keeps at hand, unless something is special."""
-        fleet = self.fleet
-        if fleet.switches_models or fleet.groups or self._promised or self._now < fleet.ramping_until:
-            return Forecast(tier.usable(self._now), models, self._now, self._promised)
-        return tier.forecast(self._now)
-
-    def _place_beyond(self, line: Line, forecast: Forecast, free: set[int], ahead: float) -> Found | None:
-        """With more waiting than was planned for, a task further behind may be better off with a free endpoint.
-
-        It is if that would have it done before the busy ones are through with all that stands before it: what was planned for,
-        of which `ahead` is not among their promises, and then the line in its order, as work that they share evenly.
-        """
-        now = self._now
-        idle = [at for at in self._idle_of(forecast, free) if not self._is_deferred(forecast.endpoints[at], line)]
-        busy = [at for at, one in enumerate(forecast.endpoints) if id(one) not in free]
-        if not busy or not idle:
-            return None
-        index = min(idle, key=forecast.slopes.__getitem__)
-        head, slope = forecast.heads[index], forecast.slopes[index]
-        rest = line.queue.may_run()[1]
-        if forecast.work_by(now + head / COURTESY, busy) > rest:
-            return None  # all that waits is not enough, even for the smallest picture
-        level = forecast.level_of(busy)
-        for depth, task in enumerate(islice(self._order(line), WINDOW, DEPTH), WINDOW + 1):
-            cost = task.job.cost
-            others = level.work_by(now + (head + cost * slope) / COURTESY)
-            if others > rest + cost:
-                return None  # nor is it for this one; the next ones are hardly different
-            if others <= ahead + cost or depth == DEPTH:
-                endpoint = forecast.endpoints[index]
-                members = self._with_company(line, task, endpoint, [endpoint])
-                return None if members is None else (endpoint, members)
-            ahead += cost
-        return None
-
-    def _keep_promises(self, forecast: Forecast) -> None:
-        """Other lines must not count on what this one's tasks wait for; and whoever waits looks again if it comes late."""
-        now = self._now
-        if len(self.lines.active) > 1:
-            for endpoint, free in zip(forecast.endpoints, forecast.frees, strict=True):
-                if free > now:
-                    self._promised[endpoint.id] = free
-        busy = [one for one in forecast.endpoints if one.expected_free]
-        if busy:
-            first = min(busy, key=_expected_free)
-            due = first.expected_free
-            late = max(LATE_SECONDS, now - due, LATE_SHARE * (due - min([one.started_at for one in first.running])))
-            self.wake = min(self.wake, max(due, now) + late)
-
     def _with_company(
         self, line: Line, task: Task, endpoint: EndpointState, ready: list[EndpointState]
     ) -> list[Task] | None:
@@ -518,7 +376,3 @@ def _may_go_along(task: Task) -> bool:
     """Whether a task may travel in another's company: the first of its lane always, the others not past it for ever."""
     lane: Lane = task.place
     return lane.passed < MOST_PASSES or task is lane.head
-
-
-def _expected_free(endpoint: EndpointState) -> float:
-    return endpoint.expected_free

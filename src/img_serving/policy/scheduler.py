@@ -39,6 +39,7 @@ from img_serving.policy.endpoint import EndpointState
 from img_serving.policy.estimates import Book, estimate_of, snapshot_of, wait_seconds
 from img_serving.policy.fleet import Fleet
 from img_serving.policy.health import Health
+from img_serving.policy.least_work import LeastWork
 from img_serving.policy.lines import Line, Lines
 from img_serving.policy.options import SchedulerOptions
 from img_serving.policy.placement import NEVER, Placement
@@ -64,7 +65,8 @@ class Scheduler:
         self._budget = RetryBudget(options.retry, now)
         self._fleet = Fleet()
         self._lines = Lines(self._fleet.resources_of)
-        self._placement = Placement(options, self._fleet, self._lines, rng)
+        kind = LeastWork if options.strategy == "least_work" else Placement
+        self._placement = kind(options, self._fleet, self._lines, rng)
         self._again: deque[Task] = deque()
         self._running: dict[Batch, None] = {}
         self._suspects: dict[Batch, None] = {}
