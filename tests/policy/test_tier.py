@@ -13,7 +13,7 @@ from img_serving.domain.jobs import Batch
 from img_serving.policy.circuit_breaker import BreakerOptions
 from img_serving.policy.endpoint import EndpointState
 from img_serving.policy.forecast import Forecast
-from img_serving.policy.tier import RENEWED_SECONDS, Tier
+from img_serving.policy.tier import Tier
 
 steady = settings(deadline=None, derandomize=True)
 
@@ -81,7 +81,7 @@ def test_speeds_that_grow_stale_by_themselves_are_asked_for_again_in_time():
     tier = Tier([fast, slow])
     now = slow.speed.stale_at - 1.0
     assert tier.forecast(now).slopes == [1.0, 2.0]
-    assert tier.forecast(now + RENEWED_SECONDS).slopes == [1.0, 1.0]
+    assert tier.forecast(now + 1.0).slopes == [1.0, 1.0]
 
 
 class World:

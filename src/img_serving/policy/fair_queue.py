@@ -226,30 +226,26 @@ class Level:
             return
         # what would follow: the clocks run on in a copy
         heap: list[tuple[float, int, int, Lane]] = list(self._heap)
-        served: dict[int, tuple[int, float, Iterator[Task]]] = {}
-        turn = 1 << 60
         first = heap[0][3]
-        tasks = iter(first.tasks)
-        next(tasks)
-        served[first.number] = (1, first.clock.value + head.job.cost / first.account.weight, tasks)
-        heapreplace(heap, (served[first.number][1], turn, first.number, first))
+        served = {first.number: islice(first.tasks, 1, min(len(first.tasks), first.account.room))}
+        turn = 1 << 60
+        heapreplace(heap, (first.clock.value + head.job.cost / first.account.weight, turn, first.number, first))
         while heap:
-            key, _, number, lane = heap[0]
-            account = lane.account
-            given, value, tasks = served.get(number) or (0, lane.clock.value, iter(lane.tasks))
-            if value > key:
-                heapreplace(heap, (value, lane.clock.turn, number, lane))
-                served[number] = (given, value, tasks)
-                continue
-            task = next(tasks, None) if given < account.room else None
+            value, _, number, lane = heap[0]
+            tasks = served.get(number)
+            if tasks is None:
+                clock = lane.clock
+                if clock.value > value:
+                    heapreplace(heap, (clock.value, clock.turn, number, lane))
+                    continue
+                tasks = served[number] = islice(lane.tasks, max(0, lane.account.room))
+            task = next(tasks, None)
             if task is None:
                 heappop(heap)
                 continue
             yield task
             turn += 1
-            value += task.job.cost / account.weight
-            served[number] = (given + 1, value, tasks)
-            heapreplace(heap, (value, turn, number, lane))
+            heapreplace(heap, (value + task.job.cost / lane.account.weight, turn, number, lane))
 
 
 Urgency = Mapping[int, float]

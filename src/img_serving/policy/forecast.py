@@ -77,20 +77,24 @@ class Forecast:
             index = min(tied, key=lambda at: self.endpoints[at].picked_at)
         return index
 
-    def contenders(self, costs: Sequence[float], idle: Sequence[int]) -> list[int]:
+    def contenders(self, costs: Sequence[float], idle: Sequence[int]) -> tuple[list[int], list[tuple[float, float]]]:
         """The indices of those whom tasks of these costs could choose: of n tasks each finds one of the n soonest.
 
         Asked for the cheapest and the dearest task; who is soonest for one in between is so for one of these, nearly always.
-        The best of those that are `idle` is among them in any case.
+        The best of those that are `idle` is among them in any case. Also, for each of the two: by when the n-th soonest is
+        done, which is the latest any of the tasks would have to accept, and by when the best idle one is.
         """
         found: set[int] = set()
+        margins: list[tuple[float, float]] = []
         for cost in {min(costs), max(costs)}:
             ends = self.ends(cost)
             last = sorted(ends)[min(len(costs), len(ends)) - 1]
             found.update([index for index, end in enumerate(ends) if end <= last])
             if idle:
-                found.add(min(idle, key=ends.__getitem__))
-        return sorted(found)
+                best = min(idle, key=ends.__getitem__)
+                found.add(best)
+                margins.append((last, ends[best]))
+        return sorted(found), margins
 
     def narrowed(self, indices: Sequence[int]) -> Forecast:
         """The forecast of some of them."""

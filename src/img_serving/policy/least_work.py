@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
 from random import Random
 
 from img_serving.domain.jobs import Task
 from img_serving.policy.endpoint import EndpointState
 from img_serving.policy.fleet import Fleet
-from img_serving.policy.forecast import Forecast
+from img_serving.policy.forecast import Forecast, Level
 from img_serving.policy.lines import Line, Lines, Pool
 from img_serving.policy.options import SchedulerOptions
 from img_serving.policy.placement import LATE_SECONDS, Found, Placement
@@ -32,6 +34,35 @@ LATE_SHARE = 0.1
 """Who waits for a busy endpoint looks again when that is late by this share of its call."""
 
 
+@dataclass(slots=True, eq=False)
+class Plan:
+    """The first tasks of a line, and which of some endpoints they go to, as far as that has been thought through."""
+
+    line: Line
+    usable: list[EndpointState]
+    window: list[Task]
+    order: Iterator[Task]
+    """The tasks behind the window; only while nothing of the line has started."""
+    end: int
+    """So many of the window are to be planned for."""
+    everybody: Forecast
+    forecast: Forecast
+    """Of those of `everybody` who matter for the window; `idle` are indices in it."""
+    idle: list[int]
+    free: set[int]
+    position: int = 0
+    """Of the next task to think of: those before it wait for a busy endpoint, and are `promised` work there."""
+    promised: float = 0.0
+
+    def started(self, index: int) -> None:
+        """The task at the position goes to that endpoint at once, and fills it."""
+        task = self.window.pop(self.position)
+        self.end -= 1
+        self.forecast.promise(index, task.job.cost)
+        self.idle.remove(index)
+        self.free.discard(id(self.forecast.endpoints[index]))
+
+
 class LeastWork(Placement):
     """Plans the first tasks of a line, each to where it would be done first, and starts those whose endpoint is free.
 
@@ -44,11 +75,14 @@ class LeastWork(Placement):
         super().__init__(options, fleet, lines, rng)
         self._promised: dict[int, float] = {}
         """Until when endpoints are laid claim to by lines that were looked at in this pass."""
+        self._plan: Plan | None = None
+        """What was thought through for the line that was asked last, which has got an endpoint for one of its tasks."""
 
     def begin(self, now: float) -> None:
         """Nothing is promised yet."""
         super().begin(now)
         self._promised = {}
+        self._plan = None
 
     def lines_with_a_chance(self) -> list[Line]:
         """The lines of pools with a free slot, and some of those that contend with them for a faster endpoint."""
@@ -79,42 +113,70 @@ class LeastWork(Placement):
         Every task before it is better off waiting for a busy one, and is promised it. So a fast endpoint's next moment is
         given to whom it is due, and a slow one takes what it would finish sooner than anybody else could.
         """
-        window = list(islice(self._order(line), WINDOW))
-        if not window:
-            return None
-        everybody = forecast = self._forecast(line, usable)
-        free = set(map(id, ready))
-        if len(usable) > 2 * WINDOW:
-            costs = [task.job.cost for task in window]
-            forecast = forecast.narrowed(forecast.contenders(costs, self._idle_of(forecast, free)))
-        idle = self._idle_of(forecast, free)
-        promised = 0.0
-        for task in window:
-            index = self._better_off_at(task, forecast, idle, is_first=task is window[0])
+        plan, self._plan = self._plan, None
+        resumed = plan is not None and plan.line is line and plan.usable is usable
+        if plan is None or not resumed:
+            plan = self._begin_plan(line, usable, ready)
+            if plan is None:
+                return None
+        forecast, idle, free, window = plan.forecast, plan.idle, plan.free, plan.window
+        while plan.position < plan.end:
+            task = window[plan.position]
+            index = self._better_off_at(task, forecast, idle, is_first=not plan.position)
             endpoint = forecast.endpoints[index]
             if index in idle:
                 members = None if self._is_deferred(endpoint, line) else self._with_company(line, task, endpoint, ready)
                 if members is not None:
+                    if endpoint.slots == 1 and len(members) == 1 and plan.end == len(window):
+                        self._plan = plan
+                        plan.started(index)
                     return endpoint, members
                 idle.remove(index)
                 free.discard(id(endpoint))
             elif self._is_held_by_another(endpoint):
                 self._ask_for_the_gpu(endpoint)
             forecast.promise(index, task.job.cost)
-            promised += task.job.cost
+            plan.promised += task.job.cost
+            plan.position += 1
         if free and line.queue.size > len(window):
+            everybody, order = plan.everybody, plan.order
+            if resumed:
+                order = islice(self._order(line), len(window), None)
+                if forecast is not everybody:
+                    everybody = self._forecast(line, usable)
             # those who were planned for are among what is promised, if everybody has heard of it
-            ahead = sum([task.job.cost for task in window]) - (promised if forecast is everybody else 0.0)
-            found = self._place_beyond(line, everybody, free, ahead)
+            ahead = sum([task.job.cost for task in window]) - (plan.promised if forecast is everybody else 0.0)
+            found = self._place_beyond(line, everybody, free, order, ahead)
             if found is not None:
                 return found
         self._keep_promises(forecast)
         return None
 
+    def _begin_plan(self, line: Line, usable: list[EndpointState], ready: list[EndpointState]) -> Plan | None:
+        """For the first tasks of a line, of which nothing is decided yet; None where none may go."""
+        order = self._order(line)
+        window = list(islice(order, WINDOW))
+        if not window:
+            return None
+        everybody = forecast = self._forecast(line, usable)
+        free = set(map(id, ready))
+        idle = self._idle_of(forecast, free)
+        end = len(window)
+        if len(usable) > 2 * WINDOW:
+            indices, margins = forecast.contenders([task.job.cost for task in window], idle)
+            forecast = forecast.narrowed(indices)
+            known_idle = set(idle)
+            idle = [at for at, index in enumerate(indices) if index in known_idle]
+            alone = len(self.lines.active) == 1 and not self.fleet.groups
+            if alone and all(self._with_courtesy(best) > last for last, best in margins):
+                end = 1  # none of them could choose an idle one, and nobody asks what they wait for
+        return Plan(line, usable, window, order, end, everybody, forecast, idle, free)
+
     def _idle_of(self, forecast: Forecast, free: set[int]) -> list[int]:
         """The indices of the free endpoints that nobody else has been promised."""
         now = self._now
-        return [at for at, one in enumerate(forecast.endpoints) if forecast.frees[at] <= now and id(one) in free]
+        endpoints = forecast.endpoints
+        return [at for at, when in enumerate(forecast.frees) if when <= now and id(endpoints[at]) in free]
 
     def _better_off_at(self, task: Task, forecast: Forecast, idle: list[int], *, is_first: bool) -> int:
         """The endpoint for a task: the soonest, or an idle one that takes not much longer.
@@ -127,17 +189,20 @@ class LeastWork(Placement):
         index = forecast.first_of(ends)
         if not idle or index in idle:
             return index
-        now = self._now
         best = min(idle, key=ends.__getitem__)
-        if now + (ends[best] - now) / COURTESY <= ends[index]:
+        if self._with_courtesy(ends[best]) <= ends[index]:
             return best
         if is_first:
             if task.waits_until is None:
                 task.waits_until = ends[best]
-            elif now >= task.waits_until:
+            elif self._now >= task.waits_until:
                 return best
             self.wake = min(self.wake, task.waits_until)
         return index
+
+    def _with_courtesy(self, end: float) -> float:
+        """What a busy endpoint must undercut to be worth waiting for, where an idle one would be done by `end`."""
+        return self._now + (end - self._now) / COURTESY
 
     def _forecast(self, line: Line, usable: list[EndpointState]) -> Forecast:
         """What the usable endpoints would have done when, for this line's tasks."""
@@ -153,11 +218,13 @@ class LeastWork(Placement):
             return Forecast(tier.usable(self._now), models, self._now, self._promised)
         return tier.forecast(self._now)
 
-    def _place_beyond(self, line: Line, forecast: Forecast, free: set[int], ahead: float) -> Found | None:
+    def _place_beyond(
+        self, line: Line, forecast: Forecast, free: set[int], behind: Iterator[Task], ahead: float
+    ) -> Found | None:
         """With more waiting than was planned for, a task further behind may be better off with a free endpoint.
 
         It is if that would have it done before the busy ones are through with all that stands before it: what was planned for,
-        of which `ahead` is not among their promises, and then the line in its order, as work that they share evenly.
+        of which `ahead` is not among their promises, and then the line `behind` that, as work that they share evenly.
         """
         now = self._now
         idle = [at for at in self._idle_of(forecast, free) if not self._is_deferred(forecast.endpoints[at], line)]
@@ -169,10 +236,11 @@ class LeastWork(Placement):
         rest = line.queue.may_run()[1]
         if forecast.work_by(now + head / COURTESY, busy) > rest:
             return None  # all that waits is not enough, even for the smallest picture
-        level = forecast.level_of(busy)
-        for depth, task in enumerate(islice(self._order(line), WINDOW, DEPTH), WINDOW + 1):
+        level: Level | None = None
+        for depth, task in enumerate(islice(behind, DEPTH - WINDOW), WINDOW + 1):
             cost = task.job.cost
-            others = level.work_by(now + (head + cost * slope) / COURTESY)
+            moment = now + (head + cost * slope) / COURTESY
+            others = forecast.work_by(moment, busy) if level is None else level.work_by(moment)
             if others > rest + cost:
                 return None  # nor is it for this one; the next ones are hardly different
             if others <= ahead + cost or depth == DEPTH:
@@ -180,6 +248,7 @@ class LeastWork(Placement):
                 members = self._with_company(line, task, endpoint, [endpoint])
                 return None if members is None else (endpoint, members)
             ahead += cost
+            level = level or forecast.level_of(busy)
         return None
 
     def _keep_promises(self, forecast: Forecast) -> None:

@@ -11,14 +11,11 @@ from collections.abc import Sequence
 from img_serving.policy.endpoint import EndpointState
 from img_serving.policy.forecast import Forecast
 
-RENEWED_SECONDS = 60.0
-"""After so long everything is asked again: speeds grow stale by themselves."""
-
 
 class Tier:
     """Endpoints in file order. They tell it (`EndpointState.tiers`) when they change or move."""
 
-    __slots__ = ("_frees", "_heads", "_renewed_at", "_slopes", "_usable", "endpoints", "moved", "steady_until")
+    __slots__ = ("_frees", "_heads", "_renew_at", "_slopes", "_usable", "endpoints", "moved", "steady_until")
 
     def __init__(self, endpoints: Sequence[EndpointState]) -> None:
         self.endpoints = tuple(endpoints)
@@ -27,7 +24,8 @@ class Tier:
         """Until when the same are usable, if nothing happens."""
         self.moved: set[EndpointState] = set()
         """Endpoints on which a call began or ended since the last forecast."""
-        self._renewed_at = float("-inf")
+        self._renew_at = float("-inf")
+        """From when on everything is to be asked again, because a speed has grown stale."""
         self._frees: list[float] = []
         self._heads: list[float] = []
         self._slopes: list[float] = []
@@ -45,19 +43,19 @@ class Tier:
             self._usable = [one for one in self.endpoints if one.is_usable(now)]
             self.steady_until = min([one.usable_until(now) for one in self.endpoints], default=float("inf"))
             if before != self._usable:
-                self._renewed_at = float("-inf")
+                self._renew_at = float("-inf")
         return self._usable
 
     def forecast(self, now: float) -> Forecast:
         """What its usable endpoints would have done when; for tasks that need no model to be loaded first."""
         usable = self.usable(now)
-        if now - self._renewed_at >= RENEWED_SECONDS or any(one.speed.per_unit is None for one in self.moved):
+        if now >= self._renew_at or any(one.speed.per_unit is None for one in self.moved):
             fresh = Forecast(usable, {}, now, {})
             self._slopes, self._heads = fresh.slopes, fresh.heads.copy()
             self._frees = [one.expected_free for one in usable]
             # while somebody has yet to be measured, every measurement changes what is thought of it
-            known = all(one.speed.per_unit is not None for one in usable)
-            self._renewed_at = now if known else float("-inf")
+            known = all(one.speed.per_unit is not None and one.speed.stale_at > now for one in usable)
+            self._renew_at = min([one.speed.stale_at for one in usable]) if known else float("-inf")
             self.moved.clear()
             return fresh
         for one in self.moved:
