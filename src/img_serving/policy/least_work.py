@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from random import Random
 
 from img_serving.domain.jobs import Task
@@ -41,8 +41,10 @@ class Plan:
     line: Line
     usable: list[EndpointState]
     window: list[Task]
+    behind: Task | None
+    """The first task behind the window."""
     order: Iterator[Task]
-    """The tasks behind the window; only while nothing of the line has started."""
+    """The tasks behind that; only while nothing of the line has started."""
     end: int
     """So many of the window are to be planned for."""
     everybody: Forecast
@@ -138,15 +140,15 @@ class LeastWork(Placement):
             forecast.promise(index, task.job.cost)
             plan.promised += task.job.cost
             plan.position += 1
-        if free and line.queue.size > len(window):
+        if free and plan.behind is not None:
             everybody, order = plan.everybody, plan.order
             if resumed:
-                order = islice(self._order(line), len(window), None)
+                order = islice(self._order(line), len(window) + 1, None)
                 if forecast is not everybody:
                     everybody = self._forecast(line, usable)
             # those who were planned for are among what is promised, if everybody has heard of it
             ahead = sum([task.job.cost for task in window]) - (plan.promised if forecast is everybody else 0.0)
-            found = self._place_beyond(line, everybody, free, order, ahead)
+            found = self._place_beyond(line, everybody, free, chain((plan.behind,), order), ahead)
             if found is not None:
                 return found
         self._keep_promises(forecast)
@@ -170,7 +172,7 @@ class LeastWork(Placement):
             alone = len(self.lines.active) == 1 and not self.fleet.groups
             if alone and all(self._with_courtesy(best) > last for last, best in margins):
                 end = 1  # none of them could choose an idle one, and nobody asks what they wait for
-        return Plan(line, usable, window, order, end, everybody, forecast, idle, free)
+        return Plan(line, usable, window, next(order, None), order, end, everybody, forecast, idle, free)
 
     def _idle_of(self, forecast: Forecast, free: set[int]) -> list[int]:
         """The indices of the free endpoints that nobody else has been promised."""
