@@ -41,17 +41,17 @@ class Plan:
     line: Line
     usable: list[EndpointState]
     window: list[Task]
-    behind: Task | None
-    """The first task behind the window."""
+    """The first tasks, as far as they were looked at; `order` gives the next ones."""
     order: Iterator[Task]
-    """The tasks behind that; only while nothing of the line has started."""
     end: int
-    """So many of the window are to be planned for."""
+    """So many of them are to be planned for."""
     everybody: Forecast
     forecast: Forecast
     """Of those of `everybody` who matter for the window; `idle` are indices in it."""
     idle: list[int]
     free: set[int]
+    size: int = WINDOW
+    """So many tasks stand before those for whom `_place_beyond` cares."""
     position: int = 0
     """Of the next task to think of: those before it wait for a busy endpoint, and are `promised` work there."""
     promised: float = 0.0
@@ -60,6 +60,7 @@ class Plan:
         """The task at the position goes to that endpoint at once, and fills it."""
         task = self.window.pop(self.position)
         self.end -= 1
+        self.size -= 1
         self.forecast.promise(index, task.job.cost)
         self.idle.remove(index)
         self.free.discard(id(self.forecast.endpoints[index]))
@@ -119,17 +120,22 @@ class LeastWork(Placement):
         resumed = plan is not None and plan.line is line and plan.usable is usable
         if plan is None or not resumed:
             plan = self._begin_plan(line, usable, ready)
-            if plan is None:
-                return None
+        else:
+            plan.order = islice(self._order(line), len(plan.window), None)
         forecast, idle, free, window = plan.forecast, plan.idle, plan.free, plan.window
         while plan.position < plan.end:
+            if plan.position == len(window):
+                following = next(plan.order, None)
+                if following is None:
+                    break
+                window.append(following)
             task = window[plan.position]
             index = self._better_off_at(task, forecast, idle, is_first=not plan.position)
             endpoint = forecast.endpoints[index]
             if index in idle:
                 members = None if self._is_deferred(endpoint, line) else self._with_company(line, task, endpoint, ready)
                 if members is not None:
-                    if endpoint.slots == 1 and len(members) == 1 and plan.end == len(window):
+                    if endpoint.slots == 1 and len(members) == 1 and len(free) > 1 and plan.end == plan.size:
                         self._plan = plan
                         plan.started(index)
                     return endpoint, members
@@ -140,39 +146,40 @@ class LeastWork(Placement):
             forecast.promise(index, task.job.cost)
             plan.promised += task.job.cost
             plan.position += 1
-        if free and plan.behind is not None:
-            everybody, order = plan.everybody, plan.order
-            if resumed:
-                order = islice(self._order(line), len(window) + 1, None)
-                if forecast is not everybody:
-                    everybody = self._forecast(line, usable)
+        if free and len(window) >= plan.size:
+            everybody = plan.everybody
+            if resumed and forecast is not everybody:
+                everybody = self._forecast(line, usable)
             # those who were planned for are among what is promised, if everybody has heard of it
-            ahead = sum([task.job.cost for task in window]) - (plan.promised if forecast is everybody else 0.0)
-            found = self._place_beyond(line, everybody, free, chain((plan.behind,), order), ahead)
+            ahead = sum([task.job.cost for task in window[: plan.size]])
+            if forecast is everybody:
+                ahead -= plan.promised
+            found = self._place_beyond(line, everybody, free, chain(window[plan.size :], plan.order), ahead)
             if found is not None:
                 return found
-        self._keep_promises(forecast)
+        if window:
+            self._keep_promises(forecast)
         return None
 
-    def _begin_plan(self, line: Line, usable: list[EndpointState], ready: list[EndpointState]) -> Plan | None:
-        """For the first tasks of a line, of which nothing is decided yet; None where none may go."""
+    def _begin_plan(self, line: Line, usable: list[EndpointState], ready: list[EndpointState]) -> Plan:
+        """For the first tasks of a line, of which nothing is decided yet."""
         order = self._order(line)
-        window = list(islice(order, WINDOW))
-        if not window:
-            return None
+        window: list[Task] = []
         everybody = forecast = self._forecast(line, usable)
         free = set(map(id, ready))
         idle = self._idle_of(forecast, free)
-        end = len(window)
+        end = WINDOW
         if len(usable) > 2 * WINDOW:
-            indices, margins = forecast.contenders([task.job.cost for task in window], idle)
+            window = list(islice(order, WINDOW + 1))
+        if window:
+            indices, margins = forecast.contenders([task.job.cost for task in window[:WINDOW]], idle)
             forecast = forecast.narrowed(indices)
             known_idle = set(idle)
             idle = [at for at, index in enumerate(indices) if index in known_idle]
             alone = len(self.lines.active) == 1 and not self.fleet.groups
             if alone and all(self._with_courtesy(best) > last for last, best in margins):
                 end = 1  # none of them could choose an idle one, and nobody asks what they wait for
-        return Plan(line, usable, window, next(order, None), order, end, everybody, forecast, idle, free)
+        return Plan(line, usable, window, order, end, everybody, forecast, idle, free)
 
     def _idle_of(self, forecast: Forecast, free: set[int]) -> list[int]:
         """The indices of the free endpoints that nobody else has been promised."""
