@@ -14,7 +14,6 @@ import json
 import os
 import platform
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -36,7 +35,7 @@ from faults_endings import BATCH_SECONDS, Finding, leaving, stopping
 from faults_fleet import Fleet
 from faults_gateway import BackendPlan, running
 from faults_load import Client
-from processes import BenchError, Cores, allow_many_connections
+from processes import BenchError, Cores, to_an_end
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -286,16 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not GATEWAY.exists():
         console.print(f"{GATEWAY} not found: run make install first")
         return 2
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `finally` runs and nothing is left behind
-    allow_many_connections()
-    try:
-        return run(options, console)
-    except KeyboardInterrupt:
-        console.print("interrupted; everything that was started has been ended")
-        return 130
-    except BenchError as error:
-        console.print(f"ERROR {error}", style="red", markup=False)
-        return 1
+    return to_an_end(lambda: run(options, console), console)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,14 @@ import resource
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
+
+from rich.console import Console
 
 _TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 # Ticks round every process to 10 ms; only a larger gap than this means that threads ended and took their schedstat along.
@@ -70,6 +73,20 @@ def allow_many_connections() -> None:
     wanted = 65536 if hard == resource.RLIM_INFINITY else min(65536, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def to_an_end(run: Callable[[], int], console: Console) -> int:
+    """The exit status of a benchmark, which leaves no process behind, however it is ended."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `finally` runs
+    allow_many_connections()
+    try:
+        return run()
+    except KeyboardInterrupt:
+        console.print("interrupted; everything that was started has been ended")
+        return 130
+    except BenchError as error:
+        console.print(f"ERROR {error}", style="red", markup=False)
+        return 1
 
 
 @contextlib.contextmanager

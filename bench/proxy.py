@@ -13,7 +13,6 @@ import json
 import os
 import platform
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from load import Case, Turn, take_turn
-from processes import BenchError, Cores, allow_many_connections, free_ports, peak_rss_bytes, rss_bytes
+from processes import Cores, free_ports, peak_rss_bytes, rss_bytes, to_an_end
 from profiling import profile, py_spy
 from rich.console import Console
 from rich.markup import escape
@@ -443,16 +442,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.profile and not py_spy():
         console.print("py-spy not found. Into this environment: .venv/bin/pip install py-spy")
         return 2
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `finally` runs and nothing is left behind
-    allow_many_connections()
-    try:
-        return run(options, console)
-    except KeyboardInterrupt:
-        console.print("interrupted; everything that was started has been ended")
-        return 130
-    except BenchError as error:
-        console.print(f"ERROR {error}", style="red", markup=False)
-        return 1
+    return to_an_end(lambda: run(options, console), console)
 
 
 if __name__ == "__main__":
