@@ -16,11 +16,15 @@ OnProgress = Callable[[Progress], None]
 
 @dataclass(frozen=True, slots=True)
 class HealthReport:
-    """What a health check found: `detail` says why (safe to show). `models` is None where the server did not tell."""
+    """What a health check found: `detail` says why (safe to show). `models` is None where the server did not tell.
+
+    `found` says in one line which program speaks there, and what that rests on, where the adapter knows ("" if not).
+    """
 
     healthy: bool
     detail: str = ""
     models: tuple[str, ...] | None = None
+    found: str = ""
 
 
 class Backend(Protocol):
@@ -161,10 +165,12 @@ class Transport(Protocol):
         body: bytes | None = None,
         timeout_seconds: float,
         max_body_bytes: int,
+        on_event_bytes: Callable[[bytes], None] | None = None,
     ) -> UpstreamReply:
         """One request to `path` (absolute, with query, percent-encoded) and its complete reply; redirects are not followed.
 
-        `timeout_seconds` bounds the whole exchange.
+        `timeout_seconds` bounds the whole exchange. The body of a good `text/event-stream` is given to `on_event_bytes` as it
+        comes, if there is one, and the reply's own is empty then. It must not raise.
 
         Raises:
             AttemptError: `NOT_STARTED` when no byte was sent (refused, DNS, TLS, connect time-out; also when a kept-alive

@@ -26,7 +26,9 @@ class OneReply:
         self.replies = replies
         self.headers: list[dict[str, str]] = []
 
-    async def request(self, method, path, *, headers=(), body=None, timeout_seconds, max_body_bytes) -> UpstreamReply:
+    async def request(
+        self, method, path, *, headers=(), body=None, timeout_seconds, max_body_bytes, on_event_bytes=None
+    ) -> UpstreamReply:
         self.headers.append(dict(headers))
         return self.replies.get(path, UpstreamReply(404))
 

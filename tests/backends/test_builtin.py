@@ -222,11 +222,7 @@ def test_the_procedural_engine_draws_through_it_and_can_do_what_is_declared():
     procedural = pytest.importorskip("img_serving.engines.procedural")
     own = procedural.ProceduralEngine().capabilities()
     assert CAPABILITIES.honours - {"quality"} == own.honours
-    assert (CAPABILITIES.max_pixels, CAPABILITIES.min_side, CAPABILITIES.max_side) == (
-        own.max_pixels,
-        own.min_side,
-        own.max_side,
-    )
+    assert (CAPABILITIES.sizes, CAPABILITIES.formats) == (own.sizes, own.formats)
 
     async def act(backend):
         alone = await backend.generate(call_of(3, steps=2), lambda progress: None)

@@ -158,7 +158,9 @@ class Silent:
     def __init__(self, reply: UpstreamReply | None = None) -> None:
         self.reply = reply
 
-    async def request(self, method, path, *, headers=(), body=None, timeout_seconds, max_body_bytes) -> UpstreamReply:
+    async def request(
+        self, method, path, *, headers=(), body=None, timeout_seconds, max_body_bytes, on_event_bytes=None
+    ) -> UpstreamReply:
         if self.reply is None:
             await asyncio.get_running_loop().create_future()
         return self.reply or UpstreamReply(500)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -41,6 +41,7 @@ class FakeTransport:
         body: bytes | None = None,
         timeout_seconds: float,
         max_body_bytes: int,
+        on_event_bytes: Callable[[bytes], None] | None = None,
     ) -> UpstreamReply:
         self.asked.append((method, path, dict(headers), body))
         reply = self.replies.pop(0)

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from img_serving.domain.capabilities import SizeRule
 from img_serving.domain.images import SEED_LIMIT, Call, ImageRequest, Item
 from img_serving.engines.engine import Engine, GenerationCancelled
 from img_serving.engines.procedural import ProceduralEngine, compose, paint
@@ -446,4 +447,4 @@ def test_the_engine_says_what_it_can() -> None:
     assert can.batch == "items"
     assert can.progress
     assert can.honours == {"negative_prompt", "seed", "num_inference_steps", "guidance_scale", "size"}
-    assert (can.min_side, can.max_side, can.max_pixels) == (16, 4096, 2048 * 2048)
+    assert can.sizes == SizeRule(min_side=16, max_side=4096, max_pixels=2048 * 2048)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from img_serving.domain.images import SEED_LIMIT, ImageRequest
+from img_serving.domain.images import SEED_LIMIT, ImageRequest, InputImage
 from img_serving.domain.jobs import Job, Target, Task
 from img_serving.domain.tenants import ANONYMOUS
 from img_serving.policy.batching import LOOK_AHEAD, fill, may_share, shared_part
@@ -16,7 +16,7 @@ from img_serving.policy.batching import LOOK_AHEAD, fill, may_share, shared_part
 steady = settings(deadline=None, derandomize=True)
 
 PER_ITEM = {"prompt", "negative_prompt", "seed"}
-NOT_DRAWN = {"n", "backend", "seed_given", "strict", "given"}
+NOT_DRAWN = {"n", "backend", "seed_given", "strict", "given", "previews"}
 """What says how a request is handled and not what is drawn."""
 OTHER: dict[str, Any] = {
     "operation": "edit",
@@ -35,6 +35,9 @@ OTHER: dict[str, Any] = {
     "output_format": "webp",
     "output_compression": 50,
     "user": "somebody",
+    "images": (InputImage(b"png", "image/png", 8, 8),),
+    "mask": InputImage(b"mask", "image/png", 8, 8),
+    "strength": 0.5,
 }
 
 

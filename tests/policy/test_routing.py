@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from img_serving.domain.capabilities import Capabilities
+from img_serving.domain.capabilities import Capabilities, SizeRule
 from img_serving.domain.errors import Forbidden, InvalidRequest, NotFound, NoUsableBackend
 from img_serving.domain.images import ImageRequest
 from img_serving.domain.jobs import Target
@@ -128,9 +128,9 @@ def test_a_tenant_gets_only_its_models_also_as_the_default():
 @pytest.mark.parametrize(
     ("can", "size", "reason"),
     [
-        (Capabilities(max_pixels=100 * 100), (101, 100), "over its 10000 pixels"),
-        (Capabilities(min_side=64), (32, 128), "at least 64"),
-        (Capabilities(max_side=64), (32, 128), "at most 64"),
+        (Capabilities(sizes=SizeRule(max_pixels=100 * 100)), (101, 100), "over its 10000 pixels"),
+        (Capabilities(sizes=SizeRule(min_side=64)), (32, 128), "at least 64"),
+        (Capabilities(sizes=SizeRule(max_side=64)), (32, 128), "at most 64"),
     ],
 )
 def test_a_size_that_no_backend_can_draw_is_refused_with_each_ones_reason(can, size, reason):

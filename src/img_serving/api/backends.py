@@ -10,6 +10,7 @@ from img_serving.api.bodies import read_json
 from img_serving.api.exchange import Exchange, Reply
 from img_serving.api.services import Services
 from img_serving.config import ConfigError, backend_from_mapping
+from img_serving.domain.capabilities import Capabilities
 from img_serving.domain.errors import InvalidRequest
 from img_serving.gateway.registry import BackendSnapshot
 from img_serving.policy.endpoint import EndpointSnapshot
@@ -32,6 +33,37 @@ class EndpointRecord(msgspec.Struct, frozen=True, kw_only=True):
     last_error: str | None
 
 
+class BackendEndpointRecord(EndpointRecord, frozen=True, kw_only=True):
+    """One endpoint of a backend. `found`: which program speaks there, and how that is known; "" until it is."""
+
+    found: str = ""
+
+
+class CapabilitiesRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """What a backend can do. `null` means that nobody knows, so anything is tried."""
+
+    operations: list[str]
+    parameters: list[str]
+    batch: Literal["single", "request", "seeds", "items"]
+    max_batch_size: int
+    size_multiple: int
+    sizes: list[str] | None
+    min_side: int
+    max_side: int | None
+    max_pixels: int | None
+    max_steps: int | None
+    max_images: int
+    masks: bool
+    samplers: list[str] | None
+    schedulers: list[str] | None
+    formats: list[str]
+    progress: bool
+    previews: bool
+    cancels: bool
+    models: dict[str, CapabilitiesRecord]
+    """Those of its models that can do something else than the rest."""
+
+
 class BackendRecord(msgspec.Struct, frozen=True, kw_only=True):
     """One backend with its live state. `origin`: defined in a file, added over the API, or built in."""
 
@@ -39,13 +71,14 @@ class BackendRecord(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     protocol: str
     detected_protocol: str | None
-    endpoints: list[EndpointRecord]
+    endpoints: list[BackendEndpointRecord]
     healthy: bool
     enabled: bool
     weight: float
     tier: int
     models: list[str]
     origin: Literal["file", "api", "builtin"]
+    capabilities: CapabilitiesRecord | None = None
 
 
 class BackendList(msgspec.Struct, frozen=True):
@@ -111,13 +144,42 @@ def _record(backend: BackendSnapshot) -> BackendRecord:
         name=backend.name,
         protocol=backend.protocol,
         detected_protocol=backend.detected,
-        endpoints=[endpoint_record(one) for one in backend.endpoints],
+        endpoints=[
+            BackendEndpointRecord(**msgspec.structs.asdict(endpoint_record(one)), found=found)
+            for one, found in zip(backend.endpoints, backend.found, strict=True)
+        ],
         healthy=backend.healthy,
         enabled=backend.enabled,
         weight=backend.weight,
         tier=backend.tier,
         models=list(backend.models),
         origin=backend.origin,
+        capabilities=_capabilities_record(backend.capabilities),
+    )
+
+
+def _capabilities_record(can: Capabilities) -> CapabilitiesRecord:
+    sizes = can.sizes
+    return CapabilitiesRecord(
+        operations=sorted(can.operations),
+        parameters=sorted(can.honours),
+        batch=can.batch,
+        max_batch_size=can.max_batch_size,
+        size_multiple=sizes.multiple,
+        sizes=[f"{width}x{height}" for width, height in sizes.choices] or None,
+        min_side=sizes.min_side,
+        max_side=sizes.max_side,
+        max_pixels=sizes.max_pixels,
+        max_steps=can.max_steps,
+        max_images=can.max_images,
+        masks=can.masks,
+        samplers=None if can.samplers is None else list(can.samplers.names),
+        schedulers=None if can.schedulers is None else list(can.schedulers.names),
+        formats=list(can.formats),
+        progress=can.progress,
+        previews=can.previews,
+        cancels=can.cancels,
+        models={name: _capabilities_record(one) for name, one in can.variants.items()},
     )
 
 

@@ -80,9 +80,8 @@ class Images:
         finally:
             exchange.connection.on_disconnect(None)
         headers = _headers(job)
-        ignored = services.pipeline.ignored(job)
-        if ignored:
-            headers.append((b"x-img-serving-ignored", ", ".join(ignored).encode()))
+        if answer.ignored:
+            headers.append((b"x-img-serving-ignored", ", ".join(answer.ignored).encode()))
         return Reply(200, answer.parts, headers=headers)
 
     async def not_yet(self, exchange: Exchange) -> Reply:

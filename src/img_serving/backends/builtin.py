@@ -12,7 +12,7 @@ from typing import Final
 
 from msgspec import structs
 
-from img_serving.domain.capabilities import Capabilities
+from img_serving.domain.capabilities import Capabilities, SizeRule
 from img_serving.domain.errors import AttemptError, BackendRefusal, InvalidRequest, Outcome
 from img_serving.domain.images import Artifact, Call, ItemFailure, Progress
 from img_serving.engines.engine import Engine, GenerationCancelled
@@ -27,10 +27,10 @@ CAPABILITIES: Final = Capabilities(
     batch="items",
     max_batch_size=4,
     honours=frozenset({"negative_prompt", "seed", "num_inference_steps", "guidance_scale", "size", "quality"}),
-    max_pixels=2048 * 2048,
-    min_side=16,
-    max_side=4096,
+    sizes=SizeRule(min_side=16, max_side=4096, max_pixels=2048 * 2048),
+    formats=("png",),
     progress=True,
+    cancels=True,
 )
 """Those of the procedural engine, written down here so that nothing has to be imported to know them."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import difflib
 import random
 import zlib
 from collections import deque
@@ -16,6 +15,7 @@ from typing import Annotated, Any, Final, Literal, TypeVar, get_args
 import msgspec
 from msgspec import Meta
 
+from img_serving.backends.options import read_options
 from img_serving.domain.capabilities import PARAMETERS, BatchShape, Capabilities
 from img_serving.domain.errors import AttemptError, BackendRefusal, ContentRefused, InvalidRequest, Outcome
 from img_serving.domain.images import Artifact, Call, ItemFailure, Progress
@@ -183,25 +183,15 @@ class ScriptedBackend:
 
 def read_script(kind: type[Kind], script: Mapping[str, Any]) -> Kind:
     """Check a script against its options. Raises ValueError naming the option at fault."""
-    known = kind.__struct_fields__
-    for name in script:
-        if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            raise ValueError(
-                f"{name}: unknown option" + (f"; did you mean {near[0]}?" if near else f" (known: {', '.join(known)})")
-            )
-    for name, value in script.items():
-        try:
-            # one at a time, so that the message can name the option
-            msgspec.convert({name: value}, kind)
-        except msgspec.ValidationError as error:
-            reason = str(error).partition(" - at ")[0]
-            if name == "sequence" and reason.startswith("Invalid enum value"):
-                reason += f"; a step is one of {', '.join(STEPS)}"
-            raise ValueError(f"{name}: {reason}") from None
-        if name == "sequence" and not value:
-            raise ValueError("sequence: it needs at least one step")
-    return msgspec.convert(dict(script), kind)
+    try:
+        read = read_options(kind, script)
+    except ValueError as error:
+        if str(error).startswith("sequence") and "Invalid enum value" in str(error):
+            raise ValueError(f"{error}; a step is one of {', '.join(STEPS)}") from None
+        raise
+    if script.get("sequence", STEPS) in ((), []):
+        raise ValueError("sequence: it needs at least one step")
+    return read
 
 
 def picture(prompt: str, seed: int, width: int, height: int) -> bytes:

@@ -63,9 +63,8 @@ async def _draw(config: Config, body: Mapping[str, Any], watch: Watch) -> Answer
             drawing.cancel()  # after Ctrl-C; one that is done does not mind
         answer = await drawing
         headers = {"x-backend": job.backend or "", "x-job-id": job.id}
-        ignored = pipeline.ignored(job)
-        if ignored:
-            headers["x-img-serving-ignored"] = ", ".join(ignored)
+        if answer.ignored:
+            headers["x-img-serving-ignored"] = ", ".join(answer.ignored)
         return Answer(headers, b"".join(answer.parts), time.monotonic() - started)
     finally:
         await gateway.stop()

@@ -21,12 +21,30 @@ SEED_LIMIT = 2**63
 """Seeds are whole numbers from 0 to this, exclusive (they travel as int64 in every protocol we speak)."""
 
 
+class InputImage(msgspec.Struct, frozen=True, gc=False):
+    """A picture that a client sent along, sniffed: `width` and `height` in pixels."""
+
+    data: bytes
+    media_type: MediaType
+    width: int
+    height: int
+
+    def fitted(self, pixels: int) -> tuple[int, int]:
+        """Its own size, or where that is more than `pixels`, the largest of the same shape that is not."""
+        if self.width * self.height <= pixels:
+            return self.width, self.height
+        scale = (pixels / (self.width * self.height)) ** 0.5
+        return max(1, int(self.width * scale)), max(1, int(self.height * scale))
+
+
 class ImageRequest(msgspec.Struct, frozen=True, gc=False):
     """What a client asked for, checked and normalised.
 
     `None` always means "the backend's own default". `width` and `height` (pixels) are given together or not at all.
     `seed` is the seed of image 0; image i has seed + i. `seed_given` tells a client's seed from one that we drew.
     `given` names the optional parameters that the client set: what a backend cannot honour is reported by name.
+    `images` are what an edit starts from; `mask` (a PNG of the first one's size) is transparent where it may change it, and
+    `strength` is how much of it may change: 0 nothing, 1 everything. `previews` is how many unfinished pictures are wanted.
     """
 
     prompt: str
@@ -51,6 +69,10 @@ class ImageRequest(msgspec.Struct, frozen=True, gc=False):
     output_format: OutputFormat | None = None
     output_compression: int | None = None
     user: str | None = None
+    images: tuple[InputImage, ...] = ()
+    mask: InputImage | None = None
+    strength: float | None = None
+    previews: int = 0
     strict: bool = False
     given: frozenset[str] = frozenset()
 
@@ -72,7 +94,7 @@ class Call(msgspec.Struct, frozen=True):
 
     `request` carries what all members share (size, steps, guidance …); its prompt, negative prompt and seed are those of
     the first member. `model` is the name to use upstream (None: whatever the engine has). `width` × `height` in pixels.
-    `timeout_seconds` is how long one attempt may go without an answer or progress.
+    `timeout_seconds` is how long one attempt may go without an answer or progress. `previews`: unfinished pictures are wanted.
     """
 
     request: ImageRequest
@@ -83,6 +105,7 @@ class Call(msgspec.Struct, frozen=True):
     timeout_seconds: float
     request_id: str = ""
     traceparent: str | None = None
+    previews: bool = False
 
 
 class Artifact(msgspec.Struct, frozen=True, gc=False):
@@ -90,7 +113,8 @@ class Artifact(msgspec.Struct, frozen=True, gc=False):
 
     Its bytes are in `data`, or, where the backend sent base64, in `encoded` (standard base64 text, already proven valid):
     the one that is there is the only copy, `media.payload` makes the other when it is needed. `width` and `height` in
-    pixels are what the picture really has. `seed` is None where nobody knows it.
+    pixels are what the picture really has. `seed` is None where nobody knows it. `ignored` names parameters of the request
+    that the engine turned out not to have honoured.
     """
 
     media_type: MediaType
@@ -100,6 +124,7 @@ class Artifact(msgspec.Struct, frozen=True, gc=False):
     data: bytes | None = None
     encoded: bytes | memoryview | None = None
     revised_prompt: str | None = None
+    ignored: tuple[str, ...] = ()
 
 
 class ItemFailure(msgspec.Struct, frozen=True, gc=False):
@@ -109,8 +134,17 @@ class ItemFailure(msgspec.Struct, frozen=True, gc=False):
     refused: bool = False
 
 
+class Preview(msgspec.Struct, frozen=True, gc=False):
+    """An unfinished picture, as the engine sent it: a JPEG, PNG or WebP of any size. `index`: of which item of the call."""
+
+    data: bytes
+    media_type: MediaType
+    index: int = 0
+
+
 class Progress(msgspec.Struct, frozen=True, gc=False):
     """How far a call is: `done` of `total` steps. Any report renews the attempt's time-out."""
 
     done: int
     total: int
+    preview: Preview | None = None

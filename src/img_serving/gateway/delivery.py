@@ -35,6 +35,8 @@ class Answer:
 
     parts: tuple[bytes | memoryview, ...]
     job: Job
+    ignored: tuple[str, ...] = ()
+    """Parameters that the client set and that were not honoured, sorted."""
 
 
 class Delivery:
@@ -56,9 +58,13 @@ class Delivery:
         self._pool: ThreadPoolExecutor | None = None
 
     async def answer(
-        self, job: Job, response_format: ResponseFormat, base_url: Callable[[], str], *, transparent: bool = False
+        self,
+        job: Job,
+        response_format: ResponseFormat,
+        base_url: Callable[[], str],
+        ignored: tuple[str, ...] = (),
     ) -> Answer:
-        """Encode, store or inline every picture of `job`. `transparent`: its backend honoured such a background.
+        """Encode, store or inline every picture of `job`. `ignored` are parameters that were not honoured.
 
         Raises:
             StorageFailed: a picture could not be stored; its message says what works instead.
@@ -91,11 +97,12 @@ class Delivery:
                 closing = await self._stored(artifact, response_format, base_url) + _about(artifact)
             opening = closing + b",{"
         first = artifacts[0]
+        transparent = request.background == "transparent" and "background" not in ignored
         parts.append(
             closing + _effective(first.width, first.height, request.quality, first.media_type, transparent=transparent)
         )
         self._metrics.stage_seconds.observe(self._clock() - started, "deliver")
-        return Answer(tuple(parts), job)
+        return Answer(tuple(parts), job, ignored)
 
     def close(self) -> None:
         """Give up the codec threads."""

@@ -274,6 +274,9 @@ class Dispatcher:
             width, height = request.width, request.height
         else:
             width, height = self._endpoints.size_of(batch.backend)
+            if request.images:
+                # an edit keeps the shape of what it starts from
+                width, height = request.images[0].fitted(width * height)
         return Call(
             request=request,
             model=batch.model,
@@ -286,6 +289,7 @@ class Dispatcher:
             timeout_seconds=self._endpoints.timeout_of(batch.backend) * len(batch.tasks),
             request_id=first.request_id,
             traceparent=first.traceparent,
+            previews=any(task.job.request.previews for task in batch.tasks),
         )
 
     def _is_overdue(self, attempt: _Attempt) -> bool:

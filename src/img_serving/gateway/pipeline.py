@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from img_serving.domain.errors import InvalidRequest
 from img_serving.domain.images import ImageRequest
 from img_serving.domain.jobs import Job, Route
 from img_serving.domain.tenants import Tenant
@@ -79,18 +80,37 @@ class Pipeline:
         return route
 
     async def run(self, job: Job, response_format: ResponseFormat, base_url: Callable[[], str]) -> Answer:
-        """Wait for the pictures and make the answer of them; `base_url` is asked for where URLs are made."""
-        await self._dispatcher.run(job)
-        transparent = job.request.background == "transparent" and "background" not in self.ignored(job)
-        return await self._delivery.answer(job, response_format, base_url, transparent=transparent)
+        """Wait for the pictures and make the answer of them; `base_url` is asked for where URLs are made.
 
-    def ignored(self, job: Job) -> tuple[str, ...]:
-        """Parameters the client set that the backend which drew could not honour."""
-        if not job.request.given:
-            return ()
+        Raises:
+            GatewayError: how the job failed; `InvalidRequest` also where a strict request was not honoured after all.
+        """
+        await self._dispatcher.run(job)
+        request = job.request
+        ignored = self._ignored(job) if request.given else ()
+        if ignored and request.strict:
+            reason = f"{job.backend} could not honour {', '.join(ignored)}"
+            raise InvalidRequest(reason, code="unsupported", param=ignored[0])
+        return await self._delivery.answer(job, response_format, base_url, ignored)
+
+    def _ignored(self, job: Job) -> tuple[str, ...]:
+        """Parameters the client set that were not honoured: the backend cannot, or its engine did otherwise."""
+        request = job.request
+        lost: frozenset[str] = frozenset()
+        for task in job.tasks:
+            drawn = task.artifact
+            if drawn is None:
+                continue
+            if drawn.ignored:
+                lost |= request.given.intersection(drawn.ignored)
+            if request.width and (drawn.width != request.width or drawn.height != request.height):
+                lost |= {"size"}
         for candidate in self._registry.candidates():
             if candidate.name == job.backend:
-                if job.request.given <= candidate.capabilities.honours:
-                    return ()
-                return ignored_by(job.request, candidate.capabilities)
-        return ()
+                able = candidate.capabilities
+                if able.variants:
+                    able = able.of(next((one.model for one in job.route if one.backend == job.backend), None))
+                if lost or not request.given <= able.honours:
+                    return tuple(sorted(lost.union(ignored_by(request, able))))
+                break
+        return tuple(sorted(lost))

@@ -13,6 +13,7 @@ from typing import Literal
 import msgspec
 
 from img_serving.config import BackendConfig, EndpointConfig, backend_from_mapping, backend_to_mapping
+from img_serving.domain.capabilities import Capabilities
 from img_serving.domain.errors import Conflict, NotFound
 from img_serving.domain.jobs import Batch, Job
 from img_serving.gateway.tasks import TaskRegistry
@@ -40,6 +41,8 @@ class Endpoint:
     adapter: Backend
     config: EndpointConfig
     models: tuple[str, ...] = ()
+    found: str = ""
+    """Which program speaks there, and how that is known."""
     breaker: BreakerState = BreakerState.CLOSED
     """What the log last said of its breaker."""
 
@@ -74,6 +77,9 @@ class BackendSnapshot:
     tier: int
     models: tuple[str, ...]
     endpoints: tuple[EndpointSnapshot, ...]
+    found: tuple[str, ...]
+    """For each endpoint, which program speaks there and how that is known; "" where it is not."""
+    capabilities: Capabilities
 
 
 class Registry:
@@ -234,6 +240,8 @@ class Registry:
             tier=config.tier,
             models=entry.models,
             endpoints=endpoints,
+            found=tuple(endpoint.found for endpoint in entry.endpoints),
+            capabilities=_capabilities(entry),
         )
 
     def batch_ended(self, batch: Batch) -> None:
@@ -362,7 +370,13 @@ class Registry:
             log.log(level, "endpoint is %s", state.health.health.value, extra={"fields": fields})
         if report.models is not None and report.models != endpoint.models:
             endpoint.models = report.models
+            state.models = frozenset(report.models)
+            self._scheduler.endpoint_changed()
             self._candidates = None
+        if report.found and report.found != endpoint.found:
+            endpoint.found = report.found
+            fields = {"backend": state.backend, "endpoint": state.url, "protocol": endpoint.adapter.protocol}
+            log.info("found %s", report.found, extra={"fields": fields})
         capabilities = endpoint.adapter.capabilities
         if capabilities is not state.capabilities and capabilities != state.capabilities:
             state.capabilities = capabilities
@@ -386,12 +400,18 @@ def _batch_size(config: BackendConfig, adapter: Backend) -> int:
     return able if config.max_batch_size is None else min(able, config.max_batch_size)
 
 
+def _capabilities(entry: BackendEntry) -> Capabilities:
+    """Those of the first endpoint that has told something of itself, else of the first."""
+    told = next((one for one in entry.endpoints if one.found or one.models), entry.endpoints[0])
+    return told.adapter.capabilities
+
+
 def _candidate(entry: BackendEntry) -> Candidate:
     config = entry.config
     return Candidate(
         name=config.name,
         models=entry.models,
-        capabilities=entry.endpoints[0].adapter.capabilities,
+        capabilities=_capabilities(entry),
         enabled=config.enabled,
         tier=config.tier,
         serves_any=entry.origin == "builtin",

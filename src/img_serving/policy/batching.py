@@ -33,6 +33,9 @@ def shared_part(request: ImageRequest) -> tuple[object, ...]:
         request.output_format,
         request.output_compression,
         request.user,
+        request.images,
+        request.mask,
+        request.strength,
     )
 
 

@@ -115,6 +115,7 @@ class EndpointState:
         "loaded_model",
         "max_batch_pixels",
         "max_batch_size",
+        "models",
         "outstanding_cost",
         "picked_at",
         "ramp_ends",
@@ -183,6 +184,8 @@ class EndpointState:
         self.speed = Speed()
         self.latency_seconds: float | None = None
         self._peak_at = 0.0
+        self.models: frozenset[str] | None = None
+        """What its server says that it has; None: it does not say, so it may have any."""
         self.loaded_model: str | None = None
         self.switch_seconds = SWITCH_SECONDS
         self.ramp_ends = 0.0

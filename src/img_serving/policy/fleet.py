@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 
-from img_serving.domain.jobs import Route
+from img_serving.domain.jobs import Route, Target
 from img_serving.policy.endpoint import EndpointState, ExclusiveGroup
 from img_serving.policy.tier import Tier
 
@@ -15,13 +15,13 @@ MAX_ROUTES = 1024
 class Fleet:
     """All endpoints, those of removed backends included until their last call is over."""
 
-    __slots__ = ("_by_backend", "_by_backends", "_by_id", "_tiers", "groups", "ramping_until", "switches_models")
+    __slots__ = ("_by_backend", "_by_endpoints", "_by_id", "_tiers", "groups", "ramping_until", "switches_models")
 
     def __init__(self) -> None:
         self._by_id: dict[int, EndpointState] = {}
         self._by_backend: dict[str, list[EndpointState]] = {}
         self._tiers: dict[Route, tuple[Tier, ...]] = {}
-        self._by_backends: dict[tuple[str, ...], Tier] = {}
+        self._by_endpoints: dict[tuple[int, ...], Tier] = {}
         self.switches_models = False
         """Whether any endpoint holds one model at a time."""
         self.ramping_until = 0.0
@@ -50,7 +50,7 @@ class Fleet:
     def changed(self) -> None:
         """Endpoints came or went, or can do something else than before."""
         self._tiers.clear()
-        self._by_backends.clear()
+        self._by_endpoints.clear()
         for one in self._by_id.values():
             one.tiers.clear()
         here = [one for endpoints in self._by_backend.values() for one in endpoints]
@@ -78,19 +78,30 @@ class Fleet:
         if tiers is None:
             if len(self._tiers) >= MAX_ROUTES:
                 self._tiers.clear()
-            backends: dict[int, list[str]] = {}
+            targets: dict[int, list[Target]] = {}
             for target in route:
-                backends.setdefault(target.tier, []).append(target.backend)
-            tiers = self._tiers[route] = tuple(self._tier_of(tuple(backends[tier])) for tier in sorted(backends))
+                targets.setdefault(target.tier, []).append(target)
+            tiers = self._tiers[route] = tuple(self._tier_of(targets[tier]) for tier in sorted(targets))
         return tiers
 
-    def _tier_of(self, backends: tuple[str, ...]) -> Tier:
-        """One for the same backends, however many routes (models) lead to them."""
-        tier = self._by_backends.get(backends)
+    def _tier_of(self, targets: list[Target]) -> Tier:
+        """One for the same endpoints, however many routes (models) lead to them."""
+        endpoints = [one for target in targets for one in self._having(target)]
+        key = tuple(one.id for one in endpoints)
+        tier = self._by_endpoints.get(key)
         if tier is None:
-            endpoints = [one for backend in backends for one in self._by_backend.get(backend, ())]
-            tier = self._by_backends[backends] = Tier(endpoints)
+            tier = self._by_endpoints[key] = Tier(endpoints)
         return tier
+
+    def _having(self, target: Target) -> list[EndpointState]:
+        """The endpoints of a backend but for those that lack the model, where another one says that it has it.
+
+        Where none says so the name is the operator's own, and any of them may know it.
+        """
+        here = self._by_backend.get(target.backend, [])
+        if target.model is None or not any(one.models is not None and target.model in one.models for one in here):
+            return here
+        return [one for one in here if one.models is None or target.model in one.models]
 
     def resources_of(self, backends: frozenset[str]) -> frozenset[str]:
         """What work for these backends takes from others: the backends, and the GPUs that they share."""

@@ -65,7 +65,8 @@ class Placement:
         """The lines to look at: those of pools with a free slot."""
         found: list[Line] = []
         for pool in self.lines.active:
-            tiers = self.fleet.tiers(next(iter(pool.lines)))
+            # the lines of a pool differ in their models, which not every endpoint need have
+            tiers = tuple(dict.fromkeys(tier for route in pool.lines for tier in self.fleet.tiers(route)))
             if any(one.in_flight < one.slots for tier in tiers for one in tier.endpoints):
                 found += pool.lines.values()
             else:

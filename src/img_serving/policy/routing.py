@@ -71,7 +71,7 @@ def plan(request: ImageRequest, tenant: Tenant, backends: Sequence[Candidate], o
     fitting: list[Target] = []
     refusals: list[tuple[str, tuple[str, str]]] = []
     for backend, model in allowed:
-        refusal = _refusal(request, backend)
+        refusal = _refusal(request, backend.capabilities.of(model))
         if refusal is None:
             fitting.append(Target(backend.name, model, backend.tier))
         else:
@@ -160,21 +160,42 @@ def _default_model(backend: Candidate) -> str | None:
     return None if backend.serves_any or not backend.models else backend.models[0]
 
 
-def _refusal(request: ImageRequest, backend: Candidate) -> tuple[str, str] | None:
-    """Why this backend cannot serve it (reason, field at fault), or None."""
-    can = backend.capabilities
+def _refusal(request: ImageRequest, can: Capabilities) -> tuple[str, str] | None:
+    """Why a backend of these capabilities cannot serve it (reason, field at fault), or None."""
     if request.operation not in can.operations:
         return f"it cannot do the operation {request.operation!r}", "model"
+    if len(request.images) > can.max_images:
+        return f"it takes at most {can.max_images} input image{'s'[: can.max_images != 1]}", "image"
+    if request.mask is not None and not can.masks:
+        return "it cannot use a mask", "mask"
     if request.width and request.height:
-        pixels = request.width * request.height
-        if can.max_pixels is not None and pixels > can.max_pixels:
-            return f"{request.width}x{request.height} is over its {can.max_pixels} pixels", "size"
-        if can.min_side is not None and min(request.width, request.height) < can.min_side:
-            return f"a side must be at least {can.min_side} pixels", "size"
-        if can.max_side is not None and max(request.width, request.height) > can.max_side:
-            return f"a side may be at most {can.max_side} pixels", "size"
-    if request.strict:
-        ignored = ignored_by(request, can)
-        if ignored:
-            return f"it cannot honour {', '.join(ignored)}", ignored[0]
+        reason = can.sizes.refusal(request.width, request.height)
+        if reason is not None:
+            return reason, "size"
+    if can.max_steps is not None and request.steps is not None and request.steps > can.max_steps:
+        return f"it does at most {can.max_steps} steps", "num_inference_steps"
+    return _unknown_name(request, can) or (_ignored(request, can) if request.strict else None)
+
+
+def _unknown_name(request: ImageRequest, can: Capabilities) -> tuple[str, str] | None:
+    """A sampler or schedule that the backend does not have: it would draw with another one, and say nothing."""
+    for field_name, name, known in (
+        ("sampler", request.sampler, can.samplers),
+        ("scheduler", request.scheduler, can.schedulers),
+    ):
+        if name is not None and known is not None and field_name in can.honours and known.find(name) is None:
+            near = ", ".join(known.nearest(name))
+            return f"it has no {field_name} {name[:80]!r} (the nearest it has: {near})", field_name
+    return None
+
+
+def _ignored(request: ImageRequest, can: Capabilities) -> tuple[str, str] | None:
+    """With `strict`, whatever it cannot honour is a reason to refuse."""
+    ignored = ignored_by(request, can)
+    if ignored:
+        return f"it cannot honour {', '.join(ignored)}", ignored[0]
+    if "size" in request.given and request.width and request.height:
+        wide, high = can.sizes.fit(request.width, request.height)
+        if (wide, high) != (request.width, request.height):
+            return f"it draws multiples of {can.sizes.multiple} pixels: {wide}x{high} would do", "size"
     return None

@@ -20,6 +20,7 @@ from urllib.parse import quote, urljoin, urlsplit
 import httptools
 
 from img_serving.media.sniff import sniff
+from img_serving.transport.proxy import Proxy, ProxyRefused, connect_request, refusal_of
 
 MAX_REDIRECTS: Final = 3
 CONNECT_TIMEOUT_SECONDS: Final = 5.0
@@ -93,6 +94,7 @@ class SafeFetcher:
         headers: Sequence[tuple[str, str]] = (),
         ssl_context: ssl.SSLContext | None = None,
         allow_private_addresses: bool = False,
+        proxy_of: Callable[[str], Proxy | None] = lambda _: None,
         resolve: Resolve | None = None,
         is_public: Callable[[str], bool] | None = None,
     ) -> None:
@@ -103,6 +105,7 @@ class SafeFetcher:
             headers: sent to the trusted origin only.
             ssl_context: for the trusted host's https; others are checked against the system's authorities.
             allow_private_addresses: skip the check of addresses altogether.
+            proxy_of: the proxy to reach a URL by, if any; addresses are checked all the same.
             resolve: finds addresses; the loop's own resolver by default.
             is_public: judges one address; `is_public_address` by default.
         """
@@ -112,6 +115,7 @@ class SafeFetcher:
         self._ssl_context = ssl_context
         self._public_ssl_context: ssl.SSLContext | None = None
         self._allow_private_addresses = allow_private_addresses
+        self._proxy_of = proxy_of
         self._resolve = resolve or _resolve
         self._is_public = is_public or is_public_address
 
@@ -180,10 +184,13 @@ class SafeFetcher:
         """Try the addresses one after the other: where there is no IPv6 route, the first is often one of those."""
         context = self._context_for(target) if target.scheme == "https" else None
         name = target.host if context else None
+        proxy = self._proxy_of(f"{target.scheme}://{target.host_header}")
         failure: OSError = OSError("no address")
         for address in addresses:
             try:
                 async with asyncio.timeout(CONNECT_TIMEOUT_SECONDS):
+                    if proxy is not None:
+                        return await _connect_through(proxy, address, target.port, context, name)
                     return await asyncio.open_connection(
                         address, target.port, ssl=context, server_hostname=name, limit=_READ_BYTES
                     )
@@ -198,6 +205,24 @@ class SafeFetcher:
         if self._public_ssl_context is None:
             self._public_ssl_context = ssl.create_default_context()
         return self._public_ssl_context
+
+
+async def _connect_through(
+    proxy: Proxy, address: str, port: int, context: ssl.SSLContext | None, name: str | None
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A tunnel to the address that was checked: the proxy must not resolve the name to another one."""
+    reader, writer = await asyncio.open_connection(proxy.host, proxy.port, limit=_READ_BYTES)
+    try:
+        writer.write(connect_request(address, port, proxy))
+        reason = refusal_of(await reader.readuntil(b"\r\n\r\n"))
+        if reason is not None:
+            raise ProxyRefused(reason)
+        if context is not None:
+            await writer.start_tls(context, server_hostname=name)
+    except BaseException:
+        writer.transport.abort()
+        raise
+    return reader, writer
 
 
 def is_public_address(address: str) -> bool:

@@ -6,13 +6,14 @@ import asyncio
 import re
 import socket
 import ssl
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from img_serving.domain.errors import AttemptError, Outcome
 from img_serving.ports import UpstreamReply
 from img_serving.transport.pool import Connection, ConnectionPool, TransportStatistics
+from img_serving.transport.proxy import Proxy, ProxyRefused, Tunnel, connect_request
 
 _TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _FIELD_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
@@ -59,8 +60,11 @@ class HttpTransport:
         connect_timeout_seconds: float = 5.0,
         keepalive_seconds: float = 55.0,
         max_idle: int = 64,
+        proxy: Proxy | None = None,
     ) -> None:
         """`base_url` is http(s)://host[:port][/prefix]; without a context, https trusts the system's authorities.
+
+        With a `proxy`, http goes to it in absolute form, and https through a tunnel that it opens (RFC 9112, 3.2.2 and 3.2.3).
 
         Raises:
             ValueError: `base_url` is not that, or holds credentials, a query or a fragment.
@@ -68,6 +72,8 @@ class HttpTransport:
         self._origin = _parse_origin(base_url)
         self._ssl_context = (ssl_context or make_ssl_context(None, verify=True)) if self._origin.tls else None
         self._connect_timeout_seconds = connect_timeout_seconds
+        self._proxy = proxy
+        self._absolute = f"http://{self._origin.host_header}" if proxy is not None and not self._origin.tls else ""
         self._pool = ConnectionPool(keepalive_seconds=keepalive_seconds, max_idle=max_idle)
         self._default_lines = {
             "host": f"Host: {self._origin.host_header}\r\n",
@@ -100,6 +106,7 @@ class HttpTransport:
         body: bytes | None = None,
         timeout_seconds: float,
         max_body_bytes: int,
+        on_event_bytes: Callable[[bytes], None] | None = None,
     ) -> UpstreamReply:
         """One request and its complete reply, as the port says; redirects are not followed.
 
@@ -123,7 +130,14 @@ class HttpTransport:
             reused = connection is not None
             if connection is None:
                 connection = await self._connect(loop, deadline)
-            waiter = connection.send(head, body, deadline, head_only=method == "HEAD", limit_bytes=max_body_bytes)
+            waiter = connection.send(
+                head,
+                body,
+                deadline,
+                head_only=method == "HEAD",
+                limit_bytes=max_body_bytes,
+                on_event_bytes=on_event_bytes,
+            )
             try:
                 ending = await waiter
             finally:
@@ -170,7 +184,9 @@ class HttpTransport:
             raise ValueError("the method is not an HTTP token")
         if not _TARGET.fullmatch(path):
             raise ValueError("the path must begin with '/' and be percent-encoded ASCII, without a fragment")
-        line = f"{method} {self._origin.prefix}{path} HTTP/1.1\r\n"
+        line = f"{method} {self._absolute}{self._origin.prefix}{path} HTTP/1.1\r\n"
+        if self._absolute and self._proxy is not None:
+            line += self._proxy.header_lines
         if len(self._request_lines) < _REQUEST_LINES_KEPT:
             self._request_lines[method, path] = line
         return line
@@ -189,13 +205,16 @@ class HttpTransport:
         connection = Connection(self._pool, loop)
         try:
             async with asyncio.timeout_at(limit):
-                await loop.create_connection(
-                    lambda: connection,
-                    origin.host,
-                    origin.port,
-                    ssl=self._ssl_context,
-                    server_hostname=origin.host if origin.tls else None,
-                )
+                if self._proxy is not None:
+                    await self._connect_through(self._proxy, connection, loop)
+                else:
+                    await loop.create_connection(
+                        lambda: connection,
+                        origin.host,
+                        origin.port,
+                        ssl=self._ssl_context,
+                        server_hostname=origin.host if origin.tls else None,
+                    )
         except BaseException as error:
             # uvloop, cancelled between the connection and its waiter, closes it and never says so: the pool must hear
             connection.drop()
@@ -207,6 +226,24 @@ class HttpTransport:
             connection.drop()
             raise self._not_started("the connection was closed before anything was sent")
         return connection
+
+    async def _connect_through(self, proxy: Proxy, connection: Connection, loop: asyncio.AbstractEventLoop) -> None:
+        """Connect by way of the proxy: plainly for http, by a tunnel and TLS inside it for https."""
+        origin, context = self._origin, self._ssl_context
+        if context is None:
+            await loop.create_connection(lambda: connection, proxy.host, proxy.port)
+            return
+        request = connect_request(origin.host, origin.port, proxy)
+        raw, tunnel = await loop.create_connection(lambda: Tunnel(loop, request), proxy.host, proxy.port)
+        try:
+            await tunnel.opened
+            inside = await loop.start_tls(raw, connection, context, server_hostname=origin.host)
+        except BaseException:
+            raw.abort()
+            raise
+        if inside is None:  # uvloop's answer where the connection was closed meanwhile
+            raise ConnectionAbortedError
+        connection.connection_made(inside)
 
     def _not_started(self, reason: str) -> AttemptError:
         return self._error(Outcome.NOT_STARTED, reason)
@@ -284,6 +321,8 @@ def _why_not_connected(error: Exception) -> str:
     """In few safe words: what a library's message would quote is not known."""
     if isinstance(error, TimeoutError):
         return "no connection in time"
+    if isinstance(error, ProxyRefused):
+        return str(error)
     if isinstance(error, ConnectionRefusedError):
         return "connection refused"
     if isinstance(error, socket.gaierror | UnicodeError):

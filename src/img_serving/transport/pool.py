@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import select
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -164,12 +165,19 @@ class Connection(asyncio.BufferedProtocol):
         return now - self.free_since < _QUIET_SECONDS or not _has_something_to_read(transport)
 
     def send(
-        self, head: bytes, body: bytes | None, deadline: float, *, head_only: bool, limit_bytes: int
+        self,
+        head: bytes,
+        body: bytes | None,
+        deadline: float,
+        *,
+        head_only: bool,
+        limit_bytes: int,
+        on_event_bytes: Callable[[bytes], None] | None = None,
     ) -> asyncio.Future[UpstreamReply | Broken]:
         """Begin an exchange. What breaks it is the future's *result*: an exception that nobody fetches would be noise."""
         transport = self._transport
         assert transport is not None  # noqa: S101 - the pool asked is_usable
-        self._reader.begin(head_only=head_only, limit_bytes=limit_bytes)
+        self._reader.begin(head_only=head_only, limit_bytes=limit_bytes, on_event_bytes=on_event_bytes)
         self._waiter = waiter = self._loop.create_future()
         self._watch(deadline)
         if not body:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import zlib
+from collections.abc import Callable
 from functools import lru_cache
 
 from httptools import HttpParserCallbackError, HttpParserError, HttpResponseParser
@@ -41,12 +42,14 @@ class ReplyReader:
         "_interim",
         "_length",
         "_limit_bytes",
+        "_on_event_bytes",
         "_pairs",
         "_parser",
         "_place",
         "_scratch",
         "_size",
         "_status",
+        "_streams",
         "_until_close",
         "complete",
         "reusable",
@@ -59,8 +62,15 @@ class ReplyReader:
         self._parser: HttpResponseParser | None = None
         self.begin(head_only=False, limit_bytes=0)
 
-    def begin(self, *, head_only: bool, limit_bytes: int) -> None:
-        """Be ready for a reply (to HEAD if `head_only`) of at most `limit_bytes` of body."""
+    def begin(
+        self, *, head_only: bool, limit_bytes: int, on_event_bytes: Callable[[bytes], None] | None = None
+    ) -> None:
+        """Be ready for a reply (to HEAD if `head_only`) of at most `limit_bytes` of body.
+
+        The body of a good `text/event-stream` goes to `on_event_bytes` piece by piece, if there is one, and is not kept.
+        """
+        self._on_event_bytes = on_event_bytes
+        self._streams = False
         self.started = False
         self.complete = False
         self.reusable = False
@@ -149,6 +159,7 @@ class ReplyReader:
         """
         headers, body = self._headers, self._body
         self._body = b""  # an idle connection holds no picture
+        self._on_event_bytes = None
         if body:
             coding = headers.get("content-encoding")
             if coding is not None:
@@ -204,6 +215,11 @@ class ReplyReader:
             return
         if status in {204, 304}:
             return
+        if self._on_event_bytes is not None:
+            kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+            self._streams = 200 <= status < 300 and kind == "text/event-stream"
+            if self._streams and headers.get("content-encoding", "identity").strip().lower() != "identity":
+                raise BadReply("the event stream has a content coding that was not asked for")
         coding = headers.get("transfer-encoding")
         if coding is not None:
             if coding.strip().lower() != "chunked":
@@ -213,6 +229,8 @@ class ReplyReader:
         if length is None:
             self._until_close = True
             return
+        if self._streams:
+            return  # the parser counts it
         self._length = int(length)
         if self._length > self._limit_bytes:
             raise self._too_large()
@@ -227,6 +245,11 @@ class ReplyReader:
         size = self._size + len(piece)
         if size > self._limit_bytes:
             raise self._too_large()
+        if self._streams:
+            self._size = size
+            assert self._on_event_bytes is not None  # noqa: S101 - it made the reply a stream
+            self._on_event_bytes(piece)
+            return
         if not self._size:
             self._body = piece
         elif isinstance(self._body, bytearray):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from img_serving.domain.capabilities import Capabilities
+from img_serving.domain.capabilities import Capabilities, SizeRule
 from img_serving.domain.images import Call
 from img_serving.engines.engine import IsCancelled, OnStep
 from img_serving.engines.procedural.limits import DEFAULT_STEPS, MAX_PIXELS, MAX_SIDE, MIN_SIDE
@@ -26,9 +26,8 @@ class ProceduralEngine:
             max_batch_size=8,
             max_concurrency=2,
             honours=frozenset({"negative_prompt", "seed", "num_inference_steps", "guidance_scale", "size"}),
-            max_pixels=MAX_PIXELS,
-            min_side=MIN_SIDE,
-            max_side=MAX_SIDE,
+            sizes=SizeRule(min_side=MIN_SIDE, max_side=MAX_SIDE, max_pixels=MAX_PIXELS),
+            formats=("png",),
             progress=True,
         )
 

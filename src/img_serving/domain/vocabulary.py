@@ -1,0 +1,49 @@
+"""The names that an engine knows (samplers, schedulers, models), found however a client spells them."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+
+_NOISE = re.compile(r"[\s_./\\:()-]+")
+
+
+class Vocabulary:
+    """A closed list of names. Engines take any name in silence and draw with another: so it is looked up here first.
+
+    Case, blanks, dashes, underscores, dots, slashes and brackets do not matter, as `Euler a`, `euler_a` and `EULER-A` are one
+    sampler everywhere; `+` does. Two vocabularies of the same names and aliases are equal.
+    """
+
+    __slots__ = ("_by_key", "names")
+
+    def __init__(self, names: Iterable[str], aliases: Mapping[str, str] | None = None) -> None:
+        """`aliases` maps another spelling to one of `names`; a name's own spelling always wins over an alias."""
+        self.names = tuple(dict.fromkeys(names))
+        self._by_key: dict[str, str] = {}
+        for name in self.names:
+            self._by_key.setdefault(_key(name), name)
+        for alias, name in (aliases or {}).items():
+            self._by_key.setdefault(_key(alias), name)
+
+    def __repr__(self) -> str:
+        return f"<Vocabulary of {len(self.names)} names>"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Vocabulary) and (self.names, self._by_key) == (other.names, other._by_key)
+
+    __hash__ = None  # type: ignore[assignment] # compared by value, never a key
+
+    def find(self, name: str) -> str | None:
+        """The engine's own spelling; None if it has nothing of that name."""
+        return name if name in self.names else self._by_key.get(_key(name))
+
+    def nearest(self, name: str, count: int = 3) -> tuple[str, ...]:
+        """Names that `name` may be a slip of, the likeliest first; without any, the first of the list."""
+        near = difflib.get_close_matches(_key(name)[:80], list(self._by_key), count, cutoff=0.5)
+        return tuple(dict.fromkeys(self._by_key[key] for key in near)) or self.names[:count]
+
+
+def _key(name: str) -> str:
+    return _NOISE.sub("", name).casefold()

@@ -1,0 +1,61 @@
+"""The two ways to say where an edit may paint: transparent there (OpenAI's, ComfyUI's), or white there (A1111's)."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING
+
+from img_serving.media.transcode import MAX_PIXELS
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+def white_where_painted(mask: bytes) -> bytes:
+    """An 8-bit grey PNG of the same size, white where the edit may paint and black where it may not.
+
+    Of a picture with an alpha channel that is where it is transparent (OpenAI's rule: alpha 0 is edited). One without has to
+    be black and white already, white being what other clients paint with: it is taken as it is.
+
+    Raises:
+        ValueError: it is not a picture, or over `MAX_PIXELS`.
+    """
+    return _png(_area(mask))
+
+
+def transparent_where_painted(mask: bytes) -> bytes:
+    """An RGBA PNG of the same size, transparent where the edit may paint: by the same rule, for those who want it so.
+
+    Raises:
+        ValueError: it is not a picture, or over `MAX_PIXELS`.
+    """
+    from PIL import Image, ImageChops
+
+    area = _area(mask)
+    keep = ImageChops.invert(area)
+    return _png(Image.merge("RGBA", (keep, keep, keep, keep)))
+
+
+def _area(mask: bytes) -> Image.Image:
+    """Where to paint, as an 8-bit grey picture: 255 is "wholly"."""
+    from PIL import Image, ImageChops
+
+    try:
+        with Image.open(io.BytesIO(mask)) as picture:
+            width, height = picture.size
+            if width * height > MAX_PIXELS:
+                raise ValueError(f"a mask of {width}x{height} is over {MAX_PIXELS} pixels and is not decoded")
+            if picture.mode in {"RGBA", "LA", "PA"} or "transparency" in picture.info:
+                return ImageChops.invert(picture.convert("RGBA").getchannel("A"))
+            return picture.convert("L")
+    except ValueError:
+        raise
+    except Exception as error:
+        # a broken picture makes Pillow raise nearly anything
+        raise ValueError(f"the mask could not be decoded ({type(error).__name__})") from error
+
+
+def _png(picture: Image.Image) -> bytes:
+    out = io.BytesIO()
+    picture.save(out, "PNG", compress_level=1)
+    return out.getvalue()
