@@ -11,7 +11,8 @@ import json
 import os
 import sys
 
-from img_serving.backends.scripted_server import Exchange, ScriptedServer
+from img_serving.backends.scripted_server import ScriptedServer
+from img_serving.backends.stub_server import Exchange
 
 
 def say(**fields: object) -> None:

@@ -15,7 +15,8 @@ import pytest
 from tests.support.programs import Program, serving
 
 from img_serving.backends.scripted import picture
-from img_serving.backends.scripted_server import Exchange, ScriptedServer
+from img_serving.backends.scripted_server import ScriptedServer
+from img_serving.backends.stub_server import Exchange
 
 pytestmark = pytest.mark.smoke
 

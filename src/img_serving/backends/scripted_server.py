@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Annotated, Any, Final, Literal, Self, get_args
+from typing import Annotated, Any, Final, Literal, get_args
 
 import msgspec
 import pybase64
 from msgspec import Meta
 
 from img_serving.backends.scripted import picture, read_script
+from img_serving.backends.stub_server import Answer, Exchange, StubServer
 
 ServerStep = Literal[
     # good answers, and odd ones that are good
@@ -28,10 +28,6 @@ ServerStep = Literal[
 
 STEPS: Final = tuple(str(step) for step in get_args(ServerStep))
 HUGE_BYTES: Final = 8 * 1024 * 1024
-_PIECE_BYTES: Final = 7
-_PIECES: Final = 40
-_READ_BYTES: Final = 256 * 1024
-_MISSING_BYTES: Final = 1000
 
 _Seconds = Annotated[float, Meta(ge=0)]
 
@@ -51,35 +47,7 @@ class ServerScript(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     echo: str = ""
 
 
-@dataclass(slots=True, eq=False)
-class Exchange:
-    """One request as it came, and what became of it. Times are the loop's; `disconnected_at`: the client left first."""
-
-    method: str
-    path: str
-    headers: dict[str, str]
-    body: bytes
-    started_at: float
-    ended_at: float | None = None
-    disconnected_at: float | None = None
-
-    @property
-    def json(self) -> Any:
-        """The body, decoded."""
-        return msgspec.json.decode(self.body)
-
-
-@dataclass(slots=True)
-class _Answer:
-    """What is written: a status, a body, and how it is spoiled on the way."""
-
-    status: int
-    body: bytes
-    headers: dict[str, str] = field(default_factory=dict)
-    manner: str = ""
-
-
-class ScriptedServer:
+class ScriptedServer(StubServer):
     """`async with ScriptedServer({"sequence": ["busy", "ok"]}) as server:` listens on a free port; see `server.url`."""
 
     def __init__(
@@ -89,38 +57,16 @@ class ScriptedServer:
         port: int = 0,
         tell: Callable[[Exchange], None] | None = None,
     ) -> None:
-        """Take the options of `ServerScript`; ValueError names one at fault.
-
-        `port` 0 is any free one. `tell` hears of every request twice: as it came, and when it is over (`ended_at` is set).
-        """
+        """Take the options of `ServerScript`; ValueError names one at fault. The rest is the stub server's."""
+        super().__init__(port=port, tell=tell)
         self.script = read_script(ServerScript, script or {})
-        self.exchanges: list[Exchange] = []
-        self.in_flight = 0
-        self.max_in_flight = 0
-        self.connections = 0
         self.files: dict[str, bytes] = {}
-        self.port = port
-        self._told = tell
         self._drawn = 0
-        self._server: asyncio.Server | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
-
-    @property
-    def url(self) -> str:
-        """The base URL, without a slash at its end."""
-        return f"http://127.0.0.1:{self.port}"
 
     @property
     def posts(self) -> list[Exchange]:
         """The requests that asked for pictures."""
         return [exchange for exchange in self.exchanges if exchange.method == "POST"]
-
-    async def __aenter__(self) -> Self:
-        await self.start()
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.stop()
 
     def follow(self, script: Mapping[str, Any]) -> None:
         """Another script from now on, from the beginning of its sequence. What hangs already goes on hanging.
@@ -131,145 +77,44 @@ class ScriptedServer:
         self.script = read_script(ServerScript, script)
         self._drawn = 0
 
-    async def start(self) -> None:
-        """Listen; a stopped server listens again on the port it had."""
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port, limit=_READ_BYTES)
-        self.port = self._server.sockets[0].getsockname()[1]
-
-    async def stop(self) -> None:
-        """Stop listening and cut every connection."""
-        if self._server is not None:
-            self._server.close()
-            self._server = None
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None  # noqa: S101 - start_server runs this in a task
-        self._tasks.add(task)
-        self.connections += 1
-        ahead = bytearray()
-        try:
-            while (exchange := await self._read(reader, ahead)) is not None:
-                self.exchanges.append(exchange)
-                if self._told is not None:
-                    self._told(exchange)
-                if not await self._attend(exchange, reader, writer, ahead):
-                    break
-        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
-            pass  # the client left, or the test is over
-        finally:
-            self._tasks.discard(task)
-            writer.transport.abort()
-
-    async def _read(self, reader: asyncio.StreamReader, ahead: bytearray) -> Exchange | None:
-        try:
-            head = bytes(ahead) + await reader.readuntil(b"\r\n\r\n")
-        except asyncio.IncompleteReadError:
-            return None
-        ahead.clear()
-        first, *lines = head.decode("latin-1").split("\r\n")
-        method, path, _ = first.split(" ", 2)
-        fields = (line.partition(":") for line in lines if line)
-        headers = {name.lower(): value.strip() for name, _, value in fields}
-        body = await reader.readexactly(int(headers.get("content-length", 0)))
-        return Exchange(method, path, headers, body, asyncio.get_running_loop().time())
-
-    async def _attend(
-        self, exchange: Exchange, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, ahead: bytearray
-    ) -> bool:
-        """Answer one request while watching whether its client stays. Returns whether the connection can be kept."""
-        loop = asyncio.get_running_loop()
-        self.in_flight += 1
-        self.max_in_flight = max(self.max_in_flight, self.in_flight)
-        answering = asyncio.ensure_future(self._answer(exchange, writer))
-        watching = asyncio.ensure_future(_until_the_client_leaves(reader, ahead))
-        try:
-            await asyncio.wait({answering, watching}, return_when=asyncio.FIRST_COMPLETED)
-            if not answering.done():
-                exchange.disconnected_at = loop.time()
-                return False
-            return answering.result()
-        finally:
-            self.in_flight -= 1
-            exchange.ended_at = loop.time()
-            if self._told is not None:
-                self._told(exchange)
-            for one in (answering, watching):
-                one.cancel()
-            await asyncio.gather(answering, watching, return_exceptions=True)
-
-    async def _answer(self, exchange: Exchange, writer: asyncio.StreamWriter) -> bool:
-        answer = self._draw(exchange) if exchange.method == "POST" else self._tell(exchange)
-        if exchange.method == "POST" and self.script.latency_seconds:
+    async def answer(self, exchange: Exchange) -> Answer:
+        """As the script says: the next of the sequence to a POST, facts to a GET."""
+        self.drip_seconds = self.script.drip_seconds
+        if exchange.method != "POST":
+            return self._tell(exchange)
+        drawn = self._draw(exchange)
+        if self.script.latency_seconds:
             await asyncio.sleep(self.script.latency_seconds)
-        if answer.manner == "hang":
-            await asyncio.get_running_loop().create_future()
-        if answer.manner == "close":
-            return False
-        if answer.manner == "not_http":
-            writer.write(b"220 mail.example ESMTP\r\n\r\n")
-            await writer.drain()
-            return False
-        length = len(answer.body) + (_MISSING_BYTES if answer.manner == "long_length" else 0)
-        headers = {"content-type": "application/json", "content-length": str(length), **answer.headers}
-        head = f"HTTP/1.1 {answer.status} Scripted\r\n" + "".join(
-            f"{name}: {value}\r\n" for name, value in headers.items()
-        )
-        writer.write(head.encode() + b"\r\n")
-        if answer.manner in {"cut_body", "long_length"}:
-            # half of what was announced, or a document that is complete but for the length it claims
-            writer.write(answer.body if answer.manner == "long_length" else answer.body[: len(answer.body) // 2])
-            await writer.drain()
-            writer.close()
-            await writer.wait_closed()
-            return False
-        if answer.manner == "drip":
-            await self._drip(answer.body, writer)
-        else:
-            writer.write(answer.body)
-            await writer.drain()
-        return True
-
-    async def _drip(self, body: bytes, writer: asyncio.StreamWriter) -> None:
-        """The first bytes one small piece at a time, and the rest at once: a slow start, not a slow test."""
-        for at in range(0, min(len(body), _PIECES * _PIECE_BYTES), _PIECE_BYTES):
-            writer.write(body[at : at + _PIECE_BYTES])
-            await writer.drain()
-            await asyncio.sleep(self.script.drip_seconds)
-        writer.write(body[_PIECES * _PIECE_BYTES :])
-        await writer.drain()
+        return drawn
 
     # what GETs are told
 
-    def _tell(self, exchange: Exchange) -> _Answer:
+    def _tell(self, exchange: Exchange) -> Answer:
         path = exchange.path.partition("?")[0]
         if path in self.files:
-            return _Answer(200, self.files[path], {"content-type": "application/octet-stream"})
+            return Answer(200, self.files[path], {"content-type": "application/octet-stream"})
         status = self.script.statuses.get(path, self.script.check_status)
         if status != 200:
-            return _Answer(status, b"{}", {"location": "/elsewhere"} if 300 <= status < 400 else {})
+            return Answer(status, b"{}", {"location": "/elsewhere"} if 300 <= status < 400 else {})
         models, faces = self.script.models, self.script.faces
         if path.endswith("/models") and "openai" in faces and models is not None:
             data = [{"id": name, "object": "model", "created": 0, "owned_by": "scripted"} for name in models]
-            return _Answer(200, msgspec.json.encode({"object": "list", "data": data}))
+            return Answer(200, msgspec.json.encode({"object": "list", "data": data}))
         if path == "/sdapi/v1/options" and "a1111" in faces:
-            return _Answer(200, msgspec.json.encode({"sd_model_checkpoint": (models or ("none",))[0]}))
+            return Answer(200, msgspec.json.encode({"sd_model_checkpoint": (models or ("none",))[0]}))
         if path == "/sdapi/v1/sd-models" and "a1111" in faces and models is not None:
             checkpoints = [{"title": f"{name}.safetensors [abcd]", "model_name": name, "hash": None} for name in models]
-            return _Answer(200, msgspec.json.encode(checkpoints))
+            return Answer(200, msgspec.json.encode(checkpoints))
         if path == "/health":
-            return _Answer(200, b"ok", {"content-type": "text/plain"})
-        return _Answer(404, b'{"detail":"Not Found"}')
+            return Answer(200, b"ok", {"content-type": "text/plain"})
+        return Answer(404, b'{"detail":"Not Found"}')
 
     # what POSTs get
 
-    def _draw(self, exchange: Exchange) -> _Answer:
+    def _draw(self, exchange: Exchange) -> Answer:
         is_openai = exchange.path.endswith("/images/generations")
         if not (is_openai or exchange.path == "/sdapi/v1/txt2img"):
-            return _Answer(404, b'{"detail":"Not Found"}')
+            return Answer(404, b'{"detail":"Not Found"}')
         script = self.script
         last = len(script.sequence) - 1
         step = script.sequence[self._drawn % (last + 1) if script.repeat == "cycle" else min(self._drawn, last)]
@@ -278,15 +123,15 @@ class ScriptedServer:
             return error
         asked = exchange.json
         if step == "not_json":
-            return _Answer(200, b"<html>welcome</html>", {"content-type": "text/html"})
+            return Answer(200, b"<html>welcome</html>", {"content-type": "text/html"})
         if step == "wrong_shape":
-            return _Answer(200, b'{"data": {"b64_json": 5}, "images": "none"}')
+            return Answer(200, b'{"data": {"b64_json": 5}, "images": "none"}')
         if step == "no_pictures":
-            return _Answer(200, b'{"created": 1, "data": []}' if is_openai else b'{"images": [], "info": "{}"}')
+            return Answer(200, b'{"created": 1, "data": []}' if is_openai else b'{"images": [], "info": "{}"}')
         body = self._openai(asked, step) if is_openai else self._a1111(asked, step)
-        return _Answer(200, body, manner=step)
+        return Answer(200, body, manner=step)
 
-    def _error(self, step: str) -> _Answer | None:
+    def _error(self, step: str) -> Answer | None:
         """The error replies, as real servers word them."""
         script = self.script
         plain = {"content-type": "text/plain"}
@@ -312,14 +157,14 @@ class ScriptedServer:
         }
         if step in bodies:
             status, body = bodies[step]
-            return _Answer(status, msgspec.json.encode(body))
+            return Answer(status, msgspec.json.encode(body))
         if step == "refuse_text":
-            return _Answer(400, b"prompt required", plain)
+            return Answer(400, b"prompt required", plain)
         if step == "html":
             page = b"<html><head><title>502 Bad Gateway</title></head><body><h1>nginx</h1></body></html>"
-            return _Answer(502, page, {"content-type": "text/html"})
+            return Answer(502, page, {"content-type": "text/html"})
         if step == "redirect":
-            return _Answer(307, b"", {"location": "https://elsewhere.example/v1?token=secret"})
+            return Answer(307, b"", {"location": "https://elsewhere.example/v1?token=secret"})
         if step.startswith("busy"):
             waits = {
                 "busy": {"retry-after": script.retry_after},
@@ -329,10 +174,10 @@ class ScriptedServer:
                     "date": "Mon, 02 Mar 2026 10:00:00 GMT",
                 },
             }
-            return _Answer(503, msgspec.json.encode(_openai_error("overloaded", None)), waits[step])
+            return Answer(503, msgspec.json.encode(_openai_error("overloaded", None)), waits[step])
         if step.isdecimal():
             headers = {"location": "/elsewhere"} if step.startswith("3") else {}
-            return _Answer(
+            return Answer(
                 int(step), msgspec.json.encode(_openai_error(f"scripted {step} {script.echo}".strip(), None)), headers
             )
         return None
@@ -383,17 +228,6 @@ class ScriptedServer:
         if step == "spaced":
             return msgspec.json.format(document, indent=2)
         return document.replace(b"/", b"\\/") if step == "escaped" else document
-
-
-async def _until_the_client_leaves(reader: asyncio.StreamReader, ahead: bytearray) -> None:
-    """Return when the connection ends.
-
-    A client that has the last byte of its answer before we know that it was sent may ask again at once: the first byte of
-    that goes into `ahead`, for the next request. Nobody watches then whether the client leaves, for the moment that is left.
-    """
-    if byte := await reader.read(1):
-        ahead += byte
-        await asyncio.get_running_loop().create_future()
 
 
 def _openai_error(message: str, code: str | None, param: str | None = None) -> dict[str, Any]:
