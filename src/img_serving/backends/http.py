@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import html
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -33,6 +34,8 @@ MAX_CHECK_BYTES: Final = 4 * 1024 * 1024
 """Model lists and option dictionaries are far smaller."""
 
 PROBE_TIMEOUT_SECONDS: Final = 10.0
+NO_HURRY_SECONDS: Final = 86_400.0
+"""For requests that somebody else bounds (see `patience`)."""
 
 MESSAGE_LIMIT: Final = 300
 BUSY_SECONDS: Final = 1.0
@@ -212,6 +215,23 @@ def unhealthy(reply: UpstreamReply, path: str) -> HealthReport:
         return HealthReport(healthy=False, detail=f"{path}: the credentials were refused (HTTP {reply.status})")
     hint = "; it redirects: configure the address that it points to" if 300 <= reply.status < 400 else ""
     return HealthReport(healthy=False, detail=f"{path} answered HTTP {reply.status}{hint}")
+
+
+@asynccontextmanager
+async def patience(seconds: float) -> AsyncIterator[Callable[[], None]]:
+    """Ends a call that has been silent for `seconds`; what is given is to be called at every sign of life.
+
+    For engines that tell how far they are: requests inside pass `NO_HURRY_SECONDS`, for a long drawing is not a silent one.
+
+    Raises:
+        AttemptError: `UNKNOWN`: nothing was heard for too long.
+    """
+    clock = asyncio.get_running_loop().time
+    try:
+        async with asyncio.timeout(seconds) as silence:
+            yield lambda: silence.reschedule(clock() + seconds)
+    except TimeoutError:
+        raise AttemptError(Outcome.UNKNOWN, f"no answer and no progress within {seconds:g} s") from None
 
 
 class DetectingBackend:
