@@ -36,18 +36,59 @@ def transparent_where_painted(mask: bytes) -> bytes:
     return _png(Image.merge("RGBA", (keep, keep, keep, keep)))
 
 
+def mask_in(picture: bytes) -> bytes:
+    """The mask of an edit that was given none, by OpenAI's rule: transparent where the picture is, else everywhere.
+
+    Raises:
+        ValueError: it is not a picture, or over `MAX_PIXELS`.
+    """
+    from PIL import Image
+
+    opened = _opened(picture)
+    if not _has_alpha(opened):
+        return _png(Image.new("RGBA", opened.size, (0, 0, 0, 0)))
+    return transparent_where_painted(picture)
+
+
+def with_transparency(picture: bytes, mask: bytes) -> bytes:
+    """An RGBA PNG of the picture, transparent where the mask lets the edit paint; a mask of another size is stretched.
+
+    Raises:
+        ValueError: one of the two is not a picture, or over `MAX_PIXELS`.
+    """
+    from PIL import ImageChops
+
+    merged = _opened(picture).convert("RGB").convert("RGBA")
+    keep = ImageChops.invert(_area(mask))
+    merged.putalpha(keep if keep.size == merged.size else keep.resize(merged.size))
+    return _png(merged)
+
+
 def _area(mask: bytes) -> Image.Image:
     """Where to paint, as an 8-bit grey picture: 255 is "wholly"."""
-    from PIL import Image, ImageChops
+    from PIL import ImageChops
+
+    picture = _opened(mask)
+    if _has_alpha(picture):
+        return ImageChops.invert(picture.convert("RGBA").getchannel("A"))
+    return picture.convert("L")
+
+
+def _has_alpha(picture: Image.Image) -> bool:
+    return picture.mode in {"RGBA", "LA", "PA"} or "transparency" in picture.info
+
+
+def _opened(data: bytes) -> Image.Image:
+    """The picture, decoded. Raises ValueError."""
+    from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(mask)) as picture:
+        with Image.open(io.BytesIO(data)) as picture:
             width, height = picture.size
             if width * height > MAX_PIXELS:
                 raise ValueError(f"a mask of {width}x{height} is over {MAX_PIXELS} pixels and is not decoded")
-            if picture.mode in {"RGBA", "LA", "PA"} or "transparency" in picture.info:
-                return ImageChops.invert(picture.convert("RGBA").getchannel("A"))
-            return picture.convert("L")
+            picture.load()
+            return picture
     except ValueError:
         raise
     except Exception as error:
