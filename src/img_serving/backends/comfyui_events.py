@@ -19,9 +19,8 @@ MAX_FRAME_BYTES: Final = 32 * 1024 * 1024
 _PREVIEW, _PREVIEW_WITH_METADATA = 1, 4
 _WORD: Final = Struct(">I")
 _ENDS: Final = frozenset({"execution_success", "execution_error", "execution_interrupted"})
-_STARTS: Final = frozenset(
-    {"execution_start", "execution_cached", "executing", "executed", "progress", "progress_state"}
-)
+_TOLD: Final = frozenset({"execution_start", "executing", "progress"})
+"""Events worth a report. `progress_state` says the same as `progress`, with all nodes each time."""
 
 
 class _Data(msgspec.Struct, frozen=True):
