@@ -24,6 +24,7 @@ from img_serving.api.server import Server, listen
 from img_serving.api.services import Services
 from img_serving.backends.a1111 import A1111Backend
 from img_serving.backends.builtin import BuiltinBackend
+from img_serving.backends.comfyui import ComfyUIBackend
 from img_serving.backends.http import DetectingBackend
 from img_serving.backends.openai import OpenAIBackend
 from img_serving.backends.scripted import ScriptedBackend
@@ -222,6 +223,19 @@ def make_adapter(config: BackendConfig, endpoint: EndpointConfig) -> Backend:
     )
     if config.protocol == "a1111":
         return a1111
+    if config.protocol == "comfyui":
+        return ComfyUIBackend(
+            transport,
+            websocket_url=f"ws{endpoint.url.removeprefix('http')}/ws",
+            ssl_context=tls,
+            headers=headers,
+            api_key=config.api_key,
+            username=config.username,
+            password=config.password,
+            options=config.options(),
+            health_check_path=config.health_check_path,
+            shared=config.shared,
+        )
     return DetectingBackend(openai, a1111, transport, headers=(*headers, *basic, *bearer))
 
 

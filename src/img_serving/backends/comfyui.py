@@ -123,9 +123,14 @@ class _Run:
     may_be_there: bool = False
     """The server has the prompt, or may have it, and is not done with it."""
 
-    def heard(self, news: News) -> None:
-        """Over: look."""
-        if news.is_over:
+    def heard(self, news: News | None) -> None:
+        """Over: look. And a server that has nothing to do has not got our prompt any more."""
+        if news is not None:
+            if news.is_over:
+                self.hint.set()
+        elif self.may_be_there and self.watch.is_idle:
+            self.watch.is_idle = False
+            self.is_suspect = True
             self.hint.set()
 
     def connected(self, there: bool) -> None:
@@ -578,7 +583,7 @@ class ComfyUIBackend:
             news = run.watch.take(frame)
             if news is not None:
                 tell(news)
-                run.heard(news)
+            run.heard(news)
 
         try:
             listening = self._socket.listen(run.client_id, on_frame, run.connected) if self._socket else None
@@ -778,27 +783,37 @@ class ComfyUIBackend:
         raise AssertionError("the last try returns or raises")  # pragma: no cover
 
     async def _stop(self, run: _Run) -> None:
-        """Stop the work on one prompt at the server: ours, and nobody else's. Never raises, and takes `pace.stop` at most."""
+        """Stop the work on one prompt at the server: ours, and nobody else's. Never raises, and takes `pace.stop` at most.
+
+        A server forgets an interrupt that comes just before a prompt starts. So one that has not been seen to start is
+        stopped again until it is gone.
+        """
         try:
             async with asyncio.timeout(self._pace.stop):
-                if self._cancels_jobs is not False:
-                    reply = await self._tell(f"/api/jobs/{run.prompt_id}/cancel", {})
-                    self._cancels_jobs = reply.status not in {404, 405}
-                    if 200 <= reply.status < 300:
-                        return
-                await self._tell(QUEUE_PATH, {"delete": [run.prompt_id]})
-                before = run.prompt_id
-                queued = await self._queued(run)
-                if queued is not None and queued.prompt_id != before:
-                    # it has another id than we gave it
-                    await self._tell(QUEUE_PATH, {"delete": [queued.prompt_id]})
-                    queued = await self._queued(run)
-                if queued is not None and queued.is_running and await self._may_interrupt():
-                    await self._tell("/interrupt", {"prompt_id": queued.prompt_id})
+                pause = self._pace.over_poll
+                while await self._stop_once(run) and not run.watch.has_started:
+                    await asyncio.sleep(pause)
+                    pause *= 2
         except (AttemptError, _Silence, TimeoutError) as error:
-            log.warning(
-                "a prompt that nobody wants any more could not be stopped at the server (%s)", type(error).__name__
-            )
+            log.warning("a prompt that nobody wants any more was not stopped at the server (%s)", type(error).__name__)
+
+    async def _stop_once(self, run: _Run) -> bool:
+        """Ask for it. Returns whether there was something to stop, which may be there still."""
+        if self._cancels_jobs is not False:
+            reply = await self._tell(f"/api/jobs/{run.prompt_id}/cancel", {})
+            self._cancels_jobs = reply.status not in {404, 405}
+            if 200 <= reply.status < 300:
+                return not replies.is_nothing_to_cancel(reply.body)
+        await self._tell(QUEUE_PATH, {"delete": [run.prompt_id]})
+        queued = await self._queued(run)
+        if queued is None:
+            return False
+        if not queued.is_running:
+            return True  # it has another id than we gave it, and now we know that
+        if not await self._may_interrupt():
+            return False
+        await self._tell("/interrupt", {"prompt_id": queued.prompt_id})
+        return True
 
     async def _may_interrupt(self) -> bool:
         """Old servers stop whatever runs, which by now may be somebody else's: harmless only where there is nobody else."""

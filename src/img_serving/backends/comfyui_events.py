@@ -32,6 +32,18 @@ class _Data(msgspec.Struct, frozen=True):
     max: float | None = None
 
 
+class _ExecInfo(msgspec.Struct, frozen=True):
+    queue_remaining: int
+
+
+class _QueueStatus(msgspec.Struct, frozen=True):
+    exec_info: _ExecInfo
+
+
+class _Status(msgspec.Struct, frozen=True):
+    status: _QueueStatus
+
+
 class _Event(msgspec.Struct, frozen=True):
     type: str
     data: msgspec.Raw = msgspec.Raw(b"{}")
@@ -42,6 +54,7 @@ class _Metadata(msgspec.Struct, frozen=True):
 
 
 _EVENT = msgspec.json.Decoder(_Event)
+_STATUS = msgspec.json.Decoder(_Status)
 _DATA = msgspec.json.Decoder(_Data)
 _METADATA = msgspec.json.Decoder(_Metadata)
 
@@ -69,7 +82,10 @@ class Watch:
         """`expected` names the nodes that draw and the steps of each; `previews`: unfinished pictures are wanted."""
         self.prompt_id = prompt_id
         self.is_running = False
+        self.has_started = False
         self.is_over = False
+        self.is_idle = False
+        """The server last said that it has nothing to do, which is no news of ours."""
         self._previews = previews
         self._totals = dict(expected)
         self._counts_all = not expected
@@ -86,6 +102,9 @@ class Watch:
             return self._binary(frame)
         try:
             event = _EVENT.decode(frame)
+            if event.type == "status":
+                self.is_idle = not _STATUS.decode(event.data).status.exec_info.queue_remaining
+                return None
             data = _DATA.decode(event.data) if event.type in _ENDS or event.type in _TOLD else None
         except (ValueError, RecursionError):
             return None
@@ -100,7 +119,7 @@ class Watch:
         if event.type in _ENDS or (event.type == "executing" and data.node is None):
             self.is_running, self.is_over = False, True
             return self._news(is_over=True)
-        self.is_running = True
+        self.is_running = self.has_started = True
         return self._progress(data) if event.type == "progress" else self._news()
 
     def _progress(self, data: _Data) -> News:

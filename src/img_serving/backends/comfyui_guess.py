@@ -23,8 +23,11 @@ _SIZED_MODELS: Final = frozenset({"ModelSamplingFlux", "Flux2Scheduler"})
 """Nodes that want to know the size too."""
 
 
-def guess(graph: Graph, output: str) -> dict[str, tuple[Slot, ...]]:
-    """The slots of every parameter that can be told from the links above `output`; a parameter may be missing."""
+def guess(graph: Graph, output: str, images: tuple[Slot, ...] | None = None) -> dict[str, tuple[Slot, ...]]:
+    """The slots of every parameter that can be told from the links above `output`; a parameter may be missing.
+
+    `images` are the slots of the pictures, where somebody named them.
+    """
     above = ancestors(graph, output)
     samplers = [node for node in above if is_sampler(graph, node)]
     found: dict[str, list[Slot]] = {}
@@ -42,6 +45,8 @@ def guess(graph: Graph, output: str) -> dict[str, tuple[Slot, ...]]:
     sizes, pictures = _latents(graph, samplers, above)
     for side in ("width", "height"):
         found[side] = [slot for node in sizes for slot in _literal(graph, node, side)]
+    if images is not None:
+        pictures = list(images)
     found["image"] = pictures
     found["mask"] = _masks(graph, above, pictures)
     found["strength"] = _find(graph, samplers[-1], ("denoise",), _SIGMAS) if samplers and pictures else []

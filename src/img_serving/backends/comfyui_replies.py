@@ -168,6 +168,15 @@ def find_queued(body: bytes | bytearray, prompt_id: str, client_id: str) -> Queu
     return None
 
 
+def is_nothing_to_cancel(body: bytes | bytearray) -> bool:
+    """Whether the reply to a job's cancellation says that there is no such job, or that it is over."""
+    try:
+        document = msgspec.json.decode(body)
+    except (ValueError, RecursionError):
+        return True
+    return not (isinstance(document, dict) and document.get("cancelled") is True)
+
+
 def read_choices(body: bytes | bytearray, node: str, name: str) -> tuple[str, ...] | None:
     """What may be chosen for an input, from `/object_info/<node>`; both shapes of a choice are known. None: it does not say."""
     try:

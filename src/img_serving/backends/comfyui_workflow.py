@@ -329,7 +329,7 @@ def _template(place: _Place, graph: Graph, inputs: Mapping[str, Any], output: st
         if told is not None:
             targets = [told] if isinstance(told, str) else told
             slots[name] = tuple(_slot(place, graph, name, target) for target in targets)
-    guessed = {name: found for name, found in guess(graph, output).items() if name not in slots}
+    guessed = {name: found for name, found in guess(graph, output, slots.get("image")).items() if name not in slots}
     slots |= guessed
     if not slots.get("prompt"):
         raise place.error(
