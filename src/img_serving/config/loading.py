@@ -33,7 +33,6 @@ NOT_YET: Final[Mapping[str, str]] = {
     "webhooks.max_age_hours": _NO_WEBHOOKS,
     "webhooks.allow_private_addresses": _NO_WEBHOOKS,
     "backends[].cut_through": "a picture is passed on when it is complete",
-    "backends[].shared": "an engine is taken to be ours alone",
 }
 """Keys that the interface fixes and this version does not act on, with what happens instead."""
 
