@@ -21,7 +21,7 @@ _INLINE_MODELS = re.compile(r"(chatgpt-image|gpt-image)")
 
 MAX_GUIDANCE = 100.0
 MAX_NAME_CHARS = 256
-"""Of a model or a backend: names are remembered, so they must not be megabytes."""
+"""Of a model, a backend or a sampler: names are remembered, so they must not be megabytes."""
 
 _T = TypeVar("_T")
 
@@ -68,8 +68,14 @@ class GenerationBody(msgspec.Struct, kw_only=True, gc=False):
     ] = None
     width: Annotated[Annotated[int, Meta(ge=1, le=65535)] | None, Meta(description="Pixels; goes with height.")] = None
     height: Annotated[Annotated[int, Meta(ge=1, le=65535)] | None, Meta(description="Pixels; goes with width.")] = None
-    sampler: str | None = None
-    scheduler: str | None = None
+    sampler: Annotated[
+        Annotated[str, Meta(max_length=MAX_NAME_CHARS)] | None,
+        Meta(description="A sampler of the backend, however spelled; one that it does not have is refused."),
+    ] = None
+    scheduler: Annotated[
+        Annotated[str, Meta(max_length=MAX_NAME_CHARS)] | None,
+        Meta(description="A noise schedule of the backend (karras, exponential …)."),
+    ] = None
     clip_skip: Annotated[int, Meta(ge=1, le=12)] | None = None
     backend: Annotated[
         Annotated[str, Meta(max_length=MAX_NAME_CHARS)] | None, Meta(description="Use this backend and no other.")
@@ -84,8 +90,8 @@ class GenerationBody(msgspec.Struct, kw_only=True, gc=False):
     cfg_scale: float | None = None
     cfg: float | None = None
     guidance: float | None = None
-    sampler_name: str | None = None
-    sample_method: str | None = None
+    sampler_name: Annotated[str, Meta(max_length=MAX_NAME_CHARS)] | None = None
+    sample_method: Annotated[str, Meta(max_length=MAX_NAME_CHARS)] | None = None
 
 
 KNOWN_FIELDS = frozenset(GenerationBody.__struct_fields__)
