@@ -106,7 +106,7 @@ class DetectingBackend:
         found = self._found
         if found is None:
             return report
-        return replace(report, found=f"{report.found or found.protocol}: {found.because}")
+        return replace(report, found=f"{report.found or found.protocol}; {found.because}")
 
     async def close(self) -> None:
         """Close every adapter."""
