@@ -797,7 +797,7 @@ class TestNotes:
 
     def test_every_key_that_does_nothing_yet_is_said_when_it_is_set(self, from_text):
         notes = [note for note in from_text(self.ONE_OF_EACH).notes if "does not act on it yet" in note]
-        assert len(notes) == len(NOT_YET) == 10
+        assert len(notes) == len(NOT_YET) == 9
         assert all("this version does not act on it yet" in note and "settings.toml" in note for note in notes)
         assert any(note.startswith("backends[0].cut_through is set") for note in notes)
         assert not any("hunter2" in note for note in notes)

@@ -756,7 +756,7 @@ def test_the_built_in_backend_is_the_last_resort() -> None:
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("path", ["/v1/images/edits", "/v1/images/variations", "/images/edits"])
+@pytest.mark.parametrize("path", ["/v1/images/variations", "/images/variations"])
 def test_what_is_not_served_yet_says_so(path: str) -> None:
     async def main() -> None:
         async with running(ONE) as gateway:

@@ -23,7 +23,6 @@ MOST_BYTES: Final = 16 * 2**20
 _NO_WEBHOOKS: Final = "webhooks are not sent"
 
 NOT_YET: Final[Mapping[str, str]] = {
-    "server.max_upload_bytes": "nothing is uploaded",
     "server.keepalive_after_seconds": "waiting replies are not kept open with blanks",
     "storage.signed_urls": "URLs carry no signature",
     "jobs.disconnect_grace_seconds": "work is cancelled at once",
