@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import struct
+import zlib
 from typing import Any, Literal
 
 import msgspec
@@ -47,6 +49,7 @@ class FakeA1111(ScriptedServer):
         self.basic = basic
         self.absent = absent
         self.liar = liar
+        self.writes_notes = False
         self.checkpoints = dict(CHECKPOINTS)
         self.loaded = "tiny-a"
         self.loads: list[str] = []
@@ -236,8 +239,18 @@ class FakeA1111(ScriptedServer):
             info |= {"sd_model_name": drew, "sampler_name": asked["sampler_name"]}
             info["extra_generation_params"] = {"Schedule type": SCHEDULERS[asked["scheduler"]]}
         document["info"] = json.dumps(info)
+        if self.writes_notes:
+            document["images"] = [self._with_note(text, asked) for text in document["images"]]
         text = json.dumps(document)
         return text.replace("/", "\\/").encode() if step == "escaped" else text.encode()
+
+    @staticmethod
+    def _with_note(text: str, asked: dict[str, Any]) -> str:
+        """The picture with what it was drawn from in a text chunk, as the real ones write it."""
+        png = pybase64.b64decode(text)
+        note = b"parameters\0" + f"{asked['prompt']}\nSteps: {asked['steps']}, Seed: {asked['seed']}".encode()
+        chunk = struct.pack(">I", len(note)) + b"tEXt" + note + struct.pack(">I", zlib.crc32(b"tEXt" + note))
+        return pybase64.b64encode(png[:33] + chunk + png[33:]).decode()
 
     def _begin(self, steps: int) -> None:
         self.state.update(
