@@ -6,7 +6,7 @@ import asyncio
 import logging
 import unicodedata
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import pybase64
 import pytest
@@ -67,7 +67,7 @@ def test_a_name_that_no_engine_knows_is_refused_with_the_reason_of_each() -> Non
             assert (reply.status, reply.error["param"]) == (400, "sampler")
             assert "forge: it has no sampler 'dpm++ 3m' (the nearest it has: DPM++ 2M" in reply.error["message"]
             assert "small: it has no sampler" in reply.error["message"]
-            assert not (forge.posts or small.posts)
+            assert forge.posts == small.posts == []
 
     asyncio.run(main())
 
@@ -169,7 +169,7 @@ def test_a_picture_that_somebody_interrupted_at_the_engine_comes_from_another_on
 
 
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
-def test_korean_words_arrive_as_they_were_written(form: str) -> None:
+def test_korean_words_arrive_as_they_were_written(form: Literal["NFC", "NFD"]) -> None:
     words = unicodedata.normalize(form, "눈 내리는 한옥 마을")
 
     async def main() -> None:
