@@ -497,7 +497,7 @@ class TestBackends:
     def test_a_protocol_that_is_not_built_yet_says_so_and_lists_those_that_are(self, protocol):
         found = backend_problems(protocol=protocol)
         assert "does not speak it yet" in found["protocol"]
-        assert "a1111, builtin, http, openai, scripted" in found["protocol"]
+        assert "a1111, builtin, comfyui, http, openai, scripted" in found["protocol"]
 
     def test_grpc_addresses_have_schemes_of_their_own(self):
         for url in ("grpc://a:1", "grpcs://a:1", "http://a:1"):
@@ -793,14 +793,13 @@ class TestNotes:
     protocol = "builtin"
     max_wait_ms = 1
     cut_through = true
-    shared = true
     """
 
     def test_every_key_that_does_nothing_yet_is_said_when_it_is_set(self, from_text):
         notes = [note for note in from_text(self.ONE_OF_EACH).notes if "does not act on it yet" in note]
-        assert len(notes) == len(NOT_YET) == 11
+        assert len(notes) == len(NOT_YET) == 9
         assert all("this version does not act on it yet" in note and "settings.toml" in note for note in notes)
-        assert any(note.startswith("backends[0].shared is set") for note in notes)
+        assert any(note.startswith("backends[0].cut_through is set") for note in notes)
         assert not any("hunter2" in note for note in notes)
 
     def test_from_the_environment_the_variable_is_named(self):

@@ -22,10 +22,10 @@ from img_serving.api.app import App
 from img_serving.api.origin import Origin
 from img_serving.api.server import Server, listen
 from img_serving.api.services import Services
-from img_serving.backends.a1111 import A1111Backend
+from img_serving.backends.a1111 import DEFAULT_BATCH, A1111Backend
 from img_serving.backends.builtin import BuiltinBackend
 from img_serving.backends.comfyui import ComfyUIBackend
-from img_serving.backends.http import DetectingBackend
+from img_serving.backends.detection import DetectingBackend
 from img_serving.backends.openai import OpenAIBackend
 from img_serving.backends.scripted import ScriptedBackend
 from img_serving.config import BackendConfig, Config, EndpointConfig
@@ -48,6 +48,7 @@ from img_serving.telemetry.logs import RequestLog, choose_format, set_up
 from img_serving.telemetry.metrics import Metrics
 from img_serving.transport.fetch import FetchFailed, SafeFetcher
 from img_serving.transport.http import HttpTransport, make_ssl_context
+from img_serving.transport.proxy import proxy_from_environment
 
 log = logging.getLogger("img_serving")
 
@@ -195,12 +196,22 @@ def make_adapter(config: BackendConfig, endpoint: EndpointConfig) -> Backend:
         return ScriptedBackend(config.options())
     tls = make_ssl_context(config.ca_file, config.tls_verify) if endpoint.url.startswith("https:") else None
     # as many connections are kept as calls may be in flight: a burst must not end in a storm of reconnecting
-    transport = HttpTransport(endpoint.url, ssl_context=tls, max_idle=max(64, endpoint.max_concurrency or 0))
+    transport = HttpTransport(
+        endpoint.url,
+        ssl_context=tls,
+        max_idle=max(64, endpoint.max_concurrency or 0),
+        proxy=proxy_from_environment(endpoint.url),
+    )
     headers = tuple(config.headers.items())
     basic = (_basic(config.username, config.password or ""),) if config.username is not None else ()
     bearer = (("Authorization", f"Bearer {config.api_key}"),) if config.api_key is not None else ()
     try:
-        fetch = SafeFetcher(trusted_url=endpoint.url, headers=(*headers, *basic, *bearer), ssl_context=tls)
+        fetch = SafeFetcher(
+            trusted_url=endpoint.url,
+            headers=(*headers, *basic, *bearer),
+            ssl_context=tls,
+            proxy_of=proxy_from_environment,
+        )
     except FetchFailed as error:
         raise ValueError(f"endpoints: {error.message}") from None
     openai = OpenAIBackend(
@@ -219,24 +230,30 @@ def make_adapter(config: BackendConfig, endpoint: EndpointConfig) -> Backend:
         password=config.password,
         headers=(*headers, *bearer),
         health_check_path=config.health_check_path,
-        max_batch_size=config.max_batch_size or 4,
+        max_batch_size=config.max_batch_size or DEFAULT_BATCH,
+        slots=endpoint.max_concurrency or 1,
+        shared=config.shared,
+        options=config.options() if config.protocol == "a1111" else None,
     )
     if config.protocol == "a1111":
         return a1111
+    comfyui = ComfyUIBackend(
+        transport,
+        websocket_url=f"ws{endpoint.url.removeprefix('http')}/ws",
+        proxy=proxy_from_environment(endpoint.url),
+        ssl_context=tls,
+        headers=headers,
+        api_key=config.api_key,
+        username=config.username,
+        password=config.password,
+        options=config.options() if config.protocol == "comfyui" else None,
+        health_check_path=config.health_check_path,
+        shared=config.shared,
+    )
     if config.protocol == "comfyui":
-        return ComfyUIBackend(
-            transport,
-            websocket_url=f"ws{endpoint.url.removeprefix('http')}/ws",
-            ssl_context=tls,
-            headers=headers,
-            api_key=config.api_key,
-            username=config.username,
-            password=config.password,
-            options=config.options(),
-            health_check_path=config.health_check_path,
-            shared=config.shared,
-        )
-    return DetectingBackend(openai, a1111, transport, headers=(*headers, *basic, *bearer))
+        return comfyui
+    adapters: dict[str, Backend] = {"openai": openai, "a1111": a1111, "comfyui": comfyui}
+    return DetectingBackend(adapters, transport, headers=(*headers, *basic, *bearer))
 
 
 def _basic(username: str, password: str) -> tuple[str, str]:

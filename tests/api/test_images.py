@@ -368,6 +368,10 @@ def test_another_size_than_asked_for_is_delivered_told_and_counted() -> None:
             reply = await gateway.client.draw(size="64x64")
             assert reply.status == 200
             assert reply.json()["size"] == "32x32"
+            assert reply.headers["x-img-serving-ignored"] == "size"
+            strict = await gateway.client.draw(size="64x64", strict=True)
+            assert (strict.status, strict.error["param"]) == (400, "size")
+            assert "one could not honour size" in strict.error["message"]
             metrics = (await gateway.nobody.get("/metrics")).body.decode()
             assert 'img_serving_wrong_size_total{backend="one"} 1' in metrics
 
@@ -752,7 +756,7 @@ def test_the_built_in_backend_is_the_last_resort() -> None:
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("path", ["/v1/images/edits", "/v1/images/variations", "/images/edits"])
+@pytest.mark.parametrize("path", ["/v1/images/variations", "/images/variations"])
 def test_what_is_not_served_yet_says_so(path: str) -> None:
     async def main() -> None:
         async with running(ONE) as gateway:

@@ -9,7 +9,8 @@ import pybase64
 import pytest
 from msgspec.structs import replace
 
-from img_serving.backends.a1111 import A1111Backend, request_body
+from img_serving.backends.a1111 import A1111Backend
+from img_serving.backends.a1111_wire import request_body
 from img_serving.backends.scripted import picture
 from img_serving.backends.scripted_server import ScriptedServer
 from img_serving.domain.errors import AttemptError, BackendRefusal, Outcome
@@ -55,7 +56,7 @@ def draw(backend: A1111Backend, call: Call):
 
 
 def test_what_the_client_did_not_say_is_left_to_the_server():
-    assert request_body(call_of(7, 8)) == {
+    assert request_body(call_of(7, 8), (64, 48)) == {
         "prompt": "a fox", "negative_prompt": "", "seed": 7, "width": 64, "height": 48, "batch_size": 2, "n_iter": 1,
         "send_images": True, "save_images": False,
     }  # fmt: skip
@@ -72,10 +73,17 @@ def test_every_parameter_that_is_honoured_arrives_under_this_protocols_name():
         clip_skip=2,
         model="sd",
     )
-    body = request_body(call)
+    body = request_body(call, (64, 48), sampler="Euler a", schedule="karras")
     assert {"negative_prompt": "blur", "steps": 12, "cfg_scale": 4.5, "sampler_name": "Euler a"}.items() <= body.items()
     assert body["scheduler"] == "karras"
-    assert body["override_settings"] == {"sd_model_checkpoint": "sd", "CLIP_stop_at_last_layers": 2}
+    assert body["override_settings"] == {"CLIP_stop_at_last_layers": 2}
+    assert body["override_settings_restore_afterwards"]  # or the next call would be drawn with it too
+
+
+def test_a_model_that_was_loaded_for_a_call_stays_for_the_next():
+    body = request_body(call_of(7), (64, 48), checkpoint="sd")
+    assert body["override_settings"] == {"sd_model_checkpoint": "sd"}
+    assert body["override_settings_restore_afterwards"] is False
 
 
 def test_seeds_are_those_that_the_server_tells():
@@ -158,6 +166,7 @@ def test_the_password_travels_as_basic():
     transport = OneReply(answer([b64(7)], "{}"))
     backend = A1111Backend(transport, username="me", password="pw:é")
     draw(backend, call_of(7))
+    assert len({headers["Authorization"] for headers in transport.headers}) == 1
     scheme, _, token = transport.headers[0]["Authorization"].partition(" ")
     assert (scheme, pybase64.b64decode(token).decode()) == ("Basic", "me:pw:é")
     assert "pw:é" not in repr(backend)

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 
 import msgspec
 import pytest
+from tests.support.fake_a1111 import FakeA1111, Flavour
 
 from img_serving.backends.a1111 import A1111Backend
 from img_serving.backends.builtin import BuiltinBackend
-from img_serving.backends.http import DetectingBackend
+from img_serving.backends.detection import DetectingBackend
 from img_serving.backends.openai import OpenAIBackend
 from img_serving.backends.scripted import ScriptedBackend, picture
 from img_serving.backends.scripted_server import ScriptedServer
@@ -119,12 +120,33 @@ def detecting_rig(step: str) -> AbstractAsyncContextManager[Rig]:
     return over_http(
         step,
         lambda transport: DetectingBackend(
-            OpenAIBackend(transport, api_key=KEY, headers=HEADERS),
-            A1111Backend(transport, username="me", password=PASSWORD, headers=HEADERS),
+            {
+                "openai": OpenAIBackend(transport, api_key=KEY, headers=HEADERS),
+                "a1111": A1111Backend(transport, username="me", password=PASSWORD, headers=HEADERS),
+            },
             transport,
             headers=HEADERS,
         ),
     )
+
+
+@asynccontextmanager
+async def a1111_at(flavour: Flavour, step: str) -> AsyncIterator[Rig]:
+    """The adapter to a server that behaves as the real program was seen to, its last step spoiled."""
+    async with FakeA1111({"sequence": [step]}, flavour=flavour) as server:
+        backend = A1111Backend(HttpTransport(server.url), username="me", password=PASSWORD, headers=HEADERS)
+        try:
+            yield Rig(backend, server)
+        finally:
+            await backend.close()
+
+
+def forge_rig(step: str) -> AbstractAsyncContextManager[Rig]:
+    return a1111_at("forge", step)
+
+
+def sdcpp_rig(step: str) -> AbstractAsyncContextManager[Rig]:
+    return a1111_at("sdcpp", step)
 
 
 @asynccontextmanager
@@ -145,12 +167,18 @@ async def scripted_rig(step: str) -> AsyncIterator[Rig]:
 RIGS = {
     "openai": openai_rig,
     "a1111": a1111_rig,
+    "forge": forge_rig,
+    "sdcpp": sdcpp_rig,
     "http": detecting_rig,
     "builtin": builtin_rig,
     "scripted": scripted_rig,
 }
 EVERY = pytest.mark.parametrize("rig_of", RIGS.values(), ids=RIGS.keys())
-OVER_HTTP = pytest.mark.parametrize("rig_of", [openai_rig, a1111_rig, detecting_rig], ids=["openai", "a1111", "http"])
+OVER_HTTP = pytest.mark.parametrize(
+    "rig_of",
+    [openai_rig, a1111_rig, forge_rig, sdcpp_rig, detecting_rig],
+    ids=["openai", "a1111", "forge", "sdcpp", "http"],
+)
 
 
 def call_of(*seeds: int, prompt: str = "a quiet harbour", timeout_seconds: float = 5.0, **request) -> Call:
@@ -159,7 +187,7 @@ def call_of(*seeds: int, prompt: str = "a quiet harbour", timeout_seconds: float
         request=ImageRequest(prompt, **request),
         model=None,
         width=64,
-        height=48,
+        height=64,
         items=tuple(Item(prompt, request.get("negative_prompt"), seed) for seed in seeds),
         timeout_seconds=timeout_seconds,
         request_id="req-1",
@@ -191,7 +219,7 @@ def test_each_item_gets_one_picture_in_order(rig_of):
         raw_bytes(one) for one in run(rig_of("ok"), lambda rig: draw(rig, call_of(7, 8)))
     ]
     assert len({raw_bytes(one) for one in artifacts}) == 2
-    assert {(one.media_type, one.width, one.height) for one in artifacts} == {("image/png", 64, 48)}
+    assert {(one.media_type, one.width, one.height) for one in artifacts} == {("image/png", 64, 64)}
 
 
 @EVERY
@@ -199,7 +227,7 @@ def test_a_given_seed_is_drawn_and_told(rig_of):
     call = call_of(7, seed_given=True, given=frozenset({"seed"}))
     (artifact,) = run(rig_of("ok"), lambda rig: draw(rig, call))
     assert artifact.seed == 7
-    assert raw_bytes(artifact) == picture("a quiet harbour", 7, 64, 48)
+    assert raw_bytes(artifact) == picture("a quiet harbour", 7, 64, 64)
 
 
 @EVERY
@@ -254,7 +282,7 @@ def test_capabilities_are_known_before_anything_runs(rig_of):
     assert capabilities.honours <= PARAMETERS
     assert {"seed", "size", "negative_prompt"} <= capabilities.honours
     assert capabilities.max_batch_size >= 1
-    assert RIGS[protocol] is rig_of
+    assert RIGS[protocol] is rig_of or rig_of in {forge_rig, sdcpp_rig}
 
 
 @EVERY
@@ -335,13 +363,13 @@ def test_a_busy_endpoint_says_for_how_long(rig_of, step, seconds):
 def test_an_odd_but_good_reply_is_good(rig_of, step):
     call = call_of(7, seed_given=True, given=frozenset({"seed"}))
     (artifact,) = run(rig_of(step), lambda rig: draw(rig, call))
-    assert raw_bytes(artifact).startswith(picture("a quiet harbour", 7, 64, 48))
+    assert raw_bytes(artifact).startswith(picture("a quiet harbour", 7, 64, 64))
 
 
 @OVER_HTTP
 def test_a_picture_of_another_size_is_delivered_as_what_it_is(rig_of):
     (artifact,) = run(rig_of("wrong_size"), lambda rig: draw(rig, call_of(7)))
-    assert (artifact.width, artifact.height) == (32, 24)
+    assert (artifact.width, artifact.height) == (32, 32)
 
 
 @OVER_HTTP

@@ -8,9 +8,10 @@ import pytest
 
 from img_serving.domain.capabilities import Capabilities, SizeRule
 from img_serving.domain.errors import Forbidden, InvalidRequest, NotFound, NoUsableBackend
-from img_serving.domain.images import ImageRequest
+from img_serving.domain.images import ImageRequest, InputImage
 from img_serving.domain.jobs import Target
 from img_serving.domain.tenants import ANONYMOUS, Tenant
+from img_serving.domain.vocabulary import Vocabulary
 from img_serving.policy.routing import Candidate, RoutingOptions, ignored_by, plan
 
 CAN = Capabilities(honours=frozenset({"size", "seed"}))
@@ -157,3 +158,70 @@ def test_what_cannot_be_honoured_is_named_and_refused_only_when_strict():
     with pytest.raises(InvalidRequest, match="quality, style") as caught:
         route(ONE, strict=True, **asked)
     assert caught.value.param == "quality"
+
+
+SAMPLERS = Vocabulary(["Euler a", "DDIM"])
+IMAGE = InputImage(b"png", "image/png", 64, 64)
+
+
+@pytest.mark.parametrize(
+    ("can", "asked", "reason", "param"),
+    [
+        (
+            Capabilities(samplers=SAMPLERS, honours=frozenset({"sampler"})),
+            {"sampler": "eular"},
+            r"no sampler 'eular' \(the nearest it has: Euler a",
+            "sampler",
+        ),
+        (
+            Capabilities(schedulers=SAMPLERS, honours=frozenset({"scheduler"})),
+            {"scheduler": "x"},
+            "no scheduler 'x'",
+            "scheduler",
+        ),
+        (Capabilities(max_steps=20), {"steps": 21}, "at most 20 steps", "num_inference_steps"),
+        (Capabilities(), {"images": (IMAGE, IMAGE)}, "at most 1 input image[)]", "image"),
+        (Capabilities(max_images=2), {"images": (IMAGE,) * 3}, "at most 2 input images", "image"),
+        (Capabilities(), {"mask": IMAGE}, "cannot use a mask", "mask"),
+        (
+            Capabilities(sizes=SizeRule(choices=((256, 256),))),
+            {"width": 64, "height": 64},
+            "none of its sizes",
+            "size",
+        ),
+    ],
+)
+def test_what_a_backend_would_silently_do_otherwise_is_refused_or_goes_elsewhere(can, asked, reason, param):
+    unable = Candidate("unable", ("m",), can)
+    with pytest.raises(InvalidRequest, match=f"unable: .*{reason}") as caught:
+        route(unable, model="m", **asked)
+    assert caught.value.param == param
+    able = Candidate("able", ("m",), Capabilities(masks=True, max_images=16))
+    assert route(unable, able, model="m", **asked) == [("able", "m")]
+
+
+@pytest.mark.parametrize("spelling", ["Euler a", "euler_a", "EULER-A"])
+def test_a_sampler_is_known_by_any_spelling(spelling):
+    known = Candidate("one", ("m",), Capabilities(samplers=SAMPLERS, honours=frozenset({"sampler"})))
+    assert route(known, model="m", sampler=spelling) == [("one", "m")]
+
+
+def test_a_sampler_that_is_not_passed_on_is_ignored_and_not_refused():
+    assert route(Candidate("one", ("m",), Capabilities(samplers=SAMPLERS)), model="m", sampler="x") == [("one", "m")]
+
+
+def test_a_size_that_is_rounded_is_refused_only_when_strict():
+    rounding = Candidate("one", ("m",), Capabilities(honours=CAN.honours, sizes=SizeRule(multiple=8)))
+    asked: dict[str, Any] = {"model": "m", "width": 100, "height": 70, "given": frozenset({"size"})}
+    assert route(rounding, **asked) == [("one", "m")]
+    with pytest.raises(InvalidRequest, match="multiples of 8 pixels: 96x64 would do"):
+        route(rounding, strict=True, **asked)
+    assert route(rounding, strict=True, **{**asked, "width": 104, "height": 72}) == [("one", "m")]
+
+
+def test_each_model_of_a_backend_is_judged_by_what_it_can():
+    variants = {"flux": Capabilities(max_steps=4)}
+    mixed = Candidate("one", ("sd", "flux"), Capabilities(variants=variants))
+    assert route(mixed, model="sd", steps=20) == [("one", "sd")]
+    with pytest.raises(InvalidRequest, match="at most 4 steps"):
+        route(mixed, model="flux", steps=20)

@@ -7,10 +7,8 @@ import contextlib
 import gc
 import itertools
 import random
-import shutil
 import socket
 import ssl
-import subprocess
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
@@ -19,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import uvloop
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.support.tls import server_side
 
 from img_serving.domain.errors import AttemptError, Outcome
 from img_serving.ports import Transport, UpstreamReply
@@ -40,22 +38,6 @@ def _small_heap() -> Iterator[None]:
     gc.freeze()
     yield
     gc.unfreeze()
-
-
-@pytest.fixture(params=["asyncio", "uvloop"])
-def run(request: pytest.FixtureRequest) -> Run:
-    """Run a coroutine on the loop named by the test's parameter; what reaches the loop's error handler fails the test."""
-
-    def runner(coroutine: Coroutine[Any, Any, None]) -> None:
-        noise: list[dict[str, Any]] = []
-        factory = uvloop.new_event_loop if request.param == "uvloop" else asyncio.new_event_loop
-        with asyncio.Runner(loop_factory=factory) as loop_runner:
-            loop_runner.get_loop().set_exception_handler(lambda _, context: noise.append(context))
-            loop_runner.run(coroutine)
-            gc.collect()
-        assert not noise
-
-    return runner
 
 
 @dataclass
@@ -1127,41 +1109,13 @@ def test_closing_ends_requests_in_flight_as_unknown_and_later_ones_not_started(r
 # TLS
 
 
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A self-signed certificate with its key in one file, made anew for each run."""
-    openssl = shutil.which("openssl")
-    if openssl is None:
-        pytest.skip("the openssl program is not here to make a certificate")
-    folder = tmp_path_factory.mktemp("tls")
-    made = folder / "both.pem"
-    arguments = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
-    subprocess.run(
-        [
-            *(openssl, *arguments.split()),
-            *("-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"),
-            *("-keyout", str(folder / "key.pem"), "-out", str(folder / "cert.pem")),
-        ],
-        check=True,
-        capture_output=True,
-    )
-    made.write_bytes((folder / "key.pem").read_bytes() + (folder / "cert.pem").read_bytes())
-    return made
-
-
-def _server_side(certificate: Path) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate)
-    return context
-
-
 def test_tls_is_spoken_and_connections_kept(run: Run, certificate: Path) -> None:
     big = random.Random(3).randbytes(5_000_000)
 
     async def main() -> None:
         trusting = make_ssl_context(str(certificate.with_name("cert.pem")), verify=True)
         careless = make_ssl_context(None, verify=False)
-        async with serving(answering(ok(), ok(big)), tls=_server_side(certificate)) as upstream:
+        async with serving(answering(ok(), ok(big)), tls=server_side(certificate)) as upstream:
             for count, (host, context) in enumerate(
                 [("127.0.0.1", trusting), ("localhost", trusting), ("127.0.0.1", careless)]
             ):
@@ -1177,7 +1131,7 @@ def test_tls_is_spoken_and_connections_kept(run: Run, certificate: Path) -> None
 
 def test_an_unknown_certificate_was_not_started(run: Run, certificate: Path) -> None:
     async def main() -> None:
-        server = serving(answering(ok()), tls=_server_side(certificate))
+        server = serving(answering(ok()), tls=server_side(certificate))
         async with server as upstream, client(f"https://127.0.0.1:{upstream.port}") as transport:
             outcome, message = await outcome_of(post(transport))
             assert outcome is Outcome.NOT_STARTED
@@ -1211,7 +1165,7 @@ def test_cancelling_over_tls_closes_at_once(run: Run, certificate: Path) -> None
             await peer.hung_up()
             closed.append(loop.time())
 
-        async with serving(script, tls=_server_side(certificate)) as upstream:
+        async with serving(script, tls=server_side(certificate)) as upstream:
             context = make_ssl_context(None, verify=False)
             async with client(f"https://127.0.0.1:{upstream.port}", ssl_context=context) as transport:
                 task = loop.create_task(post(transport))

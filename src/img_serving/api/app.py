@@ -80,7 +80,7 @@ class App:
         metrics_access: Access = "public" if services.config.auth.metrics_public else "admin"
         routes = [
             Route("/images/generations", "user", {"POST": images.generate}),
-            Route("/images/edits", "user", {"POST": images.not_yet}),
+            Route("/images/edits", "user", {"POST": images.edit}),
             Route("/images/variations", "user", {"POST": images.not_yet}),
             Route("/models", "user", _read(models.list)),
             Route("/models/", "user", _read(models.get), "id"),

@@ -154,11 +154,12 @@ def _record(backend: BackendSnapshot) -> BackendRecord:
         tier=backend.tier,
         models=list(backend.models),
         origin=backend.origin,
-        capabilities=_capabilities_record(backend.capabilities),
+        capabilities=capabilities_record(backend.capabilities),
     )
 
 
-def _capabilities_record(can: Capabilities) -> CapabilitiesRecord:
+def capabilities_record(can: Capabilities) -> CapabilitiesRecord:
+    """What is shown of what a backend can do."""
     sizes = can.sizes
     return CapabilitiesRecord(
         operations=sorted(can.operations),
@@ -179,7 +180,7 @@ def _capabilities_record(can: Capabilities) -> CapabilitiesRecord:
         progress=can.progress,
         previews=can.previews,
         cancels=can.cancels,
-        models={name: _capabilities_record(one) for name, one in can.variants.items()},
+        models={name: capabilities_record(one) for name, one in can.variants.items()},
     )
 
 

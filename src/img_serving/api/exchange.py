@@ -190,7 +190,7 @@ class Exchange:
             ClientDisconnected: the client left in the middle of it.
             InvalidRequest: it did not arrive in time.
         """
-        length = self._declared_length()
+        length = self.declared_length
         if length is not None and length > limit:
             raise PayloadTooLarge(f"the body has {length} bytes; this route reads at most {limit}")
         pieces: list[bytes] = []
@@ -214,7 +214,7 @@ class Exchange:
         """Read and drop a small rest of the body; returns whether the connection may be kept."""
         if self.body_read:
             return True
-        length = self._declared_length()
+        length = self.declared_length
         if length is None and self.header(b"transfer-encoding") is None:
             return True
         if self.header(b"expect") is not None or length is None or length > DISCARD_BYTES:
@@ -243,7 +243,9 @@ class Exchange:
         else:
             await self.connection.stream(reply.status, head, reply.stream)
 
-    def _declared_length(self) -> int | None:
+    @property
+    def declared_length(self) -> int | None:
+        """What Content-Length says, in bytes."""
         text = self._headers.get(b"content-length")
         # isdigit of bytes is ASCII only; the server has refused anything else before
         return int(text) if text is not None and text.isdigit() and len(text) < 21 else None

@@ -21,7 +21,7 @@ _INLINE_MODELS = re.compile(r"(chatgpt-image|gpt-image)")
 
 MAX_GUIDANCE = 100.0
 MAX_NAME_CHARS = 256
-"""Of a model or a backend: names are remembered, so they must not be megabytes."""
+"""Of a model, a backend or a sampler: names are remembered, so they must not be megabytes."""
 
 _T = TypeVar("_T")
 
@@ -68,8 +68,14 @@ class GenerationBody(msgspec.Struct, kw_only=True, gc=False):
     ] = None
     width: Annotated[Annotated[int, Meta(ge=1, le=65535)] | None, Meta(description="Pixels; goes with height.")] = None
     height: Annotated[Annotated[int, Meta(ge=1, le=65535)] | None, Meta(description="Pixels; goes with width.")] = None
-    sampler: str | None = None
-    scheduler: str | None = None
+    sampler: Annotated[
+        Annotated[str, Meta(max_length=MAX_NAME_CHARS)] | None,
+        Meta(description="A sampler of the backend, however spelled; one that it does not have is refused."),
+    ] = None
+    scheduler: Annotated[
+        Annotated[str, Meta(max_length=MAX_NAME_CHARS)] | None,
+        Meta(description="A noise schedule of the backend (karras, exponential …)."),
+    ] = None
     clip_skip: Annotated[int, Meta(ge=1, le=12)] | None = None
     backend: Annotated[
         Annotated[str, Meta(max_length=MAX_NAME_CHARS)] | None, Meta(description="Use this backend and no other.")
@@ -84,8 +90,8 @@ class GenerationBody(msgspec.Struct, kw_only=True, gc=False):
     cfg_scale: float | None = None
     cfg: float | None = None
     guidance: float | None = None
-    sampler_name: str | None = None
-    sample_method: str | None = None
+    sampler_name: Annotated[str, Meta(max_length=MAX_NAME_CHARS)] | None = None
+    sample_method: Annotated[str, Meta(max_length=MAX_NAME_CHARS)] | None = None
 
 
 KNOWN_FIELDS = frozenset(GenerationBody.__struct_fields__)
@@ -155,19 +161,19 @@ def to_request(body: GenerationBody, bounds: Bounds) -> ImageRequest:
     steps, steps_name = body.num_inference_steps, "num_inference_steps"
     if body.steps is not None or body.step is not None or body.sample_steps is not None:
         aliases = (("steps", body.steps), ("step", body.step), ("sample_steps", body.sample_steps))
-        steps, steps_name = _one_of(steps_name, steps, aliases)
+        steps, steps_name = one_of(steps_name, steps, aliases)
     if steps is not None and steps > bounds.max_steps:
         raise InvalidRequest(f"{steps_name} is {steps}; at most {bounds.max_steps} are allowed", param=steps_name)
     guidance, guidance_name = body.guidance_scale, "guidance_scale"
     if body.cfg_scale is not None or body.cfg is not None or body.guidance is not None:
         others = (("cfg_scale", body.cfg_scale), ("cfg", body.cfg), ("guidance", body.guidance))
-        guidance, guidance_name = _one_of(guidance_name, guidance, others)
+        guidance, guidance_name = one_of(guidance_name, guidance, others)
     if guidance is not None and not 0 <= guidance <= MAX_GUIDANCE:
         raise InvalidRequest(f"{guidance_name} must be from 0 to {MAX_GUIDANCE:g}", param=guidance_name)
     sampler = body.sampler
     if body.sampler_name is not None or body.sample_method is not None:
         names = (("sampler_name", body.sampler_name), ("sample_method", body.sample_method))
-        sampler, _ = _one_of("sampler", sampler, names)
+        sampler, _ = one_of("sampler", sampler, names)
     seed_given = body.seed is not None and body.seed >= 0
     if body.seed is not None and body.seed >= SEED_LIMIT:
         raise InvalidRequest(f"seed must be below {SEED_LIMIT}", param="seed")
@@ -264,23 +270,23 @@ def response_format_of(body: GenerationBody, bounds: Bounds) -> ResponseFormat:
     return "b64_json" if bounds.default_format == "b64_json" else "url"
 
 
-def unknown_fields(raw: bytes) -> list[str]:
+def unknown_fields(raw: bytes, known: frozenset[str] = KNOWN_FIELDS) -> list[str]:
     """The fields of a body that nobody here knows: named in the debug log, since clients send all sorts."""
     try:
         body = msgspec.json.decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return []
-    return sorted(set(body) - KNOWN_FIELDS) if isinstance(body, dict) else []
+    return sorted(set(body) - known) if isinstance(body, dict) else []
 
 
-def refuse_unknown(raw: bytes) -> None:
+def refuse_unknown(raw: bytes, known: frozenset[str] = KNOWN_FIELDS) -> None:
     """For `strict`: a field that nobody here knows is refused instead of ignored.
 
     Raises:
         InvalidRequest: naming the first, and the nearest known one.
     """
-    for name in unknown_fields(raw):
-        near = difflib.get_close_matches(name, KNOWN_FIELDS, 1)
+    for name in unknown_fields(raw, known):
+        near = difflib.get_close_matches(name, known, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise InvalidRequest(f"unknown field {name[:80]!r}{hint}", code="unknown_parameter", param=name[:80])
 
@@ -294,7 +300,7 @@ def _check_text(text: str, name: str, bounds: Bounds) -> None:
         )
 
 
-def _one_of(canonical: str, value: _T | None, aliases: tuple[tuple[str, _T | None], ...]) -> tuple[_T | None, str]:
+def one_of(canonical: str, value: _T | None, aliases: tuple[tuple[str, _T | None], ...]) -> tuple[_T | None, str]:
     """The value under its own name or an alias, and the name that the client used; two that differ are refused."""
     used = canonical
     for alias, other in aliases:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import msgspec
 
 from img_serving.api.bodies import read_json
+from img_serving.api.edits import EditBody, body_of_form, pictures_of, to_edit
 from img_serving.api.exchange import ClientDisconnected, Exchange, Reply
 from img_serving.api.generation import (
     CHOICES,
@@ -19,11 +20,20 @@ from img_serving.api.generation import (
     to_request,
     unknown_fields,
 )
+from img_serving.api.multipart import read_form
 from img_serving.api.services import Services
-from img_serving.domain.errors import GatewayError, NotFound
+from img_serving.domain.errors import GatewayError, NotFound, QueueFull
+from img_serving.domain.images import ImageRequest
 from img_serving.domain.jobs import Job
+from img_serving.gateway.delivery import ResponseFormat
 
 log = logging.getLogger(__name__)
+
+
+HELD_UPLOADS = 16
+"""Bodies of edits in memory at most, in units of the largest one: a queue of uploads must not fill the machine."""
+
+EDIT_FIELDS = frozenset(EditBody.__struct_fields__)
 
 
 class Images:
@@ -34,6 +44,9 @@ class Images:
         self._decoder = msgspec.json.Decoder(GenerationBody)
         config = services.config
         self._limit = config.server.max_body_bytes
+        self._edit_decoder = msgspec.json.Decoder(EditBody)
+        self._upload_limit = config.server.max_upload_bytes
+        self._uploads = 0
         self._cancel = config.jobs.cancel_on_disconnect
         self._bounds = Bounds(
             max_n=config.limits.max_n,
@@ -46,7 +59,6 @@ class Images:
 
     async def generate(self, exchange: Exchange) -> Reply:
         """`POST /v1/images/generations`."""
-        services = self._services
         body, raw = await read_json(exchange, self._decoder, self._limit, CHOICES)
         if log.isEnabledFor(logging.DEBUG):
             unknown = unknown_fields(raw)
@@ -56,7 +68,37 @@ class Images:
         if body.strict:
             refuse_unknown(raw)
         response_format = response_format_of(body, self._bounds)
-        request = to_request(body, self._bounds)
+        return await self._draw(exchange, to_request(body, self._bounds), response_format)
+
+    async def edit(self, exchange: Exchange) -> Reply:
+        """`POST /v1/images/edits`, as a form or as JSON."""
+        kind = (exchange.header(b"content-type") or b"").partition(b";")[0].strip().lower()
+        length = exchange.declared_length
+        held = self._upload_limit if length is None else min(length, self._upload_limit)
+        if self._uploads + held > HELD_UPLOADS * self._upload_limit:
+            raise QueueFull("too many uploads are being worked on", retry_after_seconds=5.0)
+        self._uploads += held
+        try:
+            if kind == b"multipart/form-data":
+                raw = exchange.body_at_hand(self._upload_limit)
+                if raw is None:
+                    raw = await exchange.body(self._upload_limit)
+                body, pictures, mask = body_of_form(read_form(raw, exchange.header(b"content-type") or b""))
+                del raw
+            else:
+                body, raw = await read_json(exchange, self._edit_decoder, self._upload_limit, CHOICES)
+                if body.strict:
+                    refuse_unknown(raw, EDIT_FIELDS)
+                del raw
+                pictures, mask = pictures_of(body)
+            response_format = response_format_of(body, self._bounds)
+            return await self._draw(exchange, to_edit(body, pictures, mask, self._bounds), response_format)
+        finally:
+            self._uploads -= held
+
+    async def _draw(self, exchange: Exchange, request: ImageRequest, response_format: ResponseFormat) -> Reply:
+        """Run a request and answer it."""
+        services = self._services
         traceparent = exchange.header(b"traceparent")
         job = exchange.job = services.pipeline.admit(
             exchange.tenant,
@@ -85,10 +127,8 @@ class Images:
         return Reply(200, answer.parts, headers=headers)
 
     async def not_yet(self, exchange: Exchange) -> Reply:
-        """Edits and variations: routes of the API that this version does not serve, said so."""
-        raise NotFound(
-            f"{exchange.path} is not supported by this version; it makes new pictures only", code="unsupported"
-        )
+        """Variations: a route of the API that this version does not serve, said so."""
+        raise NotFound(f"{exchange.path} is not supported by this version; it draws and edits", code="unsupported")
 
 
 def _canceller(exchange: Exchange) -> Callable[[], None]:

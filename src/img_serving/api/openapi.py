@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from img_serving.api.backends import BackendList, BackendRecord, DeletedBackend
+from img_serving.api.edits import EditBody
 from img_serving.api.errors import ErrorBody
 from img_serving.api.generation import GenerationBody, ImagesReply
 from img_serving.api.health import Alive, HealthReply
@@ -21,6 +22,7 @@ def document(version: str) -> dict[str, Any]:
     """The OpenAPI 3.1 description of every route, as plain JSON values."""
     types = [
         GenerationBody,
+        EditBody,
         ImagesReply,
         ModelList,
         Model,
@@ -34,6 +36,7 @@ def document(version: str) -> dict[str, Any]:
         ErrorBody,
     ]
     _, schemas = msgspec.json.schema_components(types, ref_template=_REF)
+    schemas["EditForm"] = _form_of(schemas["EditBody"])
     key: list[dict[str, list[str]]] = [{"bearer": []}, {"apiKey": []}]
     name = _variable("name", "A backend's name.")
     return {
@@ -49,6 +52,17 @@ def document(version: str) -> dict[str, Any]:
             "/v1/images/generations": {
                 "post": _operation(
                     "createImage", "Draw pictures", "images", key, body="GenerationBody", answer="ImagesReply"
+                )
+            },
+            "/v1/images/edits": {
+                "post": _operation(
+                    "editImage",
+                    "Change pictures",
+                    "images",
+                    key,
+                    body="EditBody",
+                    answer="ImagesReply",
+                    form="EditForm",
                 )
             },
             "/v1/models": {"get": _operation("listModels", "List models", "models", key, answer="ModelList")},
@@ -122,6 +136,14 @@ def document(version: str) -> dict[str, Any]:
 
 
 _STRING = {"type": "string"}
+_FILE = {"type": "string", "format": "binary"}
+
+
+def _form_of(body: dict[str, Any]) -> dict[str, Any]:
+    """The same fields as a form, where pictures are files and everything else is text."""
+    fields = {name: one for name, one in body["properties"].items() if name not in {"images", "image", "mask"}}
+    files = {"image": _FILE, "image[]": {"type": "array", "items": _FILE}, "mask": _FILE}
+    return {"type": "object", "required": ["prompt"], "properties": {**fields, **files}}
 
 
 def _operation(
@@ -132,6 +154,7 @@ def _operation(
     *,
     answer: str,
     body: str | None = None,
+    form: str | None = None,
     status: str = "200",
 ) -> dict[str, Any]:
     operation: dict[str, Any] = {
@@ -142,7 +165,10 @@ def _operation(
         "responses": {status: {"description": "Success", "content": _json(answer)}, "default": _failure()},
     }
     if body is not None:
-        operation["requestBody"] = {"required": True, "content": _json(body)}
+        content = _json(body)
+        if form is not None:
+            content["multipart/form-data"] = {"schema": {"$ref": _REF.format(name=form)}}
+        operation["requestBody"] = {"required": True, "content": content}
     return operation
 
 

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Final
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 import pybase64
+from msgspec import Meta, structs
 
+from img_serving.backends.a1111_server import (
+    MODELS_PATH,
+    OPTIONS_PATH,
+    A1111Server,
+    is_model_list,
+    learn,
+    read_models,
+)
+from img_serving.backends.a1111_wire import HONOURED, Info, ProgressPage, read_progress, read_reply, request_body
 from img_serving.backends.http import (
     ALIVE_STATUSES,
     MAX_REPLY_BYTES,
+    NO_HURRY_SECONDS,
     Headers,
     Redactor,
     call_headers,
@@ -20,53 +33,60 @@ from img_serving.backends.http import (
     complaint_of,
     error_of,
     get,
+    patience,
     prompts_of,
     unhealthy,
 )
-from img_serving.domain.capabilities import Capabilities
-from img_serving.domain.errors import AttemptError, BackendRefusal, InvalidRequest, Outcome
-from img_serving.domain.images import SEED_LIMIT, Artifact, Call, ItemFailure
-from img_serving.media.payload import artifact_from_base64
-from img_serving.media.scan import SKELETON_BYTES, split_string_list_json
+from img_serving.backends.options import read_options
+from img_serving.backends.samplers import sampler_and_schedule
+from img_serving.domain.capabilities import Capabilities, SizeRule
+from img_serving.domain.errors import AttemptError, BackendRefusal, InvalidRequest, NotFound, Outcome
+from img_serving.domain.images import Artifact, Call, ItemFailure, Preview, Progress
+from img_serving.media.masks import white_where_painted
+from img_serving.media.sniff import sniff
 from img_serving.ports import HealthReport, OnProgress, Transport, UpstreamReply
 
-GENERATE_PATH: Final = "/sdapi/v1/txt2img"
-MODELS_PATH: Final = "/sdapi/v1/sd-models"
-OPTIONS_PATH: Final = "/sdapi/v1/options"
+TEXT_PATH: Final = "/sdapi/v1/txt2img"
+IMAGE_PATH: Final = "/sdapi/v1/img2img"
+PROGRESS_PATH: Final = "/sdapi/v1/progress"
+INTERRUPT_PATH: Final = "/sdapi/v1/interrupt"
 
-HONOURED: Final = {
-    "num_inference_steps": ("steps", "steps"),
-    "guidance_scale": ("guidance_scale", "cfg_scale"),
-    "sampler": ("sampler", "sampler_name"),
-    "scheduler": ("scheduler", "scheduler"),
-}
-"""Parameters, the field of `ImageRequest` that holds each, and its name in this protocol."""
+LEARN_SECONDS: Final = 10.0
+ASK_SECONDS: Final = 5.0
+"""For a page of progress: a server that is busy with the first step answers late."""
 
+INTERRUPT_SECONDS: Final = 2.0
+"""A call that nobody wants any more must not hold its slot for longer, however busy the server is."""
 
-class _Reply(msgspec.Struct):
-    images: list[str] | None = None
-    info: Any = None
+DEFAULT_BATCH: Final = 4
 
 
-class _Info(msgspec.Struct):
-    """What `info` (a JSON document inside a string) tells that we use."""
+class A1111Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The table `[backends.a1111]`. `size_multiple` in pixels; unset, the rule is that of the program that was found."""
 
-    all_seeds: list[int] | None = None
-    index_of_first_image: int = 0
-
-
-class _Checkpoint(msgspec.Struct):
-    title: str | None = None
-    model_name: str | None = None
+    size_multiple: Annotated[int, Meta(ge=1, le=256)] | None = None
+    size_rounding: Literal["down", "up", "nearest"] | None = None
+    progress_interval_seconds: Annotated[float, Meta(ge=0.01, le=60)] = 0.5
 
 
-_REPLY = msgspec.json.Decoder(_Reply)
-_INFO = msgspec.json.Decoder(_Info)
-_CHECKPOINTS = msgspec.json.Decoder(list[_Checkpoint])
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """How one call is made: the server's own names for what was asked."""
+
+    path: str
+    body: dict[str, Any]
+    checkpoint: str | None
+    sampler: str | None
+    schedule: str | None
+    options_first: dict[str, Any] | None = None
 
 
 class A1111Backend:
-    """Speaks to one endpoint through `transport`. Such a server draws one call at a time: hence one slot by default."""
+    """Speaks to one endpoint through `transport`. Such a server draws one call at a time: hence one slot by default.
+
+    It takes any name and any size in silence and draws something else: so names are looked up before, sizes rounded here,
+    and what its reply says of model, sampler and schedule is compared with what was asked.
+    """
 
     def __init__(
         self,
@@ -77,7 +97,10 @@ class A1111Backend:
         headers: Sequence[tuple[str, str]] = (),
         health_check_path: str | None = None,
         max_reply_bytes: int = MAX_REPLY_BYTES,
-        max_batch_size: int = 4,
+        max_batch_size: int = DEFAULT_BATCH,
+        slots: int = 1,
+        shared: bool = False,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
         """Describe the endpoint.
 
@@ -89,6 +112,13 @@ class A1111Backend:
             health_check_path: asked instead of the model list to learn about health.
             max_reply_bytes: the largest reply.
             max_batch_size: pictures in one call, a matter of the card's memory.
+            slots: calls in flight at most. Progress and interrupting are the server's, not a call's: with more than one
+                nobody knows whose they are.
+            shared: whether others use the server too; then what runs there may not be ours either.
+            options: of `A1111Options`.
+
+        Raises:
+            ValueError: an unknown option, or an impossible value.
         """
         self._transport = transport
         self._headers: Headers = tuple(headers)
@@ -100,13 +130,19 @@ class A1111Backend:
         self._redactor = Redactor(secrets)
         self._health_check_path = health_check_path
         self._max_reply_bytes = max_reply_bytes
-        self._capabilities = Capabilities(
-            batch="seeds",
-            max_batch_size=max_batch_size,
-            max_concurrency=1,
-            switches_models=True,
-            honours=frozenset({"seed", "negative_prompt", "size", "clip_skip", *HONOURED}),
-        )
+        self._max_batch_size = max_batch_size
+        self._options = read_options(A1111Options, options or {})
+        self._is_ours = not shared and slots == 1
+        self._server = A1111Server()
+        self._is_known = False
+        """Whether the server was asked what it is since it was last known to be down."""
+        self._loaded: str | None = None
+        """The checkpoint that is loaded, by its own name, where nobody else can have changed it."""
+        self._learning = asyncio.Lock()
+        self._capabilities = self._able()
+
+    def __repr__(self) -> str:
+        return f"<A1111Backend {self._server.program if self._is_known else 'not asked yet'}>"
 
     @property
     def protocol(self) -> str:
@@ -115,54 +151,133 @@ class A1111Backend:
 
     @property
     def capabilities(self) -> Capabilities:
-        """One prompt and consecutive seeds per call."""
+        """One prompt and consecutive seeds per call; names and sizes as the server was found to have them."""
         return self._capabilities
 
-    async def generate(
-        self,
-        call: Call,
-        on_progress: OnProgress,  # noqa: ARG002 - the protocol tells nothing before the reply
-    ) -> Sequence[Artifact | ItemFailure]:
-        """One POST for all items. Cancelling closes its connection.
+    async def generate(self, call: Call, on_progress: OnProgress) -> Sequence[Artifact | ItemFailure]:
+        """One POST for all items; while it runs, the server's page of progress is looked at, where it has one.
+
+        Cancelling closes the connection, which does not stop the engine: so it is interrupted too, if what runs is ours.
 
         Raises:
-            AttemptError: see `error_of`; also `FAILED` where a complete reply holds fewer good pictures than asked for: an
-                interrupted server answers 200 with what it has, the last one unfinished, so none of them can be trusted.
+            AttemptError: see `error_of`; also `FAILED` where a complete reply holds fewer good pictures than asked for (an
+                interrupted server answers 200 with what it has, the last one unfinished, so none of them can be trusted),
+                or where another model drew than the one asked for.
             BackendRefusal: the request is at fault.
         """
         if not _fits_one_call(call):
             # Only a batch formed before the protocol was detected comes here.
             raise AttemptError(Outcome.NOT_STARTED, "only one prompt with consecutive seeds fits into one call")
-        reply = await self._transport.request(
-            "POST",
-            GENERATE_PATH,
-            headers=call_headers(self._headers, call),
-            body=msgspec.json.encode(request_body(call)),
-            timeout_seconds=call.timeout_seconds,
-            max_body_bytes=self._max_reply_bytes,
-        )
-        if not 200 <= reply.status < 300:
-            raise self._error(reply, call)
-        return _artifacts(reply.body, call)
+        if not self._is_known:
+            await self._learn(min(LEARN_SECONDS, call.timeout_seconds))
+        plan = await self._plan(call)
+        started = False
+        try:
+            async with patience(call.timeout_seconds) as heard:
+                if plan.options_first is not None:
+                    await self._set_options(plan.options_first, call)
+                started = True
+                async with self._watched(call, on_progress, heard):
+                    reply = await self._transport.request(
+                        "POST",
+                        plan.path,
+                        headers=call_headers(self._headers, call),
+                        body=msgspec.json.encode(plan.body),
+                        timeout_seconds=NO_HURRY_SECONDS,
+                        max_body_bytes=self._max_reply_bytes,
+                    )
+                if not 200 <= reply.status < 300:
+                    raise self._error(reply, call)
+                artifacts, info = read_reply(reply.body, call)
+                await self._refuse_unfinished()
+        except (AttemptError, asyncio.CancelledError) as ending:
+            if isinstance(ending, asyncio.CancelledError) or ending.outcome is Outcome.UNKNOWN:
+                self._loaded = None
+                if started:
+                    await self._interrupt()
+            raise
+        return self._checked(artifacts, info, plan)
 
     async def check(self, timeout_seconds: float) -> HealthReport:
-        """Ask the configured path, and the checkpoints for what it serves; without a path, those speak for health too."""
+        """Ask the configured path, and the checkpoints for what it serves; without a path, those speak for health too.
+
+        The first time, and when it was down, it is also asked what it is. None of it touches the GPU.
+        """
         deadline = asyncio.get_running_loop().time() + timeout_seconds
         path = self._health_check_path
         report = await check_path(self._transport, path, self._headers, timeout_seconds) if path else None
         if report is not None and not report.healthy:
+            self._is_known = False
             return report
         listed = await self._check_models(deadline)
+        if not listed.healthy:
+            self._is_known = False
+        elif not self._is_known:
+            with suppress(AttemptError):
+                await self._learn(max(0.0, deadline - asyncio.get_running_loop().time()))
+        found = self._found()
         if report is not None:
-            return HealthReport(healthy=True, detail=report.detail, models=listed.models)
+            return HealthReport(healthy=True, detail=report.detail, models=listed.models, found=found)
         if path:
             detail = f"{path} is not there (HTTP 404), so {listed.detail}"
-            return HealthReport(healthy=listed.healthy, detail=detail, models=listed.models)
-        return listed
+            return HealthReport(healthy=listed.healthy, detail=detail, models=listed.models, found=found)
+        return replace(listed, found=found)
 
     async def close(self) -> None:
         """Close the transport."""
         await self._transport.close()
+
+    # what the server is
+
+    async def _learn(self, timeout_seconds: float) -> None:
+        """Ask the server what it is, unless somebody did while we waited for our turn. Raises AttemptError `NOT_STARTED`."""
+        async with self._learning:
+            if self._is_known:
+                return
+            try:
+                async with asyncio.timeout(timeout_seconds):
+                    server = await learn(lambda path: get(self._transport, path, self._headers, timeout_seconds))
+            except TimeoutError:
+                raise AttemptError(Outcome.NOT_STARTED, "the server did not say in time what it has") from None
+            except AttemptError as error:
+                # nothing was to be drawn yet, so whatever went wrong, trying elsewhere is free of risk
+                raise AttemptError(Outcome.NOT_STARTED, error.message) from None
+            self._server = server
+            self._is_known = True
+            loaded = server.loaded
+            self._loaded = server.models.find(loaded) if loaded is not None and server.models is not None else None
+            self._capabilities = self._able()
+
+    def _able(self) -> Capabilities:
+        server, options = self._server, self._options
+        sizes: SizeRule = server.sizes
+        if options.size_multiple is not None:
+            sizes = replace(sizes, multiple=options.size_multiple)
+        if options.size_rounding is not None:
+            sizes = replace(sizes, rounding=options.size_rounding)
+        watches = self._is_ours and server.has_progress
+        return Capabilities(
+            operations=frozenset({"generation", "edit"}),
+            batch="seeds",
+            max_batch_size=self._max_batch_size,
+            max_concurrency=1,
+            honours=frozenset({"seed", "negative_prompt", "size", "clip_skip", "sampler", "scheduler", *HONOURED}),
+            sizes=sizes,
+            masks=True,
+            samplers=server.samplers,
+            schedulers=server.schedulers,
+            formats=("png",),
+            progress=watches,
+            previews=watches,
+            cancels=watches,
+            switches_models=server.can_switch,
+        )
+
+    def _found(self) -> str:
+        server = self._server
+        if not self._is_known:
+            return ""
+        return f"{server.program} ({server.because})" if server.because else server.program
 
     async def _check_models(self, deadline: float) -> HealthReport:
         clock = asyncio.get_running_loop().time
@@ -182,12 +297,165 @@ class A1111Backend:
             )
         if not 200 <= reply.status < 300:
             return unhealthy(reply, MODELS_PATH)
-        try:
-            found = [one.model_name or one.title for one in _CHECKPOINTS.decode(reply.body)]
-        except (ValueError, RecursionError):
+        if not is_model_list(reply):
             return HealthReport(healthy=False, detail=f"{MODELS_PATH} answered, but not with a list of models")
-        models = tuple(dict.fromkeys(name for name in found if name))
-        return HealthReport(healthy=True, detail=f"{MODELS_PATH} names {len(models)} models", models=models or None)
+        models = read_models(reply)
+        if self._is_known and models != self._server.models:
+            self._server = replace(self._server, models=models)
+        names = () if models is None else models.names
+        return HealthReport(healthy=True, detail=f"{MODELS_PATH} names {len(names)} models", models=names or None)
+
+    # one call
+
+    async def _plan(self, call: Call) -> _Plan:
+        request, server = call.request, self._server
+        sampler, schedule = sampler_and_schedule(request.sampler, request.scheduler, server.samplers, server.schedulers)
+        checkpoint = await self._checkpoint(call.model)
+        must_load = checkpoint is not None and not (self._is_ours and checkpoint == self._loaded)
+        options_first = None
+        if must_load and request.clip_skip is not None and server.has_options:
+            # what is set for one call is restored after it, all of it or nothing: the model is to stay
+            options_first = {"sd_model_checkpoint": checkpoint}
+            must_load = False
+        mask = None
+        if request.mask is not None:
+            try:
+                mask = await asyncio.to_thread(white_where_painted, request.mask.data)
+            except ValueError as error:
+                raise BackendRefusal(InvalidRequest(str(error), param="mask")) from None
+        body = request_body(
+            call,
+            self._capabilities.sizes.fit(call.width, call.height),
+            sampler=sampler,
+            schedule=schedule,
+            checkpoint=checkpoint if must_load else None,
+            mask=mask,
+        )
+        return _Plan(IMAGE_PATH if request.images else TEXT_PATH, body, checkpoint, sampler, schedule, options_first)
+
+    async def _checkpoint(self, model: str | None) -> str | None:
+        """The server's own name of a model; None: whatever it has. Raises BackendRefusal where it has no such thing."""
+        known = self._server.models
+        if model is None or known is None:
+            return model
+        found = known.find(model)
+        if found is None and not self._server.can_switch:
+            return None  # it has one, whatever the operator calls it
+        if found is None:
+            # it may have come since the last check
+            known = read_models(await get(self._transport, MODELS_PATH, self._headers, ASK_SECONDS)) or known
+            self._server = replace(self._server, models=known)
+            found = known.find(model)
+        if found is None:
+            has = ", ".join(known.names[:10]) + (", …" if len(known.names) > 10 else "")
+            message = (
+                f"the server has no checkpoint {model!r}, and would draw with another one in silence (it has: {has})"
+            )
+            raise BackendRefusal(NotFound(message, code="model_not_found", param="model"))
+        return found
+
+    async def _set_options(self, options: dict[str, Any], call: Call) -> None:
+        """Change the server's settings, loading the model that they name. Raises as `error_of` says."""
+        reply = await self._transport.request(
+            "POST",
+            OPTIONS_PATH,
+            headers=call_headers(self._headers, call),
+            body=msgspec.json.encode(options),
+            timeout_seconds=NO_HURRY_SECONDS,
+            max_body_bytes=self._max_reply_bytes,
+        )
+        if not 200 <= reply.status < 300:
+            raise self._error(reply, call)
+
+    def _checked(self, artifacts: list[Artifact], info: Info, plan: _Plan) -> list[Artifact]:
+        """Compare what drew with what was asked for. Raises AttemptError where it was another model."""
+        server = self._server
+        drew = info.model
+        if drew is not None and server.models is not None:
+            own = server.models.find(drew)
+            self._loaded = own
+            if plan.checkpoint is not None and own is not None and own != plan.checkpoint:
+                raise AttemptError(Outcome.FAILED, f"the server drew with {own!r} instead of {plan.checkpoint!r}")
+        elif plan.checkpoint is not None:
+            self._loaded = plan.checkpoint
+        ignored = []
+        if plan.sampler is not None and info.sampler is not None and server.samplers is not None:
+            used, _ = sampler_and_schedule(info.sampler, None, server.samplers, server.schedulers)
+            if used != plan.sampler:
+                ignored.append("sampler")
+        schedules = server.schedulers
+        if plan.schedule is not None and info.schedule is not None and schedules is not None:
+            ignored += ["scheduler"] * (schedules.find(info.schedule) != plan.schedule)
+        return [structs.replace(one, ignored=tuple(ignored)) for one in artifacts] if ignored else artifacts
+
+    # what happens on the server meanwhile
+
+    @asynccontextmanager
+    async def _watched(self, call: Call, on_progress: OnProgress, heard: Callable[[], None]) -> AsyncIterator[None]:
+        """Look at the server's progress for as long as the block lasts."""
+        if not self._capabilities.progress:
+            yield
+            return
+        watching = asyncio.create_task(self._watch(call, on_progress, heard), name="a1111 progress")
+        try:
+            yield
+        finally:
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
+
+    async def _watch(self, call: Call, on_progress: OnProgress, heard: Callable[[], None]) -> None:
+        furthest, shown = (0, 0), ""
+        while True:
+            await asyncio.sleep(self._options.progress_interval_seconds)
+            page = await self._page(previews=call.previews)
+            if page is None:
+                continue
+            done, total = page.steps()
+            preview = None
+            if call.previews and page.current_image and page.current_image != shown:
+                shown = page.current_image
+                preview = _preview(shown)
+            if (total and (done > furthest[0] or total != furthest[1])) or (total and preview is not None):
+                # a share of the same steps that has not grown is no sign of life
+                if done > furthest[0] or total != furthest[1]:
+                    heard()
+                furthest = (done, total)
+                on_progress(Progress(done, total, preview))
+
+    async def _page(self, *, previews: bool) -> ProgressPage | None:
+        path = f"{PROGRESS_PATH}?skip_current_image={'false' if previews else 'true'}"
+        try:
+            reply = await self._transport.request(
+                "GET",
+                path,
+                headers=self._headers,
+                timeout_seconds=ASK_SECONDS,
+                max_body_bytes=self._max_reply_bytes,
+            )
+        except AttemptError:
+            return None
+        return read_progress(reply.body) if 200 <= reply.status < 300 else None
+
+    async def _refuse_unfinished(self) -> None:
+        """Somebody at the server's own page may have interrupted it: then it answers 200 with an unfinished picture."""
+        if not self._capabilities.cancels:
+            return
+        page = await self._page(previews=False)
+        if page is not None and (page.state.interrupted or page.state.stopping_generation):
+            raise AttemptError(Outcome.FAILED, "somebody interrupted the server: its picture is unfinished")
+
+    async def _interrupt(self) -> None:
+        """Stop what runs, if it is ours and can be stopped. What the server then answers goes to a closed connection."""
+        if not self._capabilities.cancels:
+            return
+        with suppress(AttemptError):
+            await self._transport.request(
+                "POST",
+                INTERRUPT_PATH,
+                headers=self._headers,
+                timeout_seconds=INTERRUPT_SECONDS,
+                max_body_bytes=self._max_reply_bytes,
+            )
 
     def _error(self, reply: UpstreamReply, call: Call) -> AttemptError | BackendRefusal:
         if reply.status == 404 and call.request.sampler is not None:
@@ -198,35 +466,6 @@ class A1111Backend:
         return error_of(reply, self._redactor, prompts_of(call))
 
 
-def request_body(call: Call) -> dict[str, Any]:
-    """What is sent: the call's own facts, and of the optional parameters only what the client gave."""
-    request = call.request
-    first = call.items[0]
-    body: dict[str, Any] = {
-        "prompt": first.prompt,
-        "negative_prompt": first.negative_prompt or "",
-        "seed": first.seed,
-        "width": call.width,
-        "height": call.height,
-        "batch_size": len(call.items),
-        "n_iter": 1,
-        "send_images": True,
-        "save_images": False,
-    }
-    for attribute, name in HONOURED.values():
-        value = getattr(request, attribute)
-        if value is not None:
-            body[name] = value
-    overrides: dict[str, Any] = {}
-    if call.model is not None:
-        overrides["sd_model_checkpoint"] = call.model
-    if request.clip_skip is not None:
-        overrides["CLIP_stop_at_last_layers"] = request.clip_skip
-    if overrides:
-        body["override_settings"] = overrides
-    return body
-
-
 def _fits_one_call(call: Call) -> bool:
     first = call.items[0]
     return all(
@@ -234,41 +473,11 @@ def _fits_one_call(call: Call) -> bool:
     ) and all(after.seed == before.seed + 1 for before, after in pairwise(call.items))
 
 
-def _artifacts(body: bytes | bytearray, call: Call) -> list[Artifact]:
-    """The pictures of a complete reply, one an item. Raises AttemptError."""
+def _preview(text: str) -> Preview | None:
+    """An unfinished picture as the page of progress has it; None for anything that is no picture."""
     try:
-        skeleton, payloads = split_string_list_json(body)
-        if len(skeleton) > SKELETON_BYTES:
-            raise ValueError("what is left without its pictures is too large")
-        reply = _REPLY.decode(skeleton)
-    except (ValueError, RecursionError):
-        raise AttemptError(
-            Outcome.FAILED, "the backend's reply is no txt2img reply (bad JSON or another shape)"
-        ) from None
-    info = _info(reply.info)
-    wanted = len(call.items)
-    # A contact sheet of the whole batch may come first (an option of the server), and helper pictures may come last.
-    start = max(0, info.index_of_first_image)
-    images = (reply.images or [])[start : start + wanted]
-    if len(images) < wanted:
-        raise AttemptError(Outcome.FAILED, f"the backend drew {len(images)} of {wanted} pictures")
-    seeds = _seeds(info, call)
-    try:
-        return [artifact_from_base64(payloads[int(image)], seed) for image, seed in zip(images, seeds, strict=True)]
-    except ValueError as error:
-        raise AttemptError(Outcome.FAILED, f"the backend's reply is no use: {error}") from None
-
-
-def _info(info: Any) -> _Info:
-    """`info` is a note about pictures that are there already: one that cannot be read must not cost them."""
-    try:
-        return _INFO.decode(info) if isinstance(info, str) else msgspec.convert(info or {}, _Info)
-    except (ValueError, RecursionError):
-        return _Info()
-
-
-def _seeds(info: _Info, call: Call) -> list[int]:
-    told = info.all_seeds or []
-    asked = [item.seed for item in call.items]
-    told = told[: len(asked)]
-    return told if len(told) == len(asked) and all(0 <= seed < SEED_LIMIT for seed in told) else asked
+        data = pybase64.b64decode(text.rpartition(",")[2], validate=True)
+    except ValueError:
+        return None
+    media_type = sniff(data)
+    return None if media_type is None else Preview(data, media_type)

@@ -16,7 +16,7 @@ import msgspec
 import pybase64
 
 from img_serving.backends import comfyui_replies as replies
-from img_serving.backends.comfyui_built_in import MAX_STEPS, built_in, model_ids, samplers, schedule_in, schedulers
+from img_serving.backends.comfyui_built_in import MAX_STEPS, built_in, model_ids, samplers, schedulers
 from img_serving.backends.comfyui_events import News, Watch
 from img_serving.backends.comfyui_guess import steps_of
 from img_serving.backends.comfyui_replies import NotComfyUI, Picture, Record, not_comfyui
@@ -25,7 +25,6 @@ from img_serving.backends.comfyui_workflow import MAX_SIDE, MIN_SIDE, Template, 
 from img_serving.backends.http import (
     MAX_REPLY_BYTES,
     NO_HURRY_SECONDS,
-    PROBE_TIMEOUT_SECONDS,
     Headers,
     Redactor,
     call_headers,
@@ -37,6 +36,7 @@ from img_serving.backends.http import (
     unhealthy,
 )
 from img_serving.backends.options import read_options
+from img_serving.backends.samplers import sampler_and_schedule
 from img_serving.domain.capabilities import Capabilities, SizeRule
 from img_serving.domain.errors import AttemptError, BackendRefusal, InvalidRequest, Outcome
 from img_serving.domain.images import EXTENSIONS, Artifact, Call, ImageRequest, Item, ItemFailure, Preview, Progress
@@ -54,6 +54,9 @@ UPLOAD_PATH: Final = "/upload/image"
 STATS_PATH: Final = "/system_stats"
 CHECKPOINTS_PATH: Final = "/object_info/CheckpointLoaderSimple"
 SAMPLER_PATH: Final = "/object_info/KSampler"
+
+QUESTION_SECONDS: Final = 10.0
+"""How long a question about what the server has may take."""
 
 SUBFOLDER: Final = "img-serving"
 """Where input pictures go, in ComfyUI's folder for temporary files."""
@@ -381,8 +384,8 @@ class ComfyUIBackend:
                 body = (await self._ask(SAMPLER_PATH)).body
                 names = replies.read_choices(body, "KSampler", "sampler_name")
                 schedules = replies.read_choices(body, "KSampler", "scheduler")
-                self._samplers = samplers(names) if names else None
                 self._schedulers = schedulers(schedules) if schedules else None
+                self._samplers = samplers(names, self._schedulers) if names else None
                 self._has_told = True
             if everything or clock() - self._files_at >= oldest_seconds:
                 body = (await self._ask(CHECKPOINTS_PATH)).body
@@ -396,7 +399,7 @@ class ComfyUIBackend:
     async def _ask(self, path: str) -> UpstreamReply:
         """A question before anything is drawn: whatever goes wrong, trying elsewhere is free of risk."""
         try:
-            reply = await get(self._transport, path, self._headers, PROBE_TIMEOUT_SECONDS)
+            reply = await get(self._transport, path, self._headers, QUESTION_SECONDS)
         except AttemptError as error:
             raise AttemptError(Outcome.NOT_STARTED, error.message) from None
         if reply.status not in {200, 404}:
@@ -494,22 +497,12 @@ class ComfyUIBackend:
         sampler, schedule = request.sampler, request.scheduler
         if (sampler is not None or schedule is not None) and not self._has_told:
             await self._learn(MODELS_SECONDS)
-        if sampler is not None and schedule is None and self._schedulers is not None:
-            schedule = schedule_in(sampler, self._schedulers)
-        names = {}
-        for name, wanted, known in (
-            ("sampler", sampler, self._samplers),
-            ("scheduler", schedule, self._schedulers),
-        ):
-            if wanted is None or not template.slots.get(name):
-                continue
-            found = known.find(wanted) if known is not None else wanted
-            if found is None:
-                near = ", ".join(known.nearest(wanted)) if known is not None else ""
-                message = f"the backend has no {name} {wanted[:80]!r} (the nearest it has: {near})"
+        for name, wanted, known in (("sampler", sampler, self._samplers), ("scheduler", schedule, self._schedulers)):
+            if wanted is not None and known is not None and template.slots.get(name) and known.find(wanted) is None:
+                message = f"the backend has no {name} {wanted[:80]!r} (the nearest it has: {', '.join(known.nearest(wanted))})"
                 raise BackendRefusal(InvalidRequest(message, param=name))
-            names[name] = found
-        return names
+        own = sampler_and_schedule(sampler, schedule, self._samplers, self._schedulers)
+        return {name: one for name, one in zip(("sampler", "scheduler"), own, strict=True) if one is not None}
 
     async def _upload(self, template: Template, request: ImageRequest, alive: Callable[[], None]) -> dict[str, Any]:
         """Send the input pictures and the mask; where each went. Raises AttemptError, BackendRefusal."""

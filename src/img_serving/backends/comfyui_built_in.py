@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from img_serving.backends.comfyui_graph import Slot
 from img_serving.backends.comfyui_workflow import Template
+from img_serving.backends.samplers import samplers_with_schedules
 from img_serving.domain.vocabulary import Vocabulary
 
 DEFAULTS: Final = {"steps": 20, "cfg": 7.0, "sampler_name": "euler", "scheduler": "normal"}
@@ -54,35 +55,20 @@ _SCHEDULERS: Final = {
 }
 
 
-def samplers(names: Iterable[str]) -> Vocabulary:
+def samplers(names: Iterable[str], schedules: Vocabulary | None) -> Vocabulary:
     """ComfyUI's samplers, found by A1111's names too, also by older ones with a schedule at their end."""
     known = list(names)
     aliases = {}
-    for alias, name in [*_SAMPLERS.items(), *((name, name) for name in known)]:
+    for alias, name in _SAMPLERS.items():
         if name in known:
             aliases[alias] = aliases[f"k {alias}"] = name
-            aliases |= {f"{alias} {schedule}": name for schedule in _SCHEDULERS}
-    return Vocabulary(known, aliases)
+    return samplers_with_schedules(known, aliases, schedules)
 
 
 def schedulers(names: Iterable[str]) -> Vocabulary:
     """ComfyUI's noise schedules, found by A1111's names too."""
     known = list(names)
     return Vocabulary(known, {alias: name for alias, name in _SCHEDULERS.items() if name in known})
-
-
-def schedule_in(sampler: str, known: Vocabulary) -> str | None:
-    """The schedule that an older sampler's name ends in (`DPM++ 2M Karras`), as this server calls it; None without one."""
-    if sampler in known.names or sampler in _SAMPLERS:
-        return None
-    words = sampler.replace("_", " ").split()
-    for count in (2, 1):
-        if len(words) > count:
-            tail = " ".join(words[-count:]).casefold()
-            for alias in _SCHEDULERS:
-                if alias.casefold() == tail:
-                    return known.find(alias)
-    return None
 
 
 def model_ids(files: Iterable[str]) -> dict[str, str]:

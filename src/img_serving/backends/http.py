@@ -1,20 +1,19 @@
-"""What adapters to HTTP upstreams share: headers, the meaning of an error reply, and finding out which protocol is spoken."""
+"""What adapters to HTTP upstreams share: headers, the meaning of an error reply, health pages, and patience."""
 
 from __future__ import annotations
 
 import asyncio
 import html
 import re
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import msgspec
 
-from img_serving.domain.capabilities import Capabilities
 from img_serving.domain.errors import (
     AttemptError,
     BackendRefusal,
@@ -24,8 +23,8 @@ from img_serving.domain.errors import (
     Outcome,
     PayloadTooLarge,
 )
-from img_serving.domain.images import Artifact, Call, ItemFailure
-from img_serving.ports import Backend, HealthReport, OnProgress, Transport, UpstreamReply
+from img_serving.domain.images import Call
+from img_serving.ports import HealthReport, Transport, UpstreamReply
 
 Headers = tuple[tuple[str, str], ...]
 
@@ -33,7 +32,6 @@ MAX_REPLY_BYTES: Final = 256 * 1024 * 1024
 MAX_CHECK_BYTES: Final = 4 * 1024 * 1024
 """Model lists and option dictionaries are far smaller."""
 
-PROBE_TIMEOUT_SECONDS: Final = 10.0
 NO_HURRY_SECONDS: Final = 86_400.0
 """For requests that somebody else bounds (see `patience`)."""
 
@@ -234,137 +232,6 @@ async def patience(seconds: float) -> AsyncIterator[Callable[[], None]]:
         raise AttemptError(Outcome.UNKNOWN, f"no answer and no progress within {seconds:g} s") from None
 
 
-class DetectingBackend:
-    """Finds out once whether an endpoint speaks A1111's protocol or OpenAI's, and is that adapter from then on.
-
-    Only read-only routes are asked, never a picture. A server that has both (stable-diffusion.cpp's) is taken for A1111:
-    there a seed, steps and a negative prompt reach the engine, while its OpenAI route draws with seed 42 unless told otherwise
-    inside the prompt. A server that answers neither question is taken for OpenAI's (many small ones have no model list), and
-    asked again at the next check. It is also asked again after it was down: something else may listen there by then.
-    """
-
-    def __init__(
-        self,
-        openai: Backend,
-        a1111: Backend,
-        transport: Transport,
-        *,
-        headers: Sequence[tuple[str, str]] = (),
-        base_has_v1: bool = False,
-    ) -> None:
-        """`openai` and `a1111` are the adapters to choose from; `headers` (credentials among them) go with the questions."""
-        self._openai = openai
-        self._a1111 = a1111
-        self._transport = transport
-        self._headers: Headers = tuple(headers)
-        self._models_path = "/models" if base_has_v1 else "/v1/models"
-        self._chosen: Literal["openai", "a1111"] | None = None
-        self._certain = False
-        self._because = ""
-        self._detecting = asyncio.Lock()
-
-    def __repr__(self) -> str:
-        return f"<DetectingBackend {self.protocol}: {self._because or 'not asked yet'}>"
-
-    @property
-    def protocol(self) -> str:
-        """`http` until detected, then `openai` or `a1111`."""
-        return self._chosen or "http"
-
-    @property
-    def detected_because(self) -> str:
-        """What the choice rests on, for people; "" before it."""
-        return self._because
-
-    @property
-    def capabilities(self) -> Capabilities:
-        """Those of the detected protocol; before, one picture a call and one call at a time, which suits either."""
-        if self._chosen is not None:
-            return self._adapter.capabilities
-        either = self._openai.capabilities
-        return replace(
-            either,
-            batch="single",
-            max_batch_size=1,
-            max_concurrency=1,
-            honours=either.honours | self._a1111.capabilities.honours,
-        )
-
-    async def generate(self, call: Call, on_progress: OnProgress) -> Sequence[Artifact | ItemFailure]:
-        """Draw with the detected protocol, which is found out first if need be.
-
-        Raises:
-            AttemptError: also `NOT_STARTED` where nobody answered the questions.
-            BackendRefusal: the request is at fault.
-        """
-        if self._chosen is None:
-            await self._detect(min(call.timeout_seconds, PROBE_TIMEOUT_SECONDS))
-        try:
-            return await self._adapter.generate(call, on_progress)
-        except AttemptError as error:
-            if error.outcome is not Outcome.FAILED and error.busy_seconds is None:
-                self._certain = False  # it was down, or went down: the next check asks again
-            raise
-
-    async def check(self, timeout_seconds: float) -> HealthReport:
-        """Detect if that is not settled, then check as the detected protocol does."""
-        deadline = asyncio.get_running_loop().time() + timeout_seconds
-        if not self._certain:
-            try:
-                await self._detect(timeout_seconds)
-            except AttemptError as error:
-                return HealthReport(healthy=False, detail=error.message)
-        report = await self._adapter.check(max(0.0, deadline - asyncio.get_running_loop().time()))
-        if not report.healthy:
-            self._certain = False
-        return report
-
-    async def close(self) -> None:
-        """Close both adapters."""
-        await self._openai.close()
-        await self._a1111.close()
-
-    @property
-    def _adapter(self) -> Backend:
-        return self._a1111 if self._chosen == "a1111" else self._openai
-
-    async def _detect(self, timeout_seconds: float) -> None:
-        """Ask, unless somebody did while we waited for our turn. Raises AttemptError where nobody answers."""
-        before = self._certain, self._chosen
-        async with self._detecting:
-            if (self._certain, self._chosen) != before and self._chosen is not None:
-                return
-            try:
-                async with asyncio.timeout(timeout_seconds):
-                    found, certain, because = await self._ask(timeout_seconds)
-            except TimeoutError:
-                raise AttemptError(Outcome.NOT_STARTED, "the endpoint did not say in time what it speaks") from None
-            except AttemptError as error:
-                # Nothing was asked to be drawn, so whatever went wrong, trying elsewhere is free of risk.
-                raise AttemptError(Outcome.NOT_STARTED, error.message) from None
-            self._chosen, self._certain, self._because = found, certain, because
-
-    async def _ask(self, timeout_seconds: float) -> tuple[Literal["openai", "a1111"], bool, str]:
-        statuses = []
-        for path, is_a1111 in (("/sdapi/v1/options", _has_options), ("/sdapi/v1/sd-models", _has_checkpoints)):
-            reply = await get(self._transport, path, self._headers, timeout_seconds)
-            statuses.append(reply.status)
-            if reply.status == 200 and is_a1111(_json(reply)):
-                return "a1111", True, f"GET {path} answered as A1111 does"
-            if reply.status == 401 and reply.headers.get("www-authenticate", "").lower().startswith("basic"):
-                # A1111 asks for a password only where a route exists; an OpenAI server asks for a bearer, or without a header.
-                return "a1111", True, f"GET {path} asked for a password as A1111 does"
-        reply = await get(self._transport, self._models_path, self._headers, timeout_seconds)
-        statuses.append(reply.status)
-        if reply.status == 200 and isinstance(_json(reply), dict):
-            return "openai", True, f"GET {self._models_path} answered as OpenAI does"
-        if reply.status in {401, 403}:
-            return "openai", True, f"GET {self._models_path} asked for a key"
-        if all(status >= 500 for status in statuses):
-            raise AttemptError(Outcome.NOT_STARTED, f"the endpoint answers HTTP {statuses[-1]} to every question")
-        return "openai", False, "it answers, but neither as A1111 nor as OpenAI does: taken for OpenAI's until it does"
-
-
 def _complaint_in(document: Any) -> Complaint:
     """Find message, code and parameter in a decoded error body."""
     if isinstance(document, str):
@@ -441,22 +308,3 @@ def _date(text: str) -> datetime | None:
 
 def _text(value: Any) -> str:
     return value if isinstance(value, str) else ""
-
-
-def _json(reply: UpstreamReply) -> Any:
-    try:
-        return msgspec.json.decode(reply.body)
-    except (ValueError, RecursionError):
-        return None
-
-
-def _has_options(document: Any) -> bool:
-    return isinstance(document, dict) and any(
-        name in document for name in ("sd_model_checkpoint", "samples_format", "CLIP_stop_at_last_layers")
-    )
-
-
-def _has_checkpoints(document: Any) -> bool:
-    return isinstance(document, list) and all(
-        isinstance(one, dict) and ("model_name" in one or "title" in one) for one in document
-    )

@@ -8,6 +8,7 @@ import os
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from img_serving.cli import probe
 from img_serving.cli.endings import MISUSED, OK, CommandFailed, printable
 from img_serving.cli.usage import Commands, add_gateway_options, number, whole, words
 
@@ -21,6 +22,7 @@ examples:
   img-serving backends list
   img-serving backends add sd --protocol a1111 --endpoint http://gpu-1:7860 --endpoint http://gpu-2:7860
   img-serving backends remove sd
+  img-serving backends probe http://gpu-1:7860     # what speaks there, and how to configure it
 """
 
 ADD_EXAMPLES = """\
@@ -37,7 +39,7 @@ The gateway keeps it in its data directory: it is there after a restart. Every k
 
 def register(commands: Commands[argparse.ArgumentParser]) -> None:
     """Tell argparse about the commands."""
-    parser = commands.add_parser("backends", help="list, add and remove the backends of a gateway", epilog=EXAMPLES)
+    parser = commands.add_parser("backends", help="list, add and remove backends; probe an address", epilog=EXAMPLES)
     actions = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     listing = actions.add_parser("list", help="show them and how they are")
@@ -70,6 +72,7 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
     removing.add_argument("name", type=words, metavar="NAME")
     add_gateway_options(removing)
     removing.set_defaults(run=remove)
+    probe.register(actions)
 
 
 def show(args: argparse.Namespace) -> int:
@@ -153,19 +156,29 @@ def _wanted(args: argparse.Namespace) -> dict[str, Any]:
         if not secret:
             raise CommandFailed(f"the environment variable {args.upstream_api_key_env} is not set", MISUSED)
         body["api_key"] = secret
-    for setting in args.set:
+    return body | settings_of(args.set, body)
+
+
+def settings_of(given: list[str], body: dict[str, Any]) -> dict[str, Any]:
+    """What `--set KEY=JSON` says; no key of `body`, and none twice.
+
+    Raises:
+        CommandFailed: one is not of that form, or its value is not JSON.
+    """
+    found: dict[str, Any] = {}
+    for setting in given:
         key, separator, text = setting.partition("=")
         if not separator or not key:
             raise CommandFailed("--set takes KEY=JSON, for example --set tier=1", MISUSED)
-        if key in body:
+        if key in body or key in found:
             raise CommandFailed(f"{key} is given twice", MISUSED)
         try:
-            body[key] = json.loads(text)
+            found[key] = json.loads(text)
         except ValueError:
             if text[:1] in '{["':
                 raise CommandFailed(f"the value of --set {key}=… is not JSON", MISUSED) from None
-            body[key] = text  # a plain word needs no quotes
-    return body
+            found[key] = text  # a plain word needs no quotes
+    return found
 
 
 def table_of(backends: list[BackendRecord]) -> Table:

@@ -23,7 +23,6 @@ MOST_BYTES: Final = 16 * 2**20
 _NO_WEBHOOKS: Final = "webhooks are not sent"
 
 NOT_YET: Final[Mapping[str, str]] = {
-    "server.max_upload_bytes": "nothing is uploaded",
     "server.keepalive_after_seconds": "waiting replies are not kept open with blanks",
     "storage.signed_urls": "URLs carry no signature",
     "jobs.disconnect_grace_seconds": "work is cancelled at once",
@@ -33,7 +32,6 @@ NOT_YET: Final[Mapping[str, str]] = {
     "webhooks.max_age_hours": _NO_WEBHOOKS,
     "webhooks.allow_private_addresses": _NO_WEBHOOKS,
     "backends[].cut_through": "a picture is passed on when it is complete",
-    "backends[].shared": "an engine is taken to be ours alone",
 }
 """Keys that the interface fixes and this version does not act on, with what happens instead."""
 

@@ -16,11 +16,12 @@ class Vocabulary:
     sampler everywhere; `+` does. Two vocabularies of the same names and aliases are equal.
     """
 
-    __slots__ = ("_by_key", "names")
+    __slots__ = ("_by_key", "names", "spellings")
 
     def __init__(self, names: Iterable[str], aliases: Mapping[str, str] | None = None) -> None:
         """`aliases` maps another spelling to one of `names`; a name's own spelling always wins over an alias."""
         self.names = tuple(dict.fromkeys(names))
+        self.spellings = (*self.names, *(aliases or {}))
         self._by_key: dict[str, str] = {}
         for name in self.names:
             self._by_key.setdefault(_key(name), name)
@@ -39,10 +40,21 @@ class Vocabulary:
         """The engine's own spelling; None if it has nothing of that name."""
         return name if name in self.names else self._by_key.get(_key(name))
 
+    def is_own(self, name: str) -> bool:
+        """Whether it is one of the names themselves, however spelled, and no alias."""
+        found = self.find(name)
+        return found is not None and _key(found) == _key(name)
+
+    @staticmethod
+    def matches(name: str, other: str) -> bool:
+        """Whether two spellings are of the same name."""
+        return _key(name) == _key(other)
+
     def nearest(self, name: str, count: int = 3) -> tuple[str, ...]:
         """Names that `name` may be a slip of, the likeliest first; without any, the first of the list."""
-        near = difflib.get_close_matches(_key(name)[:80], list(self._by_key), count, cutoff=0.5)
-        return tuple(dict.fromkeys(self._by_key[key] for key in near)) or self.names[:count]
+        own = {_key(one): one for one in self.names}  # not the aliases: there can be thousands
+        near = difflib.get_close_matches(_key(name)[:80], list(own), count, cutoff=0.5)
+        return tuple(own[key] for key in near) or self.names[:count]
 
 
 def _key(name: str) -> str:

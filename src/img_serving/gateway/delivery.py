@@ -16,7 +16,7 @@ from img_serving.domain.errors import AllAttemptsFailed, StorageFailed
 from img_serving.domain.images import EXTENSIONS, FORMATS, MEDIA_TYPES, Artifact, ImageRequest
 from img_serving.domain.jobs import Job
 from img_serving.media.payload import artifact_from_bytes, base64_text, raw_bytes
-from img_serving.media.png import strip_metadata
+from img_serving.media.strip import strip_metadata
 from img_serving.media.transcode import transcode
 from img_serving.ports import ArtifactStore
 from img_serving.telemetry.metrics import Metrics
@@ -50,7 +50,7 @@ class Delivery:
         *,
         strip: bool = False,
     ) -> None:
-        """`strip` removes text and other metadata from PNGs (their pixels are not touched)."""
+        """`strip` removes text and other metadata from pictures (their pixels are not touched)."""
         self._store = store
         self._metrics = metrics
         self._clock = clock
@@ -122,10 +122,18 @@ class Delivery:
             except ValueError as error:
                 raise AllAttemptsFailed(f"the backend's picture is no good: {error}", should_retry=False) from error
             self._metrics.transcoded.add(wanted)
-            return artifact_from_bytes(data, artifact.seed, artifact.revised_prompt)
-        if self._strip and artifact.media_type == "image/png":
-            return artifact_from_bytes(strip_metadata(raw_bytes(artifact)), artifact.seed, artifact.revised_prompt)
-        return artifact
+            artifact = artifact_from_bytes(data, artifact.seed, artifact.revised_prompt)
+        return self._stripped(artifact) if self._strip else artifact
+
+    @staticmethod
+    def _stripped(artifact: Artifact) -> Artifact:
+        data = raw_bytes(artifact)
+        try:
+            clean = strip_metadata(data, artifact.media_type)
+        except ValueError as error:
+            # what cannot be taken apart cannot be cleaned: handing it on would break the operator's word
+            raise AllAttemptsFailed(f"the backend's picture is no good: {error}", should_retry=False) from error
+        return artifact if clean is data else artifact_from_bytes(clean, artifact.seed, artifact.revised_prompt)
 
     async def _stored(self, artifact: Artifact, response_format: ResponseFormat, base_url: Callable[[], str]) -> bytes:
         try:

@@ -72,6 +72,11 @@ class Pipeline:
             request.operation,
             request.width,
             request.height,
+            request.steps,
+            request.sampler,
+            request.scheduler,
+            len(request.images),
+            request.mask is None,
             request.given if request.strict else None,
         )
         route = self._plans.get(key)

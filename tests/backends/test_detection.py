@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from img_serving.backends.a1111 import A1111Backend
-from img_serving.backends.http import DetectingBackend
+from img_serving.backends.detection import DetectingBackend
 from img_serving.backends.openai import OpenAIBackend
 from img_serving.backends.scripted_server import ScriptedServer
 from img_serving.domain.errors import AttemptError, Outcome
@@ -17,14 +17,14 @@ from img_serving.ports import UpstreamReply
 from img_serving.transport.http import HttpTransport
 
 CALL = Call(ImageRequest("a fox", seed=5), None, 64, 48, (Item("a fox", None, 5),), 5.0)
-QUESTIONS = {"/sdapi/v1/options", "/sdapi/v1/sd-models", "/v1/models"}
+QUESTIONS = {"/sdapi/v1/options", "/sdapi/v1/sd-models", "/prompt", "/v1/models"}
 
 
 @asynccontextmanager
 async def detecting(script):
     async with ScriptedServer(script) as server:
         transport = HttpTransport(server.url)
-        backend = DetectingBackend(OpenAIBackend(transport), A1111Backend(transport), transport)
+        backend = DetectingBackend({"openai": OpenAIBackend(transport), "a1111": A1111Backend(transport)}, transport)
         try:
             yield backend, server
         finally:
@@ -58,14 +58,15 @@ async def draw(backend):
 )
 def test_the_protocol_is_what_the_endpoint_answers_to(script, protocol):
     async def act(backend, server):
-        before = backend.protocol, backend.detected_because
-        await backend.check(2.0)
-        return before, backend.protocol, backend.detected_because, server.posts
+        before = backend.protocol, backend.detection
+        report = await backend.check(2.0)
+        return before, backend.protocol, backend.detection.because, report, server.posts
 
-    before, found, because, posts = run(script, act)
-    assert before == ("http", "")
+    before, found, because, report, posts = run(script, act)
+    assert before == ("http", None)
     assert found == protocol
     assert because
+    assert report.found.endswith(because)
     assert not posts
 
 
@@ -87,14 +88,15 @@ def test_it_is_asked_once_however_many_want_to_know():
         await backend.check(2.0)
         return [one.path for one in server.exchanges if one.path == "/sdapi/v1/options"]
 
-    assert len(run({"faces": ["a1111"]}, act)) == 1
+    # by us, and by the adapter that it then is
+    assert len(run({"faces": ["a1111"]}, act)) == 2
 
 
 def test_what_answers_neither_is_asked_again_at_the_next_check():
     async def act(backend, server):
         await backend.check(2.0)
         assert backend.protocol == "openai"
-        assert "taken for" in backend.detected_because
+        assert "taken for" in backend.detection.because
         server.script = ScriptedServer({"faces": ["a1111"]}).script
         report = await backend.check(2.0)
         return report.healthy, backend.protocol
@@ -170,7 +172,7 @@ class Silent:
 
 
 def of(transport: Silent) -> DetectingBackend:
-    return DetectingBackend(OpenAIBackend(transport), A1111Backend(transport), transport)
+    return DetectingBackend({"openai": OpenAIBackend(transport), "a1111": A1111Backend(transport)}, transport)
 
 
 def test_no_answer_in_time_is_unhealthy():

@@ -1,0 +1,177 @@
+"""What one server with A1111's web API is and has: asked with read-only routes that do not touch the GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import PureWindowsPath
+from typing import Any, Final
+
+import msgspec
+
+from img_serving.backends.samplers import samplers_with_schedules
+from img_serving.domain.capabilities import SizeRule
+from img_serving.domain.vocabulary import Vocabulary
+from img_serving.ports import UpstreamReply
+
+MODELS_PATH: Final = "/sdapi/v1/sd-models"
+OPTIONS_PATH: Final = "/sdapi/v1/options"
+SAMPLERS_PATH: Final = "/sdapi/v1/samplers"
+SCHEDULERS_PATH: Final = "/sdapi/v1/schedulers"
+PROGRESS_PATH: Final = "/sdapi/v1/progress?skip_current_image=true"
+SDCPP_PATH: Final = "/sdcpp/v1/capabilities"
+
+WEBUI_SIZES: Final = SizeRule(multiple=8, rounding="down", min_side=8)
+"""A1111's latents have an eighth of a side, rounded down (Forge f2.0.1: 100x70 is drawn as 96x64)."""
+
+SDCPP_SIZES: Final = SizeRule(multiple=64, rounding="up")
+"""stable-diffusion.cpp's server rounds up (100x70 is drawn as 128x128)."""
+
+Ask = Callable[[str], Awaitable[UpstreamReply]]
+"""A GET of a path; raises AttemptError where nobody answers."""
+
+
+class Checkpoint(msgspec.Struct, frozen=True):
+    """One of `/sd-models`. Its title changes once the model was loaded (a hash is added); its name and file do not."""
+
+    title: str | None = None
+    model_name: str | None = None
+    filename: str | None = None
+
+    @property
+    def name(self) -> str | None:
+        """What it is called in requests."""
+        return self.model_name or self.title
+
+    @property
+    def spellings(self) -> tuple[str, ...]:
+        """Everything else that people call it: its file with and without a folder and an ending, and its title."""
+        file = PureWindowsPath(self.filename or "").name  # takes both kinds of slash apart
+        bare_title = (self.title or "").partition(" [")[0]
+        return tuple(name for name in (file, PureWindowsPath(file).stem, self.title, bare_title) if name)
+
+
+class _Named(msgspec.Struct, frozen=True):
+    """One of `/samplers` or `/schedulers`."""
+
+    name: str
+    label: str | None = None
+    aliases: list[str] | None = None
+
+    @property
+    def spellings(self) -> tuple[str, ...]:
+        return tuple(one for one in (self.label, *(self.aliases or ())) if one)
+
+
+_CHECKPOINTS = msgspec.json.Decoder(list[Checkpoint])
+_NAMES = msgspec.json.Decoder(list[_Named])
+
+
+@dataclass(frozen=True, slots=True)
+class A1111Server:
+    """One server, as far as it told. `program` and `because` are for people.
+
+    `loaded` is the checkpoint that it holds now, as its options name it; `can_switch`: another one can be asked for.
+    """
+
+    program: str = "a server with A1111's web API"
+    because: str = ""
+    models: Vocabulary | None = None
+    samplers: Vocabulary | None = None
+    schedulers: Vocabulary | None = None
+    sizes: SizeRule = WEBUI_SIZES
+    has_progress: bool = False
+    has_options: bool = False
+    can_switch: bool = True
+    loaded: str | None = None
+
+
+async def learn(ask: Ask) -> A1111Server:
+    """Ask the server what it is and has. What it does not answer stays unknown.
+
+    Raises:
+        AttemptError: nobody answers at all.
+    """
+    options = _json(await ask(OPTIONS_PATH))
+    models = read_models(await ask(MODELS_PATH))
+    schedulers = _names(await ask(SCHEDULERS_PATH))
+    samplers = _names(await ask(SAMPLERS_PATH))
+    progress = _json(await ask(PROGRESS_PATH))
+    has_progress = isinstance(progress, dict) and "progress" in progress
+    program, because, sizes = "a server with A1111's web API", "", WEBUI_SIZES
+    can_switch = True
+    known_options = options if isinstance(options, dict) else {}
+    if not has_progress and (await ask(SDCPP_PATH)).status == 200:
+        program, because, sizes, can_switch = "stable-diffusion.cpp", f"GET {SDCPP_PATH} answers", SDCPP_SIZES, False
+    elif any(name.startswith("forge_") for name in known_options):
+        program, because = "Forge", f"GET {OPTIONS_PATH} has its settings"
+    elif "sd_backend" in known_options or "sd_model_dict" in known_options:
+        program, because = "SD.Next", f"GET {OPTIONS_PATH} has its settings"
+    elif has_progress and known_options:
+        program, because = "AUTOMATIC1111", f"GET {OPTIONS_PATH} and {PROGRESS_PATH.partition('?')[0]} answer"
+    loaded = known_options.get("sd_model_checkpoint")
+    schedules = None if schedulers is None else Vocabulary(*_spelled(schedulers))
+    return A1111Server(
+        program=program,
+        because=because,
+        models=models,
+        samplers=None if samplers is None else samplers_with_schedules(*_spelled(samplers), schedules),
+        schedulers=schedules,
+        sizes=sizes,
+        has_progress=has_progress,
+        has_options=bool(known_options),
+        can_switch=can_switch,
+        loaded=loaded if isinstance(loaded, str) else None,
+    )
+
+
+def read_models(reply: UpstreamReply) -> Vocabulary | None:
+    """The checkpoints that `/sd-models` names; None where it names none, or cannot be read."""
+    if not 200 <= reply.status < 300:
+        return None
+    try:
+        checkpoints = _CHECKPOINTS.decode(reply.body)
+    except (ValueError, RecursionError):
+        return None
+    names = [one.name for one in checkpoints if one.name]
+    aliases: dict[str, str] = {}
+    for one in checkpoints:
+        if one.name:
+            for spelling in one.spellings:
+                aliases.setdefault(spelling, one.name)
+    return Vocabulary(names, aliases) if names else None
+
+
+def is_model_list(reply: UpstreamReply) -> bool:
+    """Whether it is a list of checkpoints, an empty one included."""
+    try:
+        _CHECKPOINTS.decode(reply.body)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _names(reply: UpstreamReply) -> list[_Named] | None:
+    if not 200 <= reply.status < 300:
+        return None
+    try:
+        return _NAMES.decode(reply.body) or None
+    except (ValueError, RecursionError):
+        return None
+
+
+def _spelled(named: list[_Named]) -> tuple[list[str], dict[str, str]]:
+    aliases: dict[str, str] = {}
+    for one in named:
+        for spelling in one.spellings:
+            aliases.setdefault(spelling, one.name)
+    return [one.name for one in named], aliases
+
+
+def _json(reply: UpstreamReply) -> Any:
+    if not 200 <= reply.status < 300:
+        return None
+    try:
+        return msgspec.json.decode(reply.body)
+    except (ValueError, RecursionError):
+        return None

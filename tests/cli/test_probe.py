@@ -1,0 +1,160 @@
+"""`img-serving backends probe`: what is told of an address, and the configuration that comes of it."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tests.support.fake_a1111 import FakeA1111
+from tests.support.threads import in_a_thread
+
+from img_serving.backends.scripted_server import ScriptedServer
+from img_serving.cli import main
+from img_serving.config import backend_from_mapping
+from img_serving.media.sniff import check_picture
+
+Probe = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def probe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Probe:
+    """Run it; returns the exit code and what it said on either stream."""
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+
+    def run(*words: str) -> tuple[int, str, str]:
+        code = main(["backends", "probe", *words])
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run
+
+
+def block_of(out: str) -> dict[str, object]:
+    """The table that is to be pasted."""
+    table: dict[str, object] = tomllib.loads(out[out.index("[[backends]]") :])["backends"][0]
+    return table
+
+
+def test_what_speaks_there_is_told_and_the_block_can_be_pasted(probe: Probe) -> None:
+    with in_a_thread(FakeA1111()) as server:
+        code, out, _ = probe(server.url, "--no-draw")
+    assert code == 0
+    assert "Forge" in out
+    assert "tiny-a, tiny-b" in out
+    assert "multiples of 8, others rounded down" in out
+    assert "Euler a" in out
+    assert "can be stopped" in out
+    table = block_of(out)
+    assert (table["protocol"], table["endpoints"]) == ("a1111", [server.url])
+    assert backend_from_mapping(table).name == table["name"]
+    assert not server.posts
+
+
+def test_a_test_picture_is_drawn_only_where_somebody_agrees(probe: Probe, monkeypatch: pytest.MonkeyPatch) -> None:
+    with in_a_thread(FakeA1111()) as server:
+        code, _, err = probe(server.url)
+        assert (code, len(server.posts)) == (0, 0)
+        assert "--draw" in err
+        for stream in ("stdin", "stdout"):
+            monkeypatch.setattr(getattr(sys, stream), "isatty", lambda: True)
+        for answer, drawn in (("", 0), ("n", 0), ("y", 1), ("네", 2)):
+            monkeypatch.setattr("builtins.input", lambda question, answer=answer: answer)
+            assert probe(server.url)[0] == 0
+            assert len(server.posts) == drawn
+
+
+def test_the_picture_is_written_and_what_was_not_honoured_said(probe: Probe, tmp_path: Path) -> None:
+    path = tmp_path / "test.png"
+    with in_a_thread(FakeA1111()) as server:
+        code, out, _ = probe(server.url, "--draw", "--size", "100x70", "--model", "tiny-b", "-o", str(path))
+    assert code == 0
+    assert "96x64 image/png in " in out
+    assert "not honoured: size" in out
+    assert check_picture(path.read_bytes()) == ("image/png", 96, 64)
+    assert server.drawn[0]["model"] == "tiny-b"
+
+
+def test_as_json_it_is_for_programs(probe: Probe) -> None:
+    with in_a_thread(FakeA1111(flavour="sdcpp")) as server:
+        code, out, _ = probe(server.url, "--draw", "--json", "--size", "64x64")
+    told = json.loads(out)
+    assert code == 0
+    assert (told["healthy"], told["protocol"], told["models"]) == (True, "a1111", ["tiny-a"])
+    assert told["capabilities"]["size_multiple"] == 64
+    assert told["picture"]["seconds"] > 0
+    assert told["check_seconds"] > 0
+
+
+def test_a_key_is_sent_and_only_its_variable_is_shown(probe: Probe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOSTED_KEY", "sk-a-secret-key")
+    with in_a_thread(ScriptedServer({"faces": ["openai"]})) as server:
+        code, out, err = probe(server.url, "--no-draw", "--upstream-api-key-env", "HOSTED_KEY", "--name", "hosted")
+    assert code == 0
+    assert server.exchanges[-1].headers["authorization"] == "Bearer sk-a-secret-key"
+    assert "sk-a-secret-key" not in out + err
+    assert block_of(out)["api_key"] == "${HOSTED_KEY}"
+    assert block_of(out)["name"] == "hosted"
+
+
+def test_nobody_there_is_said_and_fails(probe: Probe) -> None:
+    code, out, _ = probe("127.0.0.1:1")
+    assert code == 1
+    assert "cannot be used" in out
+    assert "refused" in out
+    code, out, _ = probe("127.0.0.1:1", "--json")
+    assert (code, json.loads(out)["healthy"]) == (1, False)
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (("ftp://x",), "URL"),
+        (("http://x", "--upstream-api-key-env", "NOT_THERE"), "NOT_THERE"),
+        (("http://x", "--username", "me"), "password"),
+        (("http://x", "--set", "tier"), "--set takes KEY=JSON"),
+        (("http://x", "--set", "tire=1"), "tire"),
+        (("http://x", "--protocol", "telepathy"), "protocol"),
+        (("http://x", "--draw", "--no-draw"), "not allowed"),
+    ],
+)
+def test_what_cannot_be_asked_for_is_said(probe: Probe, words: tuple[str, ...], reason: str) -> None:
+    code, _, err = probe(*words)
+    assert code == 2
+    assert reason in err
+
+
+@pytest.mark.parametrize("step", ["500", "refuse", "not_picture"])
+def test_a_test_picture_that_fails_is_said(probe: Probe, step: str) -> None:
+    with in_a_thread(FakeA1111({"sequence": [step]})) as server:
+        code, _, err = probe(server.url, "--draw", "--size", "64x64")
+    assert code == 1
+    assert "the test picture" in err
+
+
+def test_an_impossible_size_is_refused_before_anything_is_drawn(probe: Probe) -> None:
+    with in_a_thread(FakeA1111()) as server:
+        code, _, err = probe(server.url, "--draw", "--size", "4x4")
+    assert code == 2
+    assert "at least 8" in err
+    assert not server.posts
+
+
+def test_without_an_answer_nothing_is_drawn(probe: Probe, monkeypatch: pytest.MonkeyPatch) -> None:
+    with in_a_thread(FakeA1111()) as server:
+        for stream in ("stdin", "stdout"):
+            monkeypatch.setattr(getattr(sys, stream), "isatty", lambda: True)
+        monkeypatch.setattr(sys.stdin, "readline", io.StringIO("").readline)
+
+        def nobody(question: str) -> str:
+            raise EOFError
+
+        monkeypatch.setattr("builtins.input", nobody)
+        assert probe(server.url)[0] == 0
+        assert not server.posts
