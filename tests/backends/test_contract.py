@@ -11,13 +11,16 @@ from dataclasses import dataclass, field
 import msgspec
 import pytest
 from tests.support.fake_a1111 import FakeA1111, Flavour
+from tests.support.fake_comfyui import FakeComfyUI
 
 from img_serving.backends.a1111 import A1111Backend
 from img_serving.backends.builtin import BuiltinBackend
+from img_serving.backends.comfyui import ComfyUIBackend, Pace
 from img_serving.backends.detection import DetectingBackend
 from img_serving.backends.openai import OpenAIBackend
 from img_serving.backends.scripted import ScriptedBackend, picture
-from img_serving.backends.scripted_server import ScriptedServer
+from img_serving.backends.scripted_server import HUGE_BYTES, STEPS, ScriptedServer
+from img_serving.backends.stub_server import Answer
 from img_serving.domain.capabilities import PARAMETERS, Capabilities
 from img_serving.domain.errors import AttemptError, BackendRefusal, Outcome
 from img_serving.domain.images import Artifact, Call, ImageRequest, Item, ItemFailure
@@ -71,12 +74,14 @@ class Rig:
     """An adapter, and what stands behind it for the test to look at."""
 
     backend: Backend
-    server: ScriptedServer | None = None
+    server: ScriptedServer | FakeComfyUI | None = None
     engine: FakeEngine | None = None
 
     def is_working(self) -> bool:
         """Whether the upstream has been asked for a picture."""
-        if self.server is not None:
+        if isinstance(self.server, FakeComfyUI):
+            return bool(self.server.drawn)
+        if isinstance(self.server, ScriptedServer):
             return bool(self.server.posts)
         if self.engine is not None:
             return self.engine.loads > 0
@@ -84,7 +89,9 @@ class Rig:
 
     def has_stopped(self) -> bool:
         """Whether the upstream knows that nobody wants the picture any more."""
-        if self.server is not None:
+        if isinstance(self.server, FakeComfyUI):
+            return bool(self.server.stopped) and self.server.in_flight == 0
+        if isinstance(self.server, ScriptedServer):
             return self.server.posts[0].disconnected_at is not None and self.server.in_flight == 0
         if self.engine is not None:
             return bool(self.engine.stopped)
@@ -141,6 +148,61 @@ async def a1111_at(flavour: Flavour, step: str) -> AsyncIterator[Rig]:
             await backend.close()
 
 
+@asynccontextmanager
+async def comfyui_rig(step: str) -> AsyncIterator[Rig]:
+    """The adapter to a server that behaves as the real one was seen to; error replies may be those of a proxy before it."""
+    async with FakeComfyUI() as server:
+        server.writes_metadata = False
+        server.hangs = step == "hang"
+        server.gives_nothing = step == "no_pictures"
+        server.node_error = "CUDA out of memory" if step == "oom" else None
+        server.view_manner = step if step in {"cut_body", "long_length", "close", "drip"} else ""
+        good = picture("a quiet harbour", 7, 64, 64)
+        files = {
+            "not_picture": b"GIF89a, or so they say",
+            "truncated_base64": good[: len(good) // 2],
+            "huge": good + bytes(HUGE_BYTES),
+            "wrong_size": picture("a quiet harbour", 7, 32, 32),
+        }
+        server.file = files.get(step)
+        replies = {
+            "refuse": comfyui_refusal("5", "EmptyLatentImage", "width"),
+            "not_json": Answer(200, b"<html>welcome</html>"),
+            "wrong_shape": Answer(200, b'{"prompt_id": 5}'),
+            "not_http": Answer(200, b"", manner="not_http"),
+        }
+        reply = replies.get(step) or (error_reply(step) if step != "oom" else None)
+        if reply is not None:
+            server.spoil["/prompt"] = reply
+        backend = ComfyUIBackend(
+            HttpTransport(server.url),
+            websocket_url=f"ws{server.url.removeprefix('http')}/ws",
+            username="me",
+            password=PASSWORD,
+            headers=HEADERS,
+            pace=Pace(first_poll=0.002, over_poll=0.001),
+        )
+        try:
+            yield Rig(backend, server)
+        finally:
+            await backend.close()
+
+
+def error_reply(step: str, echo: str = "") -> Answer | None:
+    """What the scripted server says at this step, where that is an error."""
+    return ScriptedServer({"sequence": [step] if step in STEPS else ["ok"], "echo": echo})._error(step)
+
+
+def comfyui_refusal(node: str, kind: str, name: str) -> Answer:
+    error = {"type": "value_smaller_than_min", "message": "Value smaller than min", "details": name}
+    errors = [{**error, "extra_info": {"input_name": name}}]
+    document = {
+        "error": {"type": "prompt_outputs_failed_validation", "message": "…", "details": "", "extra_info": {}},
+        "node_errors": {node: {"class_type": kind, "dependent_outputs": ["9"], "errors": errors}},
+    }
+    return Answer(400, msgspec.json.encode(document))
+
+
 def forge_rig(step: str) -> AbstractAsyncContextManager[Rig]:
     return a1111_at("forge", step)
 
@@ -169,12 +231,18 @@ RIGS = {
     "a1111": a1111_rig,
     "forge": forge_rig,
     "sdcpp": sdcpp_rig,
+    "comfyui": comfyui_rig,
     "http": detecting_rig,
     "builtin": builtin_rig,
     "scripted": scripted_rig,
 }
 EVERY = pytest.mark.parametrize("rig_of", RIGS.values(), ids=RIGS.keys())
 OVER_HTTP = pytest.mark.parametrize(
+    "rig_of",
+    [openai_rig, a1111_rig, forge_rig, sdcpp_rig, comfyui_rig, detecting_rig],
+    ids=["openai", "a1111", "forge", "sdcpp", "comfyui", "http"],
+)
+PICTURES_IN_JSON = pytest.mark.parametrize(
     "rig_of",
     [openai_rig, a1111_rig, forge_rig, sdcpp_rig, detecting_rig],
     ids=["openai", "a1111", "forge", "sdcpp", "http"],
@@ -313,11 +381,14 @@ def test_closing_twice_is_harmless(rig_of):
 
 
 @OVER_HTTP
-@pytest.mark.parametrize(
-    "step", ["bad_base64", "truncated_base64", "not_picture", "not_json", "wrong_shape", "no_pictures"]
-)
+@pytest.mark.parametrize("step", ["truncated_base64", "not_picture", "not_json", "wrong_shape", "no_pictures"])
 def test_a_complete_reply_without_a_good_picture_is_failed(rig_of, step):
     assert run(rig_of(step), lambda rig: failing(rig, call_of(7))).outcome is Outcome.FAILED
+
+
+@PICTURES_IN_JSON
+def test_text_that_is_no_base64_is_failed(rig_of):
+    assert run(rig_of("bad_base64"), lambda rig: failing(rig, call_of(7))).outcome is Outcome.FAILED
 
 
 @OVER_HTTP
@@ -359,7 +430,15 @@ def test_a_busy_endpoint_says_for_how_long(rig_of, step, seconds):
 
 
 @OVER_HTTP
-@pytest.mark.parametrize("step", ["drip", "escaped", "spaced", "wrapped", "data_url", "huge", "many"])
+@pytest.mark.parametrize("step", ["drip", "huge"])
+def test_a_slow_or_large_picture_is_good(rig_of, step):
+    call = call_of(7, seed_given=True, given=frozenset({"seed"}))
+    (artifact,) = run(rig_of(step), lambda rig: draw(rig, call))
+    assert raw_bytes(artifact).startswith(picture("a quiet harbour", 7, 64, 64))
+
+
+@PICTURES_IN_JSON
+@pytest.mark.parametrize("step", ["escaped", "spaced", "wrapped", "data_url", "many"])
 def test_an_odd_but_good_reply_is_good(rig_of, step):
     call = call_of(7, seed_given=True, given=frozenset({"seed"}))
     (artifact,) = run(rig_of(step), lambda rig: draw(rig, call))
@@ -400,7 +479,13 @@ def test_secrets_and_prompts_never_come_back_in_errors(rig_of, step):
     known = {"a quiet harbour", HEADER, KEY if rig_of is openai_rig else PASSWORD}
 
     async def act(rig):
-        rig.server.script = msgspec.structs.replace(rig.server.script, echo=" and ".join(known))
+        echo = " and ".join(known)
+        if isinstance(rig.server, FakeComfyUI):
+            rig.server.node_error = echo
+            rig.server.spoil["/prompt"] = error_reply(step, echo) if step != "oom" else None
+            rig.server.spoil = {path: reply for path, reply in rig.server.spoil.items() if reply is not None}
+        else:
+            rig.server.script = msgspec.structs.replace(rig.server.script, echo=echo)
         with pytest.raises((AttemptError, BackendRefusal)) as caught:
             await draw(rig, call_of(7))
         return f"{caught.value} {caught.value!r} {rig.backend!r}"

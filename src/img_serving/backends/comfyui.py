@@ -788,7 +788,8 @@ class ComfyUIBackend:
                     await asyncio.sleep(pause)
                     pause *= 2
         except (AttemptError, _Silence, TimeoutError) as error:
-            log.warning("a prompt that nobody wants any more was not stopped at the server (%s)", type(error).__name__)
+            reason = str(error) or f"no answer within {self._pace.stop:g} s"
+            log.warning("a prompt that nobody wants any more was not stopped at the server: %s", reason)
 
     async def _stop_once(self, run: _Run) -> bool:
         """Ask for it. Returns whether there was something to stop, which may be there still."""

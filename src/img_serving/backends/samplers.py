@@ -40,6 +40,11 @@ def sampler_and_schedule(
                 schedules.find(spelling)
                 for spelling in sorted(schedules.spellings, key=len, reverse=True)
                 if samplers.matches(sampler, f"{own_sampler} {spelling}")
+                or (
+                    # the sampler in front of it may itself be under another name
+                    samplers.matches(sampler[-len(spelling) :], spelling)
+                    and samplers.find(sampler[: -len(spelling)]) == own_sampler
+                )
             ),
             None,
         )
