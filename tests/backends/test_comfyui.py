@@ -40,7 +40,7 @@ FAST = Pace(
 )
 KEY, HEADER = "sk-very-secret-key", "header-secret-value"
 KOREAN = "고요한 항구의 등대"
-SAVING = {
+SAVING: dict[str, Any] = {
     "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "tiny-a.safetensors"}},
     "2": {"class_type": "CLIPTextEncode", "inputs": {"text": "my prompt", "clip": ["1", 1]}},
     "3": {"class_type": "CLIPTextEncode", "inputs": {"text": "my negative", "clip": ["1", 1]}},
@@ -320,7 +320,7 @@ def test_samplers_and_schedules_are_found_by_the_names_that_clients_know(
 @pytest.mark.parametrize("name", ["sampler", "scheduler"])
 def test_an_unknown_name_is_refused_with_the_nearest(name: str) -> None:
     async def act(rig: Rig) -> None:
-        error = await rig.refused(call_of(**{name: "eulr"}))
+        error = await rig.refused(call_of(7, "a quiet harbour", **{name: "eulr"}))
         assert error.param == name
         assert "nearest" in error.message
         assert not rig.server.posts
@@ -562,8 +562,8 @@ def test_a_complaint_never_quotes_the_prompt() -> None:
 def test_a_reply_of_another_shape_is_a_failure(body: bytes, path: str) -> None:
     async def act(rig: Rig) -> None:
         rig.server.spoil[path] = Answer(200, body)
-        more = {"images": (input_image(),)} if "upload" in path else {}
-        error = await rig.failing(call_of(**more))
+        images = (input_image(),) if "upload" in path else ()
+        error = await rig.failing(call_of(images=images))
         assert error.outcome is Outcome.FAILED
         assert path in error.message
 
@@ -886,7 +886,7 @@ def test_a_server_that_answers_nothing_does_not_hold_a_cancelled_call() -> None:
         drawing = asyncio.create_task(rig.draw(call_of()))
         await until(lambda: rig.server.drawn)
 
-        async def hang(_: Any) -> Answer:
+        async def hang(exchange: Any) -> Answer:
             return Answer(200, b"", manner="hang")
 
         rig.server.answer = hang  # type: ignore[method-assign]
@@ -955,8 +955,8 @@ def loading(channel: str | None, *, own: bool = False) -> dict[str, Any]:
 @pytest.mark.parametrize("given", [True, False])
 def test_a_mask_is_painted_as_the_workflow_reads_it(channel: str, painted: Any, kept: Any, given: bool) -> None:
     async def act(rig: Rig) -> None:
-        mask = {"mask": mask_image()} if given else {}
-        await rig.draw(call_of(model="mine", operation="edit", images=(input_image(),), **mask))
+        mask = mask_image() if given else None
+        await rig.draw(call_of(model="mine", operation="edit", images=(input_image(),), mask=mask))
         with Image.open(io.BytesIO(rig.server._loaded(sent(rig)["LoadImageMask"]["image"]) or b"")) as found:
             # without a mask everything may be painted
             assert (found.getpixel((0, 0)), found.getpixel((31, 0))) == (painted, kept if given else painted)
@@ -967,8 +967,8 @@ def test_a_mask_is_painted_as_the_workflow_reads_it(channel: str, painted: Any, 
 @pytest.mark.parametrize("given", [True, False])
 def test_a_workflow_that_masks_by_the_pictures_own_transparency_gets_it_so(given: bool) -> None:
     async def act(rig: Rig) -> None:
-        mask = {"mask": mask_image()} if given else {}
-        await rig.draw(call_of(model="mine", operation="edit", images=(input_image(),), **mask))
+        mask = mask_image() if given else None
+        await rig.draw(call_of(model="mine", operation="edit", images=(input_image(),), mask=mask))
         with Image.open(io.BytesIO(rig.server._loaded(sent(rig)["LoadImage"]["image"]) or b"")) as found:
             assert (found.getpixel((0, 0)), found.getpixel((31, 0))) == (
                 (255, 0, 0, 0),

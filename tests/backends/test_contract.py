@@ -482,8 +482,8 @@ def test_secrets_and_prompts_never_come_back_in_errors(rig_of, step):
         echo = " and ".join(known)
         if isinstance(rig.server, FakeComfyUI):
             rig.server.node_error = echo
-            rig.server.spoil["/prompt"] = error_reply(step, echo) if step != "oom" else None
-            rig.server.spoil = {path: reply for path, reply in rig.server.spoil.items() if reply is not None}
+            reply = error_reply(step, echo) if step != "oom" else None
+            rig.server.spoil = {"/prompt": reply} if reply is not None else {}
         else:
             rig.server.script = msgspec.structs.replace(rig.server.script, echo=echo)
         with pytest.raises((AttemptError, BackendRefusal)) as caught:

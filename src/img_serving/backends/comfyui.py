@@ -7,7 +7,7 @@ import hashlib
 import logging
 import ssl
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 from uuid import uuid4
@@ -119,9 +119,13 @@ class _Run:
     """Something happened: look into the history now."""
     tried: asyncio.Event = field(default_factory=asyncio.Event)
     """The websocket is there, or could not be had."""
+    started: asyncio.Event = field(default_factory=asyncio.Event)
+    """The server said that it began."""
     is_listening: bool = False
     is_suspect: bool = False
     """The server may have lost the prompt."""
+    has_moved: bool = False
+    """The queue changed: somebody may have cleared it."""
     ahead: int | None = None
     may_be_there: bool = False
     """The server has the prompt, or may have it, and is not done with it."""
@@ -129,9 +133,13 @@ class _Run:
     def heard(self, news: News | None) -> None:
         """Over: look. And a server that has nothing to do has not got our prompt any more."""
         if news is not None:
+            if self.watch.has_started:
+                self.started.set()
             if news.is_over:
                 self.hint.set()
-        elif self.may_be_there and self.watch.is_idle:
+            return
+        self.has_moved = True
+        if self.may_be_there and self.watch.is_idle:
             self.watch.is_idle = False
             self.is_suspect = True
             self.hint.set()
@@ -583,8 +591,14 @@ class ComfyUIBackend:
             async with beside(listening, "the websocket to ComfyUI") if listening is not None else nullcontext():
                 if listening is not None:
                     await self._wait_for_socket(run)
-                await self._post(run, call, template, graph)
-                record = await self._follow(run, alive)
+                try:
+                    await self._post(run, call, template, graph)
+                    record = await self._follow(run, alive)
+                except BaseException:
+                    if run.may_be_there and run.is_listening and not run.started.is_set():
+                        await self._stop(run)  # while the websocket is there to say when the prompt begins
+                        run.may_be_there = False
+                    raise
         except BaseException:
             if run.may_be_there:
                 await self._stop(run)
@@ -681,14 +695,16 @@ class ComfyUIBackend:
         pause = pace.first_poll
         was_over = False
         silent_since: float | None = None
-        look_at = clock() + pace.queue
+        looked_at = clock()
         while True:
             run.hint.clear()
             try:
                 record = await self._record(run)
+                look_at = looked_at + (pace.poll if run.has_moved and not run.started.is_set() else pace.queue)
                 if record is None and (run.is_suspect or clock() >= look_at):
+                    run.has_moved = False
+                    looked_at = clock()
                     record = await self._look_for(run, alive)
-                    look_at = clock() + pace.queue
                 if record is not None:
                     run.may_be_there = False
                     return record
@@ -779,14 +795,20 @@ class ComfyUIBackend:
         """Stop the work on one prompt at the server: ours, and nobody else's. Never raises, and takes `pace.stop` at most.
 
         A server forgets an interrupt that comes just before a prompt starts. So one that has not been seen to start is
-        stopped again until it is gone.
+        stopped again when it does, or is asked after until it is gone.
         """
         try:
             async with asyncio.timeout(self._pace.stop):
                 pause = self._pace.over_poll
-                while await self._stop_once(run) and not run.watch.has_started:
-                    await asyncio.sleep(pause)
-                    pause *= 2
+                has_started = False
+                while not has_started:
+                    has_started = run.started.is_set()
+                    if not await self._stop_once(run):
+                        break
+                    if not has_started:
+                        with suppress(TimeoutError):
+                            await asyncio.wait_for(run.started.wait(), pause)
+                        pause *= 2
         except (AttemptError, _Silence, TimeoutError) as error:
             reason = str(error) or f"no answer within {self._pace.stop:g} s"
             log.warning("a prompt that nobody wants any more was not stopped at the server: %s", reason)
