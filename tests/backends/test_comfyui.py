@@ -17,7 +17,8 @@ import pytest
 from PIL import Image
 from tests.support.fake_comfyui import JPEG, FakeComfyUI, Job
 
-from img_serving.backends.comfyui import ComfyUIBackend, Pace
+from img_serving.backends.comfyui import ComfyUIBackend
+from img_serving.backends.comfyui_prompt import Pace
 from img_serving.backends.scripted import picture
 from img_serving.backends.stub_server import Answer
 from img_serving.domain.errors import AttemptError, BackendRefusal, Outcome
@@ -334,7 +335,7 @@ def test_an_unknown_checkpoint_may_be_elsewhere_and_the_list_is_asked_for_again(
         error = await rig.failing(call_of(model="nope"))
         assert error.outcome is Outcome.NOT_STARTED
         assert "tiny-a" in error.message
-        rig.backend._files_at = float("-inf")
+        rig.backend._server.forget_files()
         rig.server.checkpoints.append("nope.safetensors")
         await rig.draw(call_of(model="nope"))
 
