@@ -284,6 +284,8 @@ def reply_of(status: int, body: bytes = b"", **headers: str) -> UpstreamReply:
         (b'{"detail": {"message": "direct"}}', "direct"),
         (b'{"message": "plain"}', "plain"),
         (b'{"error": "OutOfMemoryError", "detail": "", "errors": "CUDA is full"}', "OutOfMemoryError: CUDA is full"),
+        (b'{"error": "server_error", "message": "type must be number"}', "server_error: type must be number"),
+        (b'{"object": "error", "message": "flat", "type": "BadRequestError", "code": 400}', "flat"),
         (b'"just text"', "just text"),
         (b"Internal Server Error", "Internal Server Error"),
         (b"<html><head><title>504 Gateway\n Time-out</title></head><script>x()</script></html>", "504 Gateway Time-out"),
@@ -307,6 +309,43 @@ def test_a_complaint_is_one_short_line_without_secrets():
     assert len(complaint.message) == 300
     assert (complaint.code, complaint.param) == (None, "***")
     assert "sk-1234567" not in repr(redactor)
+
+
+def test_what_litellm_writes_for_nothing_is_nothing():
+    body = b'{"error": {"message": "m", "type": "None", "param": "None", "code": "400"}}'
+    complaint = complaint_of(reply_of(400, body), NOBODY)
+    assert (complaint.code, complaint.param, complaint.kind) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "code"),
+    [
+        (404, b'{"object": "error", "message": "no model", "type": "NotFoundError", "code": 404}', "model_not_found"),
+        (404, b'{"error": {"message": "no model", "type": "NotFoundError", "code": 404}}', "model_not_found"),
+        (400, b"{\"detail\": \"Model mismatch: request specifies 'a' but server is running 'b'.\"}", "model_not_found"),
+        (400, b'{"detail": "[address=1] Model not found, uid: a"}', "model_not_found"),
+        (
+            400,
+            b'{"error": {"message": "litellm.ContentPolicyViolationError: no", "code": "400"}}',
+            "moderation_blocked",
+        ),
+        (400, b'{"error": "invalid params"}', "invalid_value"),
+    ],
+)
+def test_refusals_that_are_only_in_words_keep_their_meaning(status, body, code):
+    refusal = error_of(reply_of(status, body), NOBODY)
+    assert isinstance(refusal, BackendRefusal)
+    assert refusal.error.code == code
+
+
+def test_a_budget_that_is_spent_is_no_fault_of_the_client():
+    body = (
+        b'{"error": {"message": "Budget has been exceeded!", "type": "budget_exceeded", "param": null, "code": "400"}}'
+    )
+    failed = error_of(reply_of(400, body), NOBODY)
+    assert isinstance(failed, AttemptError)
+    assert failed.outcome is Outcome.FAILED
+    assert "quota" in failed.message
 
 
 @pytest.mark.parametrize(

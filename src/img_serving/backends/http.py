@@ -192,15 +192,14 @@ def error_of(
 
 def error_in_stream(body: bytes, redactor: Redactor, also: Iterable[str | None] = ()) -> AttemptError | BackendRefusal:
     """What an error event means: it has the body of an error reply, nested or flat, but its status is 200 for good."""
-    complaint = complaint_of(UpstreamReply(200, {}, body), redactor)
+    complaint = complaint_of(UpstreamReply(200, {}, body), redactor, also)
     codes = {name.lower() for name in (complaint.code, complaint.kind) if name}
-    if codes & _BUSY_CODES:
-        status = 429
-    elif codes & (_CLIENT_KINDS | _MODERATION_CODES | _MODEL_CODES):
-        status = 400
-    else:
-        status = 500
-    return error_of(UpstreamReply(status, {}, body), redactor, also)
+    if codes & (_BUSY_CODES | _QUOTA_CODES):
+        return error_of(UpstreamReply(429, {}, body), redactor, also)
+    if codes & (_CLIENT_KINDS | _MODERATION_CODES | _MODEL_CODES):
+        return error_of(UpstreamReply(400, {}, body), redactor, also)
+    said = f": {complaint.message}" if complaint.message else ""
+    return AttemptError(Outcome.FAILED, f"the backend's stream ended in an error{said}")
 
 
 def busy_seconds(reply: UpstreamReply, now: datetime | None = None) -> float:

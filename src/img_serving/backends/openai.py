@@ -138,9 +138,9 @@ class OpenAIBackend:
         if self._found is None:
             await self._find_out(min(call.timeout_seconds, PROBE_TIMEOUT_SECONDS))
         preset = self._preset.of(call.model)
-        if not _fits_one_call(call, preset):
-            # Only a batch formed before the protocol was detected comes here.
-            raise AttemptError(Outcome.NOT_STARTED, "pictures with seeds of their own take one call each")
+        if (reason := _unfit(call, preset)) is not None:
+            # Only what was routed or batched before the dialect was known comes here.
+            raise AttemptError(Outcome.NOT_STARTED, reason)
         stream = call.previews and preset.stream and len(call.items) == 1
         letter = await draft(call, preset, self._names, stream=stream)
         if stream:
@@ -281,7 +281,7 @@ class OpenAIBackend:
             if stream is None or not (stream.reply.pictures or stream.error):
                 raise
         else:
-            if not stream.began:
+            if not whole.headers.get("content-type", "").lower().startswith("text/event-stream"):
                 return read_reply(whole.body)
             stream.finish()
         if stream.reply.pictures:
@@ -323,17 +323,23 @@ class OpenAIBackend:
             raise AttemptError(Outcome.UNKNOWN, f"the picture came as a URL: {error.message}") from None
 
 
-def _fits_one_call(call: Call, preset: Preset) -> bool:
-    """Whether one call can say it: `n` pictures have one seed, or consecutive ones where the server counts on."""
-    items = call.items
+def _unfit(call: Call, preset: Preset) -> str | None:
+    """Why one call cannot say it; None if it can. Several pictures share a seed, or have consecutive ones if it counts on."""
+    request, items = call.request, call.items
+    if request.operation != "generation" and (request.operation != "edit" or preset.edits is None):
+        return f"this server has no {request.operation}s"
+    if request.mask is not None and not (preset.edits and preset.edits.mask):
+        return "this server does not look at masks"
     if len(items) == 1:
-        return True
-    if preset.batch != "seeds":
-        return not call.request.seed_given
-    first = items[0]
-    return all((item.prompt, item.negative_prompt) == (first.prompt, first.negative_prompt) for item in items) and all(
-        after.seed == before.seed + 1 for before, after in pairwise(items)
-    )
+        return None
+    if preset.batch == "seeds":
+        first = items[0]
+        same = all((one.prompt, one.negative_prompt) == (first.prompt, first.negative_prompt) for one in items)
+        if same and all(after.seed == before.seed + 1 for before, after in pairwise(items)):
+            return None
+    elif not request.seed_given:
+        return None
+    return "pictures with seeds of their own take one call each"
 
 
 def _seed_of(call: Call, preset: Preset, index: int, picture: Picture) -> int | None:

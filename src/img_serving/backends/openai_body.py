@@ -39,12 +39,6 @@ ATTRIBUTES: Final = {
 """Parameters that are sent where the client gave them, and the field of `ImageRequest` that holds each."""
 
 TAG: Final = "sd_cpp_extra_args"
-TAG_LIMIT_BYTES: Final = 8 * 1024
-"""stable-diffusion.cpp finds the tag with a recursive pattern, which takes some 200 bytes of its stack for each byte inside.
-
-Seen with libstdc++: 64 kB overflow the usual 8 MiB and end the *server*; other platforms give a thread 1 MiB or less.
-"""
-
 _TAG_FIELDS = "negative_prompt, seed, num_inference_steps, guidance_scale, sampler, scheduler, clip_skip and strength"
 
 
@@ -85,6 +79,8 @@ def request_fields(
         BackendRefusal: the dialect cannot say it.
     """
     request, first = call.request, call.items[0]
+    if preset.max_text_bytes is not None:
+        _check_length("prompt", first.prompt, preset.max_text_bytes)
     body: dict[str, Any] = {"prompt": first.prompt, "n": len(call.items), **_size(call, preset)}
     if call.model is not None:
         body["model"] = call.model
@@ -163,7 +159,7 @@ def _put(fields: dict[str, Any], path: str, value: Any) -> None:
 def _place(preset: Preset, body: dict[str, Any], extras: dict[str, Any]) -> None:
     """Put what is not OpenAI's own where this family looks for it."""
     if preset.placement == "prompt_tag":
-        body["prompt"] += _tag(body["prompt"], extras)
+        body["prompt"] += _tag(body["prompt"], extras, preset.max_text_bytes)
     elif preset.placement == "kwargs":
         if extras:
             body["kwargs"] = json.dumps(extras, ensure_ascii=False)
@@ -171,7 +167,7 @@ def _place(preset: Preset, body: dict[str, Any], extras: dict[str, Any]) -> None
         body |= extras
 
 
-def _tag(prompt: str, extras: dict[str, Any]) -> str:
+def _tag(prompt: str, extras: dict[str, Any], max_bytes: int | None) -> str:
     """The tag that carries parameters to stable-diffusion.cpp, behind the prompt. The first one counts there: it must be ours.
 
     No `<` stands inside it, so that nothing in a negative prompt can end it.
@@ -186,14 +182,16 @@ def _tag(prompt: str, extras: dict[str, Any]) -> str:
     if not extras:
         return ""
     text = json.dumps(extras, ensure_ascii=False).replace("<", "\\u003c")
-    if len(text.encode()) > TAG_LIMIT_BYTES:
-        raise BackendRefusal(
-            InvalidRequest(
-                f"the negative prompt is too long for this backend (at most {TAG_LIMIT_BYTES} bytes with what goes along)",
-                param="negative_prompt",
-            )
-        )
+    if max_bytes is not None:
+        _check_length("negative_prompt", text, max_bytes)
     return f"<{TAG}>{text}</{TAG}>"
+
+
+def _check_length(name: str, text: str, max_bytes: int) -> None:
+    if len(text) * 4 > max_bytes and len(text.encode()) > max_bytes:
+        raise BackendRefusal(
+            InvalidRequest(f"too long for this backend, which takes {max_bytes} bytes of UTF-8", param=name)
+        )
 
 
 def _behind_a_bar(prompt: str, negative: str) -> str:

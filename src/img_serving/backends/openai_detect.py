@@ -123,6 +123,8 @@ def by_models(reply: UpstreamReply, models: list[Model]) -> Finding | None:
     owners = {model.owned_by for model in models if isinstance(model.owned_by, str)}
     if len(owners) == 1 and (family := _OWNERS.get(next(iter(owners)))):
         return Finding(family, f"its models are owned by {next(iter(owners))}")
+    if bytes(reply.body[:64]).lstrip().startswith(b"[") and any(model.kind for model in models):
+        return Finding("together", "its list of models is a bare one, with types")
     if models and all(model.created == _LITELLM_CREATED for model in models):
         return Finding("litellm", "its models have the date that LiteLLM gives them")
     return None

@@ -64,6 +64,7 @@ class Preset:
         max_concurrency: calls in flight on one endpoint, where the operator says nothing.
         sizes: which sizes are drawn.
         max_steps: inference steps at most.
+        max_text_bytes: the longest prompt and negative prompt, in UTF-8, that it survives; None: any.
         formats: what pictures come in, the usual one first; () where anything may be asked for.
         placement: where parameters that are not OpenAI's own go: `fields` of the body, a JSON object in a tag at the end of the
             prompt (`prompt_tag`), or one in the string `kwargs`.
@@ -84,6 +85,7 @@ class Preset:
     max_concurrency: int = 32
     sizes: SizeRule = ANY_SIZE
     max_steps: int | None = None
+    max_text_bytes: int | None = None
     formats: tuple[OutputFormat, ...] = ()
     placement: Placement = "fields"
     negative_after_bar: bool = False
@@ -218,6 +220,13 @@ LOCALAI: Final = Preset(
     edits=Edits(shape="file", max_images=1, mask=""),
 )
 
+SDCPP_TEXT_BYTES: Final = 8 * 1024
+"""stable-diffusion.cpp reads prompts with recursive patterns, which take hundreds of bytes of stack for each byte of text.
+
+Seen on a running server (97d2990, Linux, 8 MiB of stack): a prompt of 32 kB ends it, for everybody. Elsewhere a thread has
+1 MiB or less.
+"""
+
 SDCPP: Final = Preset(
     family="sdcpp",
     # Source: stable-diffusion.cpp 97d2990 (examples/server/routes_openai.cpp, common/common.cpp) and a running server: seed 42
@@ -242,6 +251,7 @@ SDCPP: Final = Preset(
     max_concurrency=1,
     sizes=SizeRule(max_side=4096),
     max_steps=100,
+    max_text_bytes=SDCPP_TEXT_BYTES,
     formats=("png", "jpeg"),
     placement="prompt_tag",
     edits=Edits(mask="white"),

@@ -91,13 +91,12 @@ class StreamedReply:
     """Collects a reply that comes as events: partial pictures are told at once, finished ones are kept.
 
     `feed` never raises, as a transport's callback must not: what was wrong is in `fault` (safe to show) or in `error`, the data
-    of an error event. Without a single event, `began` stays False: then the reply was a plain one.
+    of an error event.
     """
 
     def __init__(self, on_progress: OnProgress, heard: Callable[[], None], limit_bytes: int) -> None:
         """`heard` is called at every sign of life; an event may have `limit_bytes`."""
         self.reply = Reply()
-        self.began = False
         self.error: bytes | None = None
         self.fault: str | None = None
         self._on_progress = on_progress
@@ -106,7 +105,6 @@ class StreamedReply:
 
     def feed(self, piece: bytes) -> None:
         """Take bytes of the stream."""
-        self.began = True
         self._heard()
         if self.fault is not None:
             return
