@@ -90,7 +90,7 @@ def request_fields(
         body |= {"stream": True, "partial_images": PARTIAL_IMAGES}
     extras: dict[str, Any] = {}
     known = preset.names(request.operation)
-    ignored = set()
+    ignored: set[str] = set()
     for name, value in _given(call, preset, known):
         if name not in known:
             if name not in {"output_format", "output_compression"}:  # which are made here, whatever comes
@@ -101,26 +101,33 @@ def request_fields(
             continue
         in_body = preset.placement == "fields" or name in ALWAYS_FIELDS
         _put(body if in_body else extras, known[name], _spelt(name, value, names))
-    _place(preset, body, {**extras, **preset.extra})
+    if extras or preset.extra or preset.placement == "prompt_tag":
+        _place(preset, body, {**extras, **preset.extra})
     return body, frozenset(ignored)
 
 
-def _given(call: Call, preset: Preset, known: Parameters) -> Iterator[tuple[str, Any]]:
+def _given(call: Call, preset: Preset, known: Parameters) -> list[tuple[str, Any]]:
     """What is to be honoured: everything that the client gave, and a seed where the server's own is always the same."""
     request, first = call.request, call.items[0]
+    found: list[tuple[str, Any]] = []
     if request.seed_given or (preset.always_seed and "seed" in known):
-        yield "seed", first.seed
-    if "negative_prompt" in request.given and first.negative_prompt is not None:
-        yield "negative_prompt", first.negative_prompt
-    output_format = _format(request, preset)
-    for name, attribute in ATTRIBUTES.items():
-        value = getattr(request, attribute) if name in request.given else None
-        if name == "output_format" and value is not None:
-            value = output_format
-        if name == "output_compression" and output_format != request.output_format:
+        found.append(("seed", first.seed))
+    for name in request.given:
+        if name == "negative_prompt":
+            value: Any = first.negative_prompt
+        elif (attribute := ATTRIBUTES.get(name)) is not None:
+            value = getattr(request, attribute)
+        else:
+            continue
+        if name == "output_format":
+            value = _format(request, preset)
+        elif name == "output_compression" and _format(request, preset) != request.output_format:
             continue  # it is meant for the format that is made here
-        if value is not None and (name != "strength" or request.operation == "edit"):
-            yield name, value
+        elif name == "strength" and request.operation != "edit":
+            continue
+        if value is not None:
+            found.append((name, value))
+    return found
 
 
 def _format(request: ImageRequest, preset: Preset) -> str | None:
@@ -145,11 +152,16 @@ def _size(call: Call, preset: Preset) -> dict[str, Any]:
 
 def _spelt(name: str, value: Any, names: Names) -> Any:
     """Samplers and schedules as the server spells them."""
-    vocabulary = {"sampler": names.samplers, "scheduler": names.schedulers}.get(name)
+    if names is NO_NAMES or name not in {"sampler", "scheduler"}:
+        return value
+    vocabulary = names.samplers if name == "sampler" else names.schedulers
     return value if vocabulary is None else vocabulary.find(value) or value
 
 
 def _put(fields: dict[str, Any], path: str, value: Any) -> None:
+    if "." not in path:
+        fields[path] = value
+        return
     *outer, last = path.split(".")
     for name in outer:
         fields = fields.setdefault(name, {})
@@ -161,8 +173,7 @@ def _place(preset: Preset, body: dict[str, Any], extras: dict[str, Any]) -> None
     if preset.placement == "prompt_tag":
         body["prompt"] += _tag(body["prompt"], extras, preset.max_text_bytes)
     elif preset.placement == "kwargs":
-        if extras:
-            body["kwargs"] = json.dumps(extras, ensure_ascii=False)
+        body["kwargs"] = json.dumps(extras, ensure_ascii=False)
     else:
         body |= extras
 
@@ -190,7 +201,7 @@ def _tag(prompt: str, extras: dict[str, Any], max_bytes: int | None) -> str:
 def _check_length(name: str, text: str, max_bytes: int) -> None:
     if len(text) * 4 > max_bytes and len(text.encode()) > max_bytes:
         raise BackendRefusal(
-            InvalidRequest(f"too long for this backend, which takes {max_bytes} bytes of UTF-8", param=name)
+            InvalidRequest(f"{name} is too long for this backend: at most {max_bytes} bytes of UTF-8", param=name)
         )
 
 
