@@ -115,6 +115,21 @@ def test_questions_are_asked_once_for_each_list_of_models():
     assert transport.asked == ["/v1/models", "/system", "/v1/models", "/v1/models"]
 
 
+def test_names_that_were_not_told_are_asked_for_again():
+    transport = Listing(v1__models=models(b'{"data": [{"id": "sd-cpp-local"}]}'))
+    backend = OpenAIBackend(transport)
+
+    async def main() -> None:
+        await backend.check(1.0)
+        assert backend.capabilities.samplers is None
+        transport.replies["/sdcpp/v1/capabilities"] = models(b'{"samplers": ["euler_a"], "schedulers": []}')
+        await backend.check(1.0)
+
+    asyncio.run(main())
+    assert backend.capabilities.samplers is not None
+    assert backend.capabilities.samplers.find("Euler A") == "euler_a"
+
+
 def test_it_is_found_out_again_after_it_was_down():
     async def main() -> list[str]:
         found = []

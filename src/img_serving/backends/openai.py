@@ -233,7 +233,8 @@ class OpenAIBackend:
         else:
             self._names = NO_NAMES
         self._models = names_of(models, self._found.family)
-        self._asked = ids
+        # one that did not tell its names may tell them at the next check
+        self._asked = None if self._found.family == "sdcpp" and self._names is NO_NAMES else ids
         self._settle()
 
     def _settle(self) -> None:
