@@ -26,6 +26,7 @@ from img_serving.backends.http import (
     ALIVE_STATUSES,
     MAX_REPLY_BYTES,
     NO_HURRY_SECONDS,
+    PROBE_TIMEOUT_SECONDS,
     Headers,
     Redactor,
     call_headers,
@@ -51,7 +52,6 @@ IMAGE_PATH: Final = "/sdapi/v1/img2img"
 PROGRESS_PATH: Final = "/sdapi/v1/progress"
 INTERRUPT_PATH: Final = "/sdapi/v1/interrupt"
 
-LEARN_SECONDS: Final = 10.0
 ASK_SECONDS: Final = 5.0
 """For a page of progress: a server that is busy with the first step answers late."""
 
@@ -169,7 +169,7 @@ class A1111Backend:
             # Only a batch formed before the protocol was detected comes here.
             raise AttemptError(Outcome.NOT_STARTED, "only one prompt with consecutive seeds fits into one call")
         if not self._is_known:
-            await self._learn(min(LEARN_SECONDS, call.timeout_seconds))
+            await self._learn(min(PROBE_TIMEOUT_SECONDS, call.timeout_seconds))
         plan = await self._plan(call)
         started = False
         try:
