@@ -40,6 +40,7 @@ from img_serving.backends.http import (
 )
 from img_serving.backends.options import read_options
 from img_serving.backends.samplers import sampler_and_schedule
+from img_serving.backends.sdcpp import check_length, check_prompt
 from img_serving.domain.capabilities import Capabilities, SizeRule
 from img_serving.domain.errors import AttemptError, BackendRefusal, InvalidRequest, NotFound, Outcome
 from img_serving.domain.images import Artifact, Call, ItemFailure, Preview, Progress
@@ -309,6 +310,13 @@ class A1111Backend:
 
     async def _plan(self, call: Call) -> _Plan:
         request, server = call.request, self._server
+        if server.is_sdcpp:
+            for name, text in (
+                ("prompt", call.items[0].prompt),
+                ("negative_prompt", call.items[0].negative_prompt or ""),
+            ):
+                check_length(name, text)
+                check_prompt(text)
         sampler, schedule = sampler_and_schedule(request.sampler, request.scheduler, server.samplers, server.schedulers)
         checkpoint = await self._checkpoint(call.model)
         must_load = checkpoint is not None and not (self._is_ours and checkpoint == self._loaded)

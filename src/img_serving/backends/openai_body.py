@@ -14,6 +14,7 @@ import pybase64
 from img_serving.backends.multipart import FilePart, encode_form
 from img_serving.backends.openai_detect import NO_NAMES, Names
 from img_serving.backends.openai_presets import ALWAYS_FIELDS, Edits, Parameters, Preset
+from img_serving.backends.sdcpp import TAG, check_length, check_prompt
 from img_serving.domain.errors import BackendRefusal, InvalidRequest
 from img_serving.domain.images import EXTENSIONS, Call, ImageRequest, InputImage
 from img_serving.media.masks import transparent_where_painted, white_where_painted
@@ -37,9 +38,6 @@ ATTRIBUTES: Final = {
     "strength": "strength",
 }
 """Parameters that are sent where the client gave them, and the field of `ImageRequest` that holds each."""
-
-TAG: Final = "sd_cpp_extra_args"
-_TAG_FIELDS = "negative_prompt, seed, num_inference_steps, guidance_scale, sampler, scheduler, clip_skip and strength"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +78,7 @@ def request_fields(
     """
     request, first = call.request, call.items[0]
     if preset.max_text_bytes is not None:
-        _check_length("prompt", first.prompt, preset.max_text_bytes)
+        check_length("prompt", first.prompt, preset.max_text_bytes)
     body: dict[str, Any] = {"prompt": first.prompt, "n": len(call.items), **_size(call, preset)}
     if call.model is not None:
         body["model"] = call.model
@@ -186,23 +184,13 @@ def _tag(prompt: str, extras: dict[str, Any], max_bytes: int | None) -> str:
     Raises:
         BackendRefusal: the prompt has such a tag (it would go round the gateway's limits), or ours would be too long.
     """
-    if f"<{TAG}>" in prompt:
-        raise BackendRefusal(
-            InvalidRequest(f"the prompt must not hold <{TAG}>: use the request's fields {_TAG_FIELDS}", param="prompt")
-        )
+    check_prompt(prompt)
     if not extras:
         return ""
     text = json.dumps(extras, ensure_ascii=False).replace("<", "\\u003c")
     if max_bytes is not None:
-        _check_length("negative_prompt", text, max_bytes)
+        check_length("negative_prompt", text, max_bytes)
     return f"<{TAG}>{text}</{TAG}>"
-
-
-def _check_length(name: str, text: str, max_bytes: int) -> None:
-    if len(text) * 4 > max_bytes and len(text.encode()) > max_bytes:
-        raise BackendRefusal(
-            InvalidRequest(f"{name} is too long for this backend: at most {max_bytes} bytes of UTF-8", param=name)
-        )
 
 
 def _behind_a_bar(prompt: str, negative: str) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
+from img_serving.backends.sdcpp import TEXT_BYTES
 from img_serving.domain.capabilities import ANY_SIZE, BatchShape, Capabilities, SizeRule
 from img_serving.domain.images import Operation, OutputFormat
 
@@ -220,13 +221,6 @@ LOCALAI: Final = Preset(
     edits=Edits(shape="file", max_images=1, mask=""),
 )
 
-SDCPP_TEXT_BYTES: Final = 8 * 1024
-"""stable-diffusion.cpp reads prompts with recursive patterns, which take hundreds of bytes of stack for each byte of text.
-
-Seen on a running server (97d2990, Linux, 8 MiB of stack): a prompt of 32 kB ends it, for everybody. Elsewhere a thread has
-1 MiB or less.
-"""
-
 SDCPP: Final = Preset(
     family="sdcpp",
     # Source: stable-diffusion.cpp 97d2990 (examples/server/routes_openai.cpp, common/common.cpp) and a running server: seed 42
@@ -251,7 +245,7 @@ SDCPP: Final = Preset(
     max_concurrency=1,
     sizes=SizeRule(max_side=4096),
     max_steps=100,
-    max_text_bytes=SDCPP_TEXT_BYTES,
+    max_text_bytes=TEXT_BYTES,
     formats=("png", "jpeg"),
     placement="prompt_tag",
     edits=Edits(mask="white"),
