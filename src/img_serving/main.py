@@ -216,6 +216,8 @@ def make_adapter(config: BackendConfig, endpoint: EndpointConfig) -> Backend:
         raise ValueError(f"endpoints: {error.message}") from None
     openai = OpenAIBackend(
         transport,
+        options=config.options() if config.protocol == "openai" else {},
+        url=endpoint.url,
         api_key=config.api_key,
         headers=(*headers, *basic),
         health_check_path=config.health_check_path,

@@ -442,3 +442,21 @@ def test_a_password_is_asked_for_and_sent():
 def test_an_impossible_option_is_refused_by_its_name(options, words):
     with pytest.raises(ValueError, match=f"^{words}"):
         A1111Backend(HttpTransport("http://127.0.0.1:1"), options=options)
+
+
+@pytest.mark.parametrize(
+    ("texts", "param"),
+    [
+        ({"prompt": "a" * 8193}, "prompt"),
+        ({"prompt": "등" * 3000}, "prompt"),
+        ({"negative_prompt": "b" * 8193}, "negative_prompt"),
+        ({"prompt": 'x<sd_cpp_extra_args>{"width": 20000}</sd_cpp_extra_args>'}, "prompt"),
+    ],
+)
+def test_what_would_end_stable_diffusion_cpp_or_go_round_our_limits_is_refused(texts, param):
+    server = FakeA1111(flavour="sdcpp")
+    with pytest.raises(BackendRefusal) as caught:
+        draw(server, call_of(7, **texts))
+    assert caught.value.error.param == param
+    assert not server.posts
+    draw(FakeA1111(), call_of(7, **texts))  # no other program is troubled by it

@@ -13,13 +13,16 @@ import pytest
 from msgspec.structs import replace
 
 from img_serving.backends.http import Redactor, busy_seconds, complaint_of, error_of
-from img_serving.backends.openai import SMALL_BYTES, OpenAIBackend, request_body
+from img_serving.backends.openai import OpenAIBackend
+from img_serving.backends.openai_body import request_fields
+from img_serving.backends.openai_presets import GENERIC
+from img_serving.backends.openai_reply import SMALL_BYTES
 from img_serving.backends.scripted import picture
 from img_serving.backends.scripted_server import ScriptedServer
 from img_serving.domain.errors import AttemptError, BackendRefusal, Outcome
 from img_serving.domain.images import Artifact, Call, ImageRequest, Item, ItemFailure
 from img_serving.media.payload import raw_bytes
-from img_serving.ports import UpstreamReply
+from img_serving.ports import Transport, UpstreamReply
 from img_serving.transport.fetch import FetchFailed, SafeFetcher
 from img_serving.transport.http import HttpTransport
 
@@ -67,6 +70,15 @@ def b64(seed: int = 5) -> str:
     return pybase64.b64encode(picture("a fox", seed, 64, 48)).decode()
 
 
+def generic(transport: Transport, **settings: Any) -> OpenAIBackend:
+    """Told what it speaks, it asks nothing by itself."""
+    return OpenAIBackend(transport, options={"preset": "generic"}, **settings)
+
+
+def request_body(call: Call) -> dict[str, Any]:
+    return request_fields(call, GENERIC.of(call.model))[0]
+
+
 def draw(backend: OpenAIBackend, call: Call):
     return asyncio.run(backend.generate(call, lambda progress: None))
 
@@ -85,7 +97,7 @@ def test_every_parameter_that_is_honoured_arrives_under_its_canonical_name():
         "user": "u1", "negative_prompt": "blur",
     }  # fmt: skip
     names = frozenset({"num_inference_steps", "seed", "size", *given} - {"steps"})
-    backend = OpenAIBackend(FakeTransport())
+    backend = generic(FakeTransport())
     assert backend.capabilities.honours == names
     body = request_body(call_of(**given, seed_given=True, given=names))
     assert body["num_inference_steps"] == 12
@@ -110,7 +122,7 @@ def test_no_model_and_no_seed_of_ours_are_sent():
 @pytest.mark.parametrize(("base_has_v1", "root"), [(False, "/v1"), (True, "")])
 def test_paths_follow_the_base_url(base_has_v1, root):
     transport = FakeTransport(answer({"b64_json": b64()}), UpstreamReply(404))
-    backend = OpenAIBackend(transport, base_has_v1=base_has_v1, api_key="sk-1234567", headers=(("X-A", "b"),))
+    backend = generic(transport, base_has_v1=base_has_v1, api_key="sk-1234567", headers=(("X-A", "b"),))
     draw(backend, replace(call_of(), request_id="r", traceparent="00-ab"))
     asyncio.run(backend.check(1.0))
     (_, drawn, headers, _), (_, asked, _, _) = transport.asked
@@ -122,7 +134,7 @@ def test_paths_follow_the_base_url(base_has_v1, root):
 def test_a_big_reply_is_not_copied():
     padding = "x" * SMALL_BYTES
     reply = answer({"b64_json": b64(), "revised_prompt": "a red fox", "seed": 99, "note": padding})
-    (artifact,) = draw(OpenAIBackend(FakeTransport(reply)), call_of())
+    (artifact,) = draw(generic(FakeTransport(reply)), call_of())
     assert isinstance(artifact, Artifact)
     assert isinstance(artifact.encoded, memoryview)
     assert artifact.encoded.obj is reply.body
@@ -135,8 +147,8 @@ def test_small_and_big_replies_are_read_alike():
         {"b64_json": ""},
         {"b64_json": b64(), "revised_prompt": "two"},
     ]
-    small = draw(OpenAIBackend(FakeTransport(answer(*items))), call_of(3))
-    big = draw(OpenAIBackend(FakeTransport(answer(*items, {"note": "x" * SMALL_BYTES}))), call_of(3))
+    small = draw(generic(FakeTransport(answer(*items))), call_of(3))
+    big = draw(generic(FakeTransport(answer(*items, {"note": "x" * SMALL_BYTES}))), call_of(3))
     assert [type(one) for one in small] == [type(one) for one in big] == [Artifact, ItemFailure, Artifact]
     for one, other in zip(small, big, strict=True):
         if isinstance(one, Artifact) and isinstance(other, Artifact):
@@ -148,25 +160,25 @@ def test_small_and_big_replies_are_read_alike():
     "odd", [{"seed": "7"}, {"seed": -1}, {"seed": 2**70}, {"seed": True}, {"revised_prompt": ["x"]}]
 )
 def test_odd_notes_beside_a_picture_do_not_cost_it(odd):
-    (artifact,) = draw(OpenAIBackend(FakeTransport(answer({"b64_json": b64(), **odd}))), call_of())
+    (artifact,) = draw(generic(FakeTransport(answer({"b64_json": b64(), **odd}))), call_of())
     assert (artifact.seed, artifact.revised_prompt) == (None, None)
 
 
 def test_missing_and_broken_pictures_beside_good_ones_fail_alone():
     reply = answer({"b64_json": b64()}, {"b64_json": "AAAA"}, {"url": None})
-    results = draw(OpenAIBackend(FakeTransport(reply)), call_of(4))
+    results = draw(generic(FakeTransport(reply)), call_of(4))
     assert isinstance(results[0], Artifact)
     assert [type(one) for one in results[1:]] == [ItemFailure] * 3
     assert not any(one.refused for one in results[1:])
 
 
 def test_pictures_beyond_those_asked_for_are_dropped():
-    assert len(draw(OpenAIBackend(FakeTransport(answer(*[{"b64_json": b64()}] * 5))), call_of(2))) == 2
+    assert len(draw(generic(FakeTransport(answer(*[{"b64_json": b64()}] * 5))), call_of(2))) == 2
 
 
 def test_several_seeds_of_the_client_do_not_fit_one_call():
     with pytest.raises(AttemptError) as caught:
-        draw(OpenAIBackend(FakeTransport()), call_of(2, seed_given=True))
+        draw(generic(FakeTransport()), call_of(2, seed_given=True))
     assert caught.value.outcome is Outcome.NOT_STARTED
 
 
@@ -178,7 +190,7 @@ def test_a_url_on_the_upstream_itself_is_fetched_with_its_key():
         async with ScriptedServer({"sequence": ["url"]}) as server:
             headers = (("Authorization", "Bearer sk-1234567"),)
             fetch = SafeFetcher(trusted_url=server.url, headers=headers)
-            backend = OpenAIBackend(HttpTransport(server.url), fetch=fetch)
+            backend = generic(HttpTransport(server.url), fetch=fetch)
             results = await backend.generate(call_of(2), lambda progress: None)
             await backend.close()
             return results, [one.headers.get("authorization") for one in server.exchanges if one.method == "GET"]
@@ -195,10 +207,10 @@ def test_a_fetch_that_failed_for_now_is_unknown_and_for_good_is_failed():
             raise FetchFailed("gone", is_definite=definite)
 
         with pytest.raises(AttemptError) as caught:
-            draw(OpenAIBackend(FakeTransport(answer({"url": "http://x/y"})), fetch=fetch), call_of())
+            draw(generic(FakeTransport(answer({"url": "http://x/y"})), fetch=fetch), call_of())
         assert caught.value.outcome is outcome
     with pytest.raises(AttemptError, match="not fetched"):
-        draw(OpenAIBackend(FakeTransport(answer({"url": "http://x/y"}))), call_of())
+        draw(generic(FakeTransport(answer({"url": "http://x/y"}))), call_of())
 
 
 # health
@@ -227,7 +239,7 @@ def check(backend):
     ],
 )
 def test_the_model_list_speaks_for_health(reply, healthy, models):
-    report = check(OpenAIBackend(FakeTransport(reply), api_key="sk-1234567"))
+    report = check(generic(FakeTransport(reply), api_key="sk-1234567"))
     assert (report.healthy, report.models) == (healthy, models)
     assert report.detail
     assert "sk-1234567" not in report.detail
@@ -236,18 +248,18 @@ def test_the_model_list_speaks_for_health(reply, healthy, models):
 def test_a_configured_health_path_decides_and_models_are_still_discovered():
     models = UpstreamReply(200, {}, b'{"data": [{"id": "a"}]}')
     transport = FakeTransport(UpstreamReply(204), models)
-    report = check(OpenAIBackend(transport, health_check_path="/healthz"))
+    report = check(generic(transport, health_check_path="/healthz"))
     assert (report.healthy, report.models) == (True, ("a",))
     assert transport.asked[0][1] == "/healthz"
-    assert check(OpenAIBackend(FakeTransport(UpstreamReply(200), UpstreamReply(500)), health_check_path="/h")).healthy
-    assert not check(OpenAIBackend(FakeTransport(UpstreamReply(503)), health_check_path="/healthz")).healthy
+    assert check(generic(FakeTransport(UpstreamReply(200), UpstreamReply(500)), health_check_path="/h")).healthy
+    assert not check(generic(FakeTransport(UpstreamReply(503)), health_check_path="/healthz")).healthy
     down = AttemptError(Outcome.NOT_STARTED, "refused")
-    assert not check(OpenAIBackend(FakeTransport(down), health_check_path="/healthz")).healthy
+    assert not check(generic(FakeTransport(down), health_check_path="/healthz")).healthy
 
 
 def test_a_health_path_that_is_not_there_falls_back_and_says_so():
     models = UpstreamReply(200, {}, b'{"data": [{"id": "a"}]}')
-    report = check(OpenAIBackend(FakeTransport(UpstreamReply(404), models), health_check_path="/healthz"))
+    report = check(generic(FakeTransport(UpstreamReply(404), models), health_check_path="/healthz"))
     assert report.healthy
     assert "/healthz is not there" in report.detail
 
@@ -272,6 +284,8 @@ def reply_of(status: int, body: bytes = b"", **headers: str) -> UpstreamReply:
         (b'{"detail": {"message": "direct"}}', "direct"),
         (b'{"message": "plain"}', "plain"),
         (b'{"error": "OutOfMemoryError", "detail": "", "errors": "CUDA is full"}', "OutOfMemoryError: CUDA is full"),
+        (b'{"error": "server_error", "message": "type must be number"}', "server_error: type must be number"),
+        (b'{"object": "error", "message": "flat", "type": "BadRequestError", "code": 400}', "flat"),
         (b'"just text"', "just text"),
         (b"Internal Server Error", "Internal Server Error"),
         (b"<html><head><title>504 Gateway\n Time-out</title></head><script>x()</script></html>", "504 Gateway Time-out"),
@@ -295,6 +309,43 @@ def test_a_complaint_is_one_short_line_without_secrets():
     assert len(complaint.message) == 300
     assert (complaint.code, complaint.param) == (None, "***")
     assert "sk-1234567" not in repr(redactor)
+
+
+def test_what_litellm_writes_for_nothing_is_nothing():
+    body = b'{"error": {"message": "m", "type": "None", "param": "None", "code": "400"}}'
+    complaint = complaint_of(reply_of(400, body), NOBODY)
+    assert (complaint.code, complaint.param, complaint.kind) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "code"),
+    [
+        (404, b'{"object": "error", "message": "no model", "type": "NotFoundError", "code": 404}', "model_not_found"),
+        (404, b'{"error": {"message": "no model", "type": "NotFoundError", "code": 404}}', "model_not_found"),
+        (400, b"{\"detail\": \"Model mismatch: request specifies 'a' but server is running 'b'.\"}", "model_not_found"),
+        (400, b'{"detail": "[address=1] Model not found, uid: a"}', "model_not_found"),
+        (
+            400,
+            b'{"error": {"message": "litellm.ContentPolicyViolationError: no", "code": "400"}}',
+            "moderation_blocked",
+        ),
+        (400, b'{"error": "invalid params"}', "invalid_value"),
+    ],
+)
+def test_refusals_that_are_only_in_words_keep_their_meaning(status, body, code):
+    refusal = error_of(reply_of(status, body), NOBODY)
+    assert isinstance(refusal, BackendRefusal)
+    assert refusal.error.code == code
+
+
+def test_a_budget_that_is_spent_is_no_fault_of_the_client():
+    body = (
+        b'{"error": {"message": "Budget has been exceeded!", "type": "budget_exceeded", "param": null, "code": "400"}}'
+    )
+    failed = error_of(reply_of(400, body), NOBODY)
+    assert isinstance(failed, AttemptError)
+    assert failed.outcome is Outcome.FAILED
+    assert "quota" in failed.message
 
 
 @pytest.mark.parametrize(
@@ -363,5 +414,5 @@ def test_how_long_a_busy_endpoint_is_left_alone(headers, seconds):
 def test_a_reply_of_millions_of_small_values_is_refused_unread():
     hostile = UpstreamReply(200, {}, b'{"data":[' + b"{}," * 2_000_000 + b"{}]}")
     with pytest.raises(AttemptError) as caught:
-        draw(OpenAIBackend(FakeTransport(hostile)), call_of())
+        draw(generic(FakeTransport(hostile)), call_of())
     assert caught.value.outcome is Outcome.FAILED

@@ -26,6 +26,7 @@ from img_serving.backends.http import (
     ALIVE_STATUSES,
     MAX_REPLY_BYTES,
     NO_HURRY_SECONDS,
+    PROBE_TIMEOUT_SECONDS,
     Headers,
     Redactor,
     call_headers,
@@ -39,6 +40,7 @@ from img_serving.backends.http import (
 )
 from img_serving.backends.options import read_options
 from img_serving.backends.samplers import sampler_and_schedule
+from img_serving.backends.sdcpp import check_length, check_prompt
 from img_serving.domain.capabilities import Capabilities, SizeRule
 from img_serving.domain.errors import AttemptError, BackendRefusal, InvalidRequest, NotFound, Outcome
 from img_serving.domain.images import Artifact, Call, ItemFailure, Preview, Progress
@@ -51,7 +53,6 @@ IMAGE_PATH: Final = "/sdapi/v1/img2img"
 PROGRESS_PATH: Final = "/sdapi/v1/progress"
 INTERRUPT_PATH: Final = "/sdapi/v1/interrupt"
 
-LEARN_SECONDS: Final = 10.0
 ASK_SECONDS: Final = 5.0
 """For a page of progress: a server that is busy with the first step answers late."""
 
@@ -169,7 +170,7 @@ class A1111Backend:
             # Only a batch formed before the protocol was detected comes here.
             raise AttemptError(Outcome.NOT_STARTED, "only one prompt with consecutive seeds fits into one call")
         if not self._is_known:
-            await self._learn(min(LEARN_SECONDS, call.timeout_seconds))
+            await self._learn(min(PROBE_TIMEOUT_SECONDS, call.timeout_seconds))
         plan = await self._plan(call)
         started = False
         try:
@@ -309,6 +310,13 @@ class A1111Backend:
 
     async def _plan(self, call: Call) -> _Plan:
         request, server = call.request, self._server
+        if server.is_sdcpp:
+            for name, text in (
+                ("prompt", call.items[0].prompt),
+                ("negative_prompt", call.items[0].negative_prompt or ""),
+            ):
+                check_length(name, text)
+                check_prompt(text)
         sampler, schedule = sampler_and_schedule(request.sampler, request.scheduler, server.samplers, server.schedulers)
         checkpoint = await self._checkpoint(call.model)
         must_load = checkpoint is not None and not (self._is_ours and checkpoint == self._loaded)

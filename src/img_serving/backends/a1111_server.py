@@ -83,6 +83,7 @@ class A1111Server:
     has_progress: bool = False
     has_options: bool = False
     can_switch: bool = True
+    is_sdcpp: bool = False
     loaded: str | None = None
 
 
@@ -121,6 +122,7 @@ async def learn(ask: Ask) -> A1111Server:
         has_progress=has_progress,
         has_options=bool(known_options),
         can_switch=can_switch,
+        is_sdcpp=not can_switch,
         loaded=loaded if isinstance(loaded, str) else None,
     )
 

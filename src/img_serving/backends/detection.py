@@ -9,13 +9,11 @@ from typing import Any, Final
 
 import msgspec
 
-from img_serving.backends.http import Headers, get
+from img_serving.backends.http import PROBE_TIMEOUT_SECONDS, Headers, get
 from img_serving.domain.capabilities import Capabilities
 from img_serving.domain.errors import AttemptError, Outcome
 from img_serving.domain.images import Artifact, Call, ItemFailure
 from img_serving.ports import Backend, HealthReport, OnProgress, Transport, UpstreamReply
-
-PROBE_TIMEOUT_SECONDS: Final = 10.0
 
 FALLBACK: Final = "openai"
 """Who answers no question is taken for one of the many small servers that have no list of models."""

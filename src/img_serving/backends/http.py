@@ -32,6 +32,9 @@ MAX_REPLY_BYTES: Final = 256 * 1024 * 1024
 MAX_CHECK_BYTES: Final = 4 * 1024 * 1024
 """Model lists and option dictionaries are far smaller."""
 
+PROBE_TIMEOUT_SECONDS: Final = 10.0
+"""For the questions that come before a drawing."""
+
 NO_HURRY_SECONDS: Final = 86_400.0
 """For requests that somebody else bounds (see `patience`)."""
 
@@ -60,9 +63,26 @@ _MODERATION_CODES: Final = frozenset(
     }
 )
 _QUOTA_CODES: Final = frozenset(
-    {"insufficient_quota", "quota_exceeded", "billing_hard_limit_reached", "billing_not_active", "insufficient_credits"}
+    {
+        "insufficient_quota",
+        "quota_exceeded",
+        "billing_hard_limit_reached",
+        "billing_not_active",
+        "budget_exceeded",  # LiteLLM's, for a key of its own
+        "insufficient_credits",
+    }
 )
-_MODEL_CODES: Final = frozenset({"model_not_found", "model_not_available", "deploymentnotfound"})
+_MODEL_CODES: Final = frozenset({"model_not_found", "model_not_available", "deploymentnotfound", "notfounderror"})
+_MODEL_WORDS: Final = re.compile(
+    # vLLM-Omni; LiteLLM; Xinference: they say it in words only
+    r"model mismatch: |.*\binvalid model name passed\b|.*\bmodel not found\b",
+    re.IGNORECASE | re.DOTALL,
+)
+_MODERATION_WORDS: Final = re.compile(r".*\bcontentpolicyviolationerror\b", re.IGNORECASE | re.DOTALL)
+"""LiteLLM puts the name of its exception before what the provider said, and forgets the provider's code."""
+
+_BUSY_CODES: Final = frozenset({"rate_limit_exceeded", "requests", "tokens", "server_overloaded", "overloaded_error"})
+_CLIENT_KINDS: Final = frozenset({"invalid_request_error", "image_generation_user_error", "badrequesterror"})
 _CODE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _TAGS = re.compile(r"<(script|style)\b.*?</\1\s*>|<[^>]*>", re.DOTALL | re.IGNORECASE)
 _TITLE = re.compile(r"<title[^>]*>(.*?)</title", re.DOTALL | re.IGNORECASE)
@@ -101,9 +121,9 @@ class Redactor:
         return text if len(text) <= MESSAGE_LIMIT else text[: MESSAGE_LIMIT - 1] + "…"
 
 
-def call_headers(configured: Headers, call: Call) -> Headers:
+def call_headers(configured: Headers, call: Call, content_type: str = "application/json") -> Headers:
     """The headers of a generating POST: the operator's own, and what lets one request be followed through both logs."""
-    headers = (*configured, ("Content-Type", "application/json"))
+    headers = (*configured, ("Content-Type", content_type))
     if call.request_id:
         headers += (("X-Request-Id", call.request_id),)
     if call.traceparent:
@@ -146,10 +166,10 @@ def error_of(
     said = f": {complaint.message}" if complaint.message else ""
     if codes & _QUOTA_CODES or status == 402:
         return AttemptError(Outcome.FAILED, f"the backend's account has no quota left (HTTP {status})")
-    if 400 <= status < 500 and codes & _MODERATION_CODES:
+    if 400 <= status < 500 and (codes & _MODERATION_CODES or _MODERATION_WORDS.match(complaint.message)):
         message = complaint.message or "the backend refused the content"
         return BackendRefusal(ContentRefused(message, param=complaint.param))
-    if status in {400, 404, 422} and codes & _MODEL_CODES:
+    if status in {400, 404, 422} and (codes & _MODEL_CODES or _MODEL_WORDS.match(complaint.message)):
         message = complaint.message or "the backend does not have this model"
         return BackendRefusal(NotFound(message, code="model_not_found", param="model"))
     if status in {400, 422}:
@@ -169,6 +189,18 @@ def error_of(
     if 300 <= status < 400:
         return AttemptError(Outcome.FAILED, f"{_redirect_hint(reply, redactor)} (HTTP {status})")
     return AttemptError(Outcome.FAILED, f"the backend answered HTTP {status}{said}")
+
+
+def error_in_stream(body: bytes, redactor: Redactor, also: Iterable[str | None] = ()) -> AttemptError | BackendRefusal:
+    """What an error event means: it has the body of an error reply, nested or flat, but its status is 200 for good."""
+    complaint = complaint_of(UpstreamReply(200, {}, body), redactor, also)
+    codes = {name.lower() for name in (complaint.code, complaint.kind) if name}
+    if codes & (_BUSY_CODES | _QUOTA_CODES):
+        return error_of(UpstreamReply(429, {}, body), redactor, also)
+    if codes & (_CLIENT_KINDS | _MODERATION_CODES | _MODEL_CODES):
+        return error_of(UpstreamReply(400, {}, body), redactor, also)
+    said = f": {complaint.message}" if complaint.message else ""
+    return AttemptError(Outcome.FAILED, f"the backend's stream ended in an error{said}")
 
 
 def busy_seconds(reply: UpstreamReply, now: datetime | None = None) -> float:
@@ -248,9 +280,9 @@ def _complaint_in(document: Any) -> Complaint:
             code = _text(inner["code"])  # Azure: the outer code only says that something was wrong
         return Complaint(
             _text(error.get("message")) or _text(error.get("detail")),
-            code or None,
-            _text(error.get("param")) or None,
-            _text(error.get("type")) or None,
+            _said(code),
+            _said(error.get("param")),
+            _said(error.get("type")),
         )
     detail = document.get("detail")
     if isinstance(detail, list):
@@ -258,8 +290,14 @@ def _complaint_in(document: Any) -> Complaint:
     if isinstance(detail, dict):
         return _complaint_in(detail if "error" in detail or "detail" in detail else {"error": detail})
     # A1111: {"error": "OutOfMemoryError", "detail": "", "body": …, "errors": "CUDA out of memory. …"}
+    # sd.cpp: {"error": "server_error", "message": …}; vLLM before it nested them: {"object": "error", "message": …, "type": …}
     parts = [_text(error), _text(detail), _text(document.get("errors")), _text(document.get("message"))]
-    return Complaint(": ".join(dict.fromkeys(part for part in parts if part)), _text(document.get("code")) or None)
+    return Complaint(
+        ": ".join(dict.fromkeys(part for part in parts if part)),
+        _said(document.get("code")),
+        _said(document.get("param")),
+        _said(document.get("type")),
+    )
 
 
 def _from_details(details: list[Any]) -> Complaint:
@@ -308,3 +346,9 @@ def _date(text: str) -> datetime | None:
 
 def _text(value: Any) -> str:
     return value if isinstance(value, str) else ""
+
+
+def _said(value: Any) -> str | None:
+    """A code, parameter or type. LiteLLM writes a missing one as "None", and the status as a code: neither says anything."""
+    text = _text(value)
+    return None if text in {"", "None"} or text.isdecimal() else text

@@ -3,89 +3,67 @@
 from __future__ import annotations
 
 import asyncio
-import re
-from collections.abc import Sequence
-from typing import Any, Final
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
 
-import msgspec
+from msgspec.structs import replace as structs_replace
 
 from img_serving.backends.http import (
     ALIVE_STATUSES,
     MAX_REPLY_BYTES,
+    NO_HURRY_SECONDS,
+    PROBE_TIMEOUT_SECONDS,
     Headers,
     Redactor,
     call_headers,
     check_path,
+    error_in_stream,
     error_of,
     get,
+    patience,
     prompts_of,
     unhealthy,
 )
+from img_serving.backends.openai_body import Draft, draft
+from img_serving.backends.openai_detect import (
+    NO_NAMES,
+    Finding,
+    Model,
+    ask,
+    by_host,
+    by_models,
+    names_of,
+    read_models,
+    sdcpp_names,
+)
+from img_serving.backends.openai_options import AUTO, read_openai_options
+from img_serving.backends.openai_presets import OPENAI_MODELS, PRESETS, Preset
+from img_serving.backends.openai_reply import Picture, Reply, StreamedReply, read_reply
 from img_serving.domain.capabilities import Capabilities
 from img_serving.domain.errors import AttemptError, Outcome
 from img_serving.domain.images import SEED_LIMIT, Artifact, Call, ItemFailure
 from img_serving.media.payload import artifact_from_base64, artifact_from_bytes
-from img_serving.media.scan import SKELETON_BYTES, split_images_json
-from img_serving.ports import HealthReport, OnProgress, Transport
+from img_serving.ports import HealthReport, OnProgress, Transport, UpstreamReply
 from img_serving.transport.fetch import FetchFailed, UrlFetcher
 
-MAX_BATCH_SIZE: Final = 10
-
-HONOURED: Final = {
-    "num_inference_steps": "steps",
-    "guidance_scale": "guidance_scale",
-    "quality": "quality",
-    "style": "style",
-    "background": "background",
-    "moderation": "moderation",
-    "output_format": "output_format",
-    "output_compression": "output_compression",
-    "user": "user",
-    "sampler": "sampler",
-    "scheduler": "scheduler",
-    "clip_skip": "clip_skip",
-}
-"""Parameters that are passed on under their own names, and the field of `ImageRequest` that holds each."""
-
-_NO_RESPONSE_FORMAT = re.compile(r"(gpt-image|chatgpt-image)")
-"""These models always answer in base64 and refuse to be asked for it."""
-
-
-class _Picture(msgspec.Struct):
-    """One of `data`. What a picture can do without is `Any`: an odd note must not cost a picture that was paid for."""
-
-    b64_json: str | None = None
-    url: str | None = None
-    revised_prompt: Any = None
-    seed: Any = None
-
-
-class _Reply(msgspec.Struct):
-    data: list[_Picture]
-
-
-class _Model(msgspec.Struct):
-    id: str
-
-
-class _Models(msgspec.Struct):
-    data: list[_Model]
-
-
-SMALL_BYTES = 16 * 1024
-"""Up to here a reply is simply decoded: copying its strings costs less than finding where they stand."""
-
-_REPLY = msgspec.json.Decoder(_Reply)
-_MODELS = msgspec.json.Decoder(_Models)
+_QUALITIES = frozenset({"low", "medium", "high", "xhigh", "max"})
+"""Those that a reply may tell apart: `auto`, and the words of older models, become one of them."""
 
 
 class OpenAIBackend:
-    """Speaks to one endpoint through `transport`, whose base URL holds any path prefix."""
+    """Speaks to one endpoint through `transport`, whose base URL holds any path prefix.
+
+    Until it is known which dialect is spoken there, the first call or check finds out; what is found holds until a check fails.
+    """
 
     def __init__(
         self,
         transport: Transport,
         *,
+        options: Mapping[str, Any] | None = None,
+        url: str = "",
         api_key: str | None = None,
         headers: Sequence[tuple[str, str]] = (),
         base_has_v1: bool = False,
@@ -98,6 +76,8 @@ class OpenAIBackend:
 
         Args:
             transport: HTTP to the endpoint; closed by `close`.
+            options: the operator's table, see `OpenAIOptions`.
+            url: where the endpoint is: some hosts speak a dialect that is known beforehand.
             api_key: sent as a bearer; its presence says that somebody pays for pictures.
             headers: sent with every request.
             base_has_v1: whether the transport's base URL is the API's root already (`…/v1`).
@@ -105,21 +85,32 @@ class OpenAIBackend:
             secrets: what else must never be quoted (a password that `headers` hold in another form).
             max_reply_bytes: the largest reply, and the largest picture behind a URL.
             fetch: gets pictures that come as URLs; None refuses them.
+
+        Raises:
+            ValueError: an option is wrong; the message names it.
         """
         self._transport = transport
         self._headers: Headers = (*headers, *((("Authorization", f"Bearer {api_key}"),) if api_key else ()))
         root = "" if base_has_v1 else "/v1"
         self._generations_path = f"{root}/images/generations"
+        self._edits_path = f"{root}/images/edits"
         self._models_path = f"{root}/models"
         self._health_check_path = health_check_path
         self._max_reply_bytes = max_reply_bytes
         self._fetch = fetch
         self._redactor = Redactor([api_key, *secrets, *(value for _, value in headers)])
-        self._capabilities = Capabilities(
-            batch="request",
-            max_batch_size=MAX_BATCH_SIZE,
-            honours=frozenset({"seed", "negative_prompt", "size", *HONOURED}),
-        )
+        self._options = read_openai_options(options or {})
+        told = self._options.preset
+        self._fixed = Finding(told, "as configured") if told != AUTO else by_host(url)
+        self._found: Finding | None = self._fixed
+        self._asking = asyncio.Lock()
+        self._asked: tuple[str, ...] | None = None
+        self._models: tuple[str, ...] = ()
+        self._names = NO_NAMES
+        self._settle()
+
+    def __repr__(self) -> str:
+        return f"<OpenAIBackend {self._found or 'not asked yet'}>"
 
     @property
     def protocol(self) -> str:
@@ -128,46 +119,47 @@ class OpenAIBackend:
 
     @property
     def capabilities(self) -> Capabilities:
-        """Every parameter is passed on; what the server makes of it, it does not tell."""
+        """Those of the dialect that is spoken; what the server makes of a parameter, it does not tell."""
         return self._capabilities
 
-    async def generate(
-        self,
-        call: Call,
-        on_progress: OnProgress,  # noqa: ARG002 - the protocol tells nothing before the reply
-    ) -> Sequence[Artifact | ItemFailure]:
+    async def generate(self, call: Call, on_progress: OnProgress) -> Sequence[Artifact | ItemFailure]:
         """One POST for all items. Cancelling closes its connection, which is all the cancellation that the protocol has.
 
         Pictures that are missing or broken beside good ones are `ItemFailure`s: only they are drawn, and paid for, again.
+        Where unfinished pictures are wanted and can be had, one picture is asked for as a stream: with several, the protocol
+        cannot say whose a part is.
 
         Raises:
-            AttemptError: see `error_of`; also `FAILED` where a complete reply holds no good picture.
+            AttemptError: see `error_of`; also `FAILED` where a complete reply holds no good picture, and `UNKNOWN` where a
+                stream ends without one.
             BackendRefusal: the request is at fault.
         """
-        if call.request.seed_given and len(call.items) > 1:
-            # The protocol has one seed for n pictures. Only a batch formed before the protocol was detected comes here.
-            raise AttemptError(Outcome.NOT_STARTED, "pictures with seeds of their own take one call each")
         deadline = asyncio.get_running_loop().time() + call.timeout_seconds
-        reply = await self._transport.request(
-            "POST",
-            self._generations_path,
-            headers=call_headers(self._headers, call),
-            body=msgspec.json.encode(request_body(call)),
-            timeout_seconds=call.timeout_seconds,
-            max_body_bytes=self._max_reply_bytes,
-        )
-        if not 200 <= reply.status < 300:
-            raise error_of(reply, self._redactor, prompts_of(call))
-        pictures, payloads = _read_reply(reply.body)
+        if self._found is None:
+            await self._find_out(min(call.timeout_seconds, PROBE_TIMEOUT_SECONDS))
+        preset = self._preset.of(call.model)
+        if (reason := _unfit(call, preset)) is not None:
+            # Only what was routed or batched before the dialect was known comes here.
+            raise AttemptError(Outcome.NOT_STARTED, reason)
+        stream = call.previews and preset.stream and len(call.items) == 1
+        letter = await draft(call, preset, self._names, stream=stream)
+        if stream:
+            reply = await self._streamed(call, letter, on_progress)
+            deadline = asyncio.get_running_loop().time() + call.timeout_seconds
+        else:
+            reply = read_reply((await self._post(call, letter, call.timeout_seconds)).body)
         results = [
-            await self._artifact(call, index, picture, payloads, deadline)
-            for index, picture in enumerate(pictures[: len(call.items)])
+            await self._artifact(call, preset, index, reply, deadline)
+            for index in range(min(len(call.items), len(reply.pictures)))
         ]
         if not (results and isinstance(results[0], Artifact)) and not any(isinstance(one, Artifact) for one in results):
             reason = next(
                 (result.message for result in results if isinstance(result, ItemFailure)), "it holds no picture"
             )
             raise AttemptError(Outcome.FAILED, f"the backend's reply is no use: {reason}")
+        if ignored := letter.ignored | _not_honoured(call, reply):
+            names = tuple(sorted(ignored))
+            results = [structs_replace(one, ignored=names) if isinstance(one, Artifact) else one for one in results]
         missing = len(call.items) - len(results)
         return results + missing * [ItemFailure(f"the backend drew {len(results)} of {len(call.items)} pictures")]
 
@@ -177,14 +169,14 @@ class OpenAIBackend:
         path = self._health_check_path
         report = await check_path(self._transport, path, self._headers, timeout_seconds) if path else None
         if report is not None and not report.healthy:
+            self._asked = None  # something else may be there when it is back
             return report
         left = max(0.0, deadline - asyncio.get_running_loop().time())
         listed = await self._check_models(left)
         if report is not None:
-            return HealthReport(healthy=True, detail=report.detail, models=listed.models)
+            return replace(listed, healthy=True, detail=report.detail)
         if path:
-            detail = f"{path} is not there (HTTP 404), so {listed.detail}"
-            return HealthReport(healthy=listed.healthy, detail=detail, models=listed.models)
+            return replace(listed, detail=f"{path} is not there (HTTP 404), so {listed.detail}")
         return listed
 
     async def close(self) -> None:
@@ -193,31 +185,122 @@ class OpenAIBackend:
 
     async def _check_models(self, timeout_seconds: float) -> HealthReport:
         path = self._models_path
+        deadline = asyncio.get_running_loop().time() + timeout_seconds
         try:
             reply = await get(self._transport, path, self._headers, timeout_seconds)
         except AttemptError as error:
+            self._asked = None
             return HealthReport(healthy=False, detail=error.message)
         if reply.status in ALIVE_STATUSES:
-            return HealthReport(
-                healthy=True, detail=f"{path} answered HTTP {reply.status}: there, but it names no models"
-            )
+            detail = f"{path} answered HTTP {reply.status}: there, but it names no models"
+            await self._look_at(reply, [], deadline)
+            return HealthReport(healthy=True, detail=detail, found=str(self._found))
         if not 200 <= reply.status < 300:
+            self._asked = None
             return unhealthy(reply, path)
-        try:
-            models = tuple(dict.fromkeys(model.id for model in _MODELS.decode(reply.body).data))
-        except (ValueError, RecursionError):
-            return HealthReport(healthy=True, detail=f"{path} answered, but not with a list of models")
+        models = read_models(reply)
+        await self._look_at(reply, models or [], deadline)
+        if models is None:
+            detail = f"{path} answered, but not with a list of models"
+            return HealthReport(healthy=True, detail=detail, found=str(self._found))
         # An empty list is silence rather than a statement: many servers keep the route and never fill it.
-        return HealthReport(healthy=True, detail=f"{path} names {len(models)} models", models=models or None)
+        named = self._models
+        detail = f"{path} names {len(named)} models"
+        return HealthReport(healthy=True, detail=detail, models=named or None, found=str(self._found))
+
+    # which dialect
+
+    async def _find_out(self, timeout_seconds: float) -> None:
+        """Before the first call, if no check was there before it: what is not answered in time is taken for generic."""
+        async with self._asking:
+            if self._found is None:
+                await self._check_models(timeout_seconds)
+            if self._found is None:
+                self._found = Finding("generic", "it did not say what it is")
+
+    async def _look_at(self, reply: UpstreamReply, models: list[Model], deadline: float) -> None:
+        """Learn from a list of models what is spoken; further questions are asked once for each new list."""
+        clock = asyncio.get_running_loop().time
+        ids = tuple(model.id for model in models)
+        if self._asked == ids:
+            return
+        found = self._fixed or by_models(reply, models)
+        if found is None:
+            found = await ask(self._transport, self._headers, models, max(0.0, deadline - clock()))
+        self._found = found or Finding("generic", "nothing tells it from others")
+        if self._found.family == "sdcpp":
+            self._names = await sdcpp_names(self._transport, self._headers, max(0.0, deadline - clock()))
+        else:
+            self._names = NO_NAMES
+        self._models = names_of(models, self._found.family)
+        # one that did not tell its names may tell them at the next check
+        self._asked = None if self._found.family == "sdcpp" and self._names is NO_NAMES else ids
+        self._settle()
+
+    def _settle(self) -> None:
+        """Put together what is known: the dialect, the operator's word on top, and the models that differ."""
+        family = self._found.family if self._found else "generic"
+        self._preset: Preset = self._options.over(PRESETS[family])
+        usual = self._preset.capabilities()
+        names = {*self._models, *(OPENAI_MODELS if family == "openai" else ())}
+        variants = {name: self._preset.of(name).capabilities() for name in sorted(names)}
+        self._capabilities = replace(
+            usual,
+            samplers=self._names.samplers,
+            schedulers=self._names.schedulers,
+            variants={name: able for name, able in variants.items() if able != usual},
+        )
+
+    # one call
+
+    async def _post(
+        self, call: Call, letter: Draft, timeout_seconds: float, stream: StreamedReply | None = None
+    ) -> UpstreamReply:
+        """Send it, and take the reply if it is a good one."""
+        reply = await self._transport.request(
+            "POST",
+            self._edits_path if letter.is_edit else self._generations_path,
+            headers=call_headers(self._headers, call, letter.content_type),
+            body=letter.body,
+            timeout_seconds=timeout_seconds,
+            max_body_bytes=self._max_reply_bytes,
+            on_event_bytes=None if stream is None else stream.feed,
+        )
+        if not 200 <= reply.status < 300:
+            raise error_of(reply, self._redactor, prompts_of(call))
+        return reply
+
+    async def _streamed(self, call: Call, letter: Draft, on_progress: OnProgress) -> Reply:
+        """The reply to a call that asked for a stream, which is an ordinary one where the server knows of no streams."""
+        stream: StreamedReply | None = None
+        try:
+            async with patience(call.timeout_seconds) as heard:
+                stream = StreamedReply(on_progress, heard, self._max_reply_bytes)
+                whole = await self._post(call, letter, NO_HURRY_SECONDS, stream)
+        except AttemptError:
+            # neither a picture nor a reason that is there is lost by how the connection ends
+            if stream is None or not (stream.reply.pictures or stream.error):
+                raise
+        else:
+            if not whole.headers.get("content-type", "").lower().startswith("text/event-stream"):
+                return read_reply(whole.body)
+            stream.finish()
+        if stream.reply.pictures:
+            return stream.reply
+        if stream.error is not None:
+            raise error_in_stream(stream.error, self._redactor, prompts_of(call)) from None
+        if stream.fault is not None:
+            raise AttemptError(Outcome.FAILED, stream.fault)
+        raise AttemptError(Outcome.UNKNOWN, "the backend's stream ended without a finished picture")
 
     async def _artifact(
-        self, call: Call, index: int, picture: _Picture, payloads: list[memoryview], deadline: float
+        self, call: Call, preset: Preset, index: int, reply: Reply, deadline: float
     ) -> Artifact | ItemFailure:
-        told = picture.seed if type(picture.seed) is int and 0 <= picture.seed < SEED_LIMIT else None
-        seed = told if told is not None else call.items[index].seed if call.request.seed_given else None
+        picture = reply.pictures[index]
+        seed = _seed_of(call, preset, index, picture)
         revised = picture.revised_prompt if isinstance(picture.revised_prompt, str) else None
         try:
-            encoded = payloads[int(picture.b64_json)] if picture.b64_json else b""
+            encoded = reply.payloads[int(picture.b64_json)] if picture.b64_json else b""
             if encoded:  # some servers send both fields, one of them empty
                 return artifact_from_base64(encoded, seed, revised)
             if picture.url and picture.url[:5].lower() == "data:":
@@ -241,44 +324,43 @@ class OpenAIBackend:
             raise AttemptError(Outcome.UNKNOWN, f"the picture came as a URL: {error.message}") from None
 
 
-def request_body(call: Call) -> dict[str, Any]:
-    """What is sent: the call's own facts, and of the optional parameters only what the client gave."""
+def _unfit(call: Call, preset: Preset) -> str | None:
+    """Why one call cannot say it; None if it can. Several pictures share a seed, or have consecutive ones if it counts on."""
+    request, items = call.request, call.items
+    if request.operation != "generation" and (request.operation != "edit" or preset.edits is None):
+        return f"this server has no {request.operation}s"
+    if request.mask is not None and not (preset.edits and preset.edits.mask):
+        return "this server does not look at masks"
+    if len(items) == 1:
+        return None
+    if preset.batch == "seeds":
+        first = items[0]
+        same = all((one.prompt, one.negative_prompt) == (first.prompt, first.negative_prompt) for one in items)
+        if same and all(after.seed == before.seed + 1 for before, after in pairwise(items)):
+            return None
+    elif not request.seed_given:
+        return None
+    return "pictures with seeds of their own take one call each"
+
+
+def _seed_of(call: Call, preset: Preset, index: int, picture: Picture) -> int | None:
+    """What the server says, else what it was told; None where nobody knows."""
+    if type(picture.seed) is int and 0 <= picture.seed < SEED_LIMIT:
+        return picture.seed
+    if "seed" not in preset.names(call.request.operation):
+        return None
+    if preset.batch == "seeds" and preset.always_seed:
+        return call.items[index].seed
+    told = call.request.seed_given or preset.always_seed
+    return call.items[index].seed if told and (index == 0 or call.request.seed_given) else None
+
+
+def _not_honoured(call: Call, reply: Reply) -> frozenset[str]:
+    """What the reply itself says was done otherwise than asked for."""
     request = call.request
-    first = call.items[0]
-    body: dict[str, Any] = {"prompt": first.prompt, "n": len(call.items), "size": f"{call.width}x{call.height}"}
-    if call.model is not None:
-        body["model"] = call.model
-    if call.model is None or not _NO_RESPONSE_FORMAT.match(call.model):
-        body["response_format"] = "b64_json"
-    if request.seed_given:
-        body["seed"] = first.seed
-    if "negative_prompt" in request.given and first.negative_prompt is not None:
-        body["negative_prompt"] = first.negative_prompt
-    for name in request.given:
-        attribute = HONOURED.get(name)
-        value = getattr(request, attribute) if attribute is not None else None
-        if value is not None:
-            body[name] = value
-    return body
-
-
-def _read_reply(body: bytes | bytearray) -> tuple[list[_Picture], list[memoryview]]:
-    """The reply's pictures, whose `b64_json` is an index of the payloads. Raises AttemptError where it is no such reply."""
-    try:
-        if len(body) <= SMALL_BYTES:
-            pictures = _REPLY.decode(body).data
-            small: list[memoryview] = []
-            for picture in pictures:
-                if picture.b64_json:
-                    small.append(memoryview(picture.b64_json.encode()))
-                    picture.b64_json = str(len(small) - 1)
-            return pictures, small
-        skeleton, payloads = split_images_json(body)
-        if len(skeleton) > SKELETON_BYTES:
-            raise ValueError("what is left without its pictures is too large")
-        return _REPLY.decode(skeleton).data, payloads
-    except (ValueError, RecursionError):
-        # what msgspec says would quote the document's paths, not why: the status was 200, so a person has to look
-        raise AttemptError(
-            Outcome.FAILED, "the backend's reply is no images reply (bad JSON or another shape)"
-        ) from None
+    lost = set()
+    if request.background == "transparent" and reply.background == "opaque":
+        lost.add("background")
+    if reply.quality != request.quality and {request.quality, reply.quality} <= _QUALITIES:
+        lost.add("quality")
+    return frozenset(lost)
