@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from img_serving.media import masks
-from img_serving.media.masks import transparent_where_painted, white_where_painted
+from img_serving.media.masks import mask_in, transparent_where_painted, white_where_painted, with_transparency
 
 
 def png(picture: Image.Image) -> bytes:
@@ -71,3 +71,27 @@ def test_a_bomb_is_not_decoded(monkeypatch):
     monkeypatch.setattr(masks, "MAX_PIXELS", 7)
     with pytest.raises(ValueError, match="over 7 pixels"):
         transparent_where_painted(with_a_hole())
+
+
+def test_an_edit_without_a_mask_may_paint_where_its_picture_is_transparent_or_else_everywhere():
+    mask = opened(mask_in(with_a_hole()))
+    assert [mask.getchannel("A").getpixel((x, 0)) for x in range(4)] == [0, 0, 255, 255]
+    everywhere = opened(mask_in(png(Image.new("RGB", (3, 2), "red"))))
+    assert (everywhere.size, everywhere.getextrema()) == ((3, 2), ((0, 0),) * 4)
+
+
+def test_a_mask_becomes_the_transparency_of_its_picture_and_leaves_the_colours():
+    picture = png(Image.new("RGB", (8, 4), "red"))
+    merged = opened(with_transparency(picture, with_a_hole()))
+    assert merged.size == (8, 4)
+    assert (merged.getpixel((0, 0)), merged.getpixel((7, 0))) == ((255, 0, 0, 0), (255, 0, 0, 255))
+    same = opened(with_transparency(with_a_hole(), with_a_hole()))
+    assert [same.getchannel("A").getpixel((x, 0)) for x in range(4)] == [0, 0, 255, 255]
+
+
+@pytest.mark.parametrize("data", [b"", b"no picture", with_a_hole()[:40]])
+def test_a_picture_that_is_none_gets_no_mask(data):
+    with pytest.raises(ValueError, match="mask"):
+        mask_in(data)
+    with pytest.raises(ValueError, match="mask"):
+        with_transparency(data, with_a_hole())
