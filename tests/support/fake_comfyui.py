@@ -88,7 +88,9 @@ class Socket:
     heard: list[Any] = field(default_factory=list)
 
     def flush(self) -> None:
-        self.writer.write(b"".join(self.protocol.data_to_send()))
+        data = b"".join(self.protocol.data_to_send())
+        if not self.writer.transport.is_closing():
+            self.writer.write(data)
 
     def send(self, frame: str | bytes) -> None:
         if isinstance(frame, str):
