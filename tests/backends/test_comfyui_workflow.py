@@ -237,6 +237,7 @@ def test_a_workflow_knows_what_it_honours_and_what_was_guessed() -> None:
     template = workflow.generation
     assert template is not None
     assert (template.output, "seed" in template.guessed, "prompt" in template.guessed) == ("9", False, True)
+    assert template.guesses.startswith("checkpoint = 4.ckpt_name, guidance_scale = 3.cfg, height = 5.height, ")
     assert template.parameter_at("5", "width") == "size"
     assert template.parameter_at("5", "batch_size") is None
 

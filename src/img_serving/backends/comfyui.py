@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import ssl
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -41,6 +42,8 @@ from img_serving.media.masks import mask_in, transparent_where_painted, white_wh
 from img_serving.media.payload import artifact_from_bytes
 from img_serving.ports import HealthReport, OnProgress, Transport
 from img_serving.transport.proxy import Proxy
+
+log = logging.getLogger(__name__)
 
 UPLOAD_PATH: Final = "/upload/image"
 
@@ -100,6 +103,10 @@ class ComfyUIBackend:
         self._built_in = not self._workflows if read.built_in is None else read.built_in
         if not (self._built_in or self._workflows):
             raise ValueError("built_in: false, and there are no workflows: nothing could be drawn")
+        for workflow in self._workflows.values():
+            for template in workflow.templates:
+                if template.guessed:
+                    log.info("workflow %s: guessed %s", workflow.name, template.guesses)
         self._transport = transport
         self._headers: Headers = tuple(headers)
         secrets = [api_key, password, *(value for _, value in headers)]

@@ -118,6 +118,12 @@ class Template:
         """The mask is the alpha channel of the picture itself."""
         return bool(self.slots.get("mask")) and self.slots["mask"] == self.slots.get("image")
 
+    @property
+    def guesses(self) -> str:
+        """What was guessed, in one line, for people."""
+        found = ((name, self.slots.get(name, ())) for name in sorted(self.guessed))
+        return ", ".join(f"{name} = {' and '.join(map(str, slots))}" for name, slots in found if slots)
+
     def parameter_at(self, node: str, name: str) -> str | None:
         """Which of our parameters (by its name in the API) goes to this input; None if none does."""
         return next(
