@@ -73,11 +73,12 @@ def test_every_parameter_that_is_honoured_arrives_under_this_protocols_name():
         clip_skip=2,
         model="sd",
     )
-    body = request_body(call, (64, 48), sampler="Euler a", schedule="karras")
+    body = request_body(call, (64, 48), sampler="Euler a", schedule="karras", clip_skip=2, restore=True)
     assert {"negative_prompt": "blur", "steps": 12, "cfg_scale": 4.5, "sampler_name": "Euler a"}.items() <= body.items()
     assert body["scheduler"] == "karras"
     assert body["override_settings"] == {"CLIP_stop_at_last_layers": 2}
-    assert body["override_settings_restore_afterwards"]  # or the next call would be drawn with it too
+    assert body["override_settings_restore_afterwards"] is True
+    assert body["clip_skip"] == 2  # where other programs look for it
 
 
 def test_a_model_that_was_loaded_for_a_call_stays_for_the_next():

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import unicodedata
 from collections.abc import Callable
 from typing import Any
 
 import pybase64
 import pytest
+from PIL import Image
 from tests.support.fake_a1111 import FakeA1111
 
 from img_serving.backends.a1111 import A1111Backend
 from img_serving.backends.scripted import picture
+from img_serving.backends.stub_server import Answer
 from img_serving.domain.errors import AttemptError, BackendRefusal, Outcome
 from img_serving.domain.images import Call, ImageRequest, InputImage, Item, Progress
 from img_serving.media.masks import white_where_painted
@@ -219,21 +222,24 @@ def test_a_picture_by_another_model_is_a_failure():
     assert caught.value.outcome is Outcome.FAILED
 
 
-def test_clip_skip_is_for_one_call_and_the_model_for_more():
+def test_clip_skip_is_for_one_call_although_the_server_keeps_it():
     server = FakeA1111()
 
     async def act(backend):
-        await backend.generate(call_of(7, model="tiny-b", clip_skip=2), lambda progress: None)
-        await backend.generate(call_of(7, model="tiny-b"), lambda progress: None)
+        for asked in ({}, {"clip_skip": 2}, {}, {}):
+            await backend.generate(call_of(7, model="tiny-b", **asked), lambda progress: None)
 
     run(server, act)
-    first, second = server.posts
-    assert first.json["override_settings"] == {"CLIP_stop_at_last_layers": 2}
-    assert first.json["override_settings_restore_afterwards"] is True
-    assert "override_settings" not in second.json
+    assert [one["clip_skip"] for one in server.drawn] == [1, 2, 1, 1]
+    assert "CLIP_stop_at_last_layers" not in server.posts[0].json["override_settings"]
     assert server.loads == ["tiny-b"]
-    changed = [one for one in server.exchanges if (one.method, one.path) == ("POST", "/sdapi/v1/options")]
-    assert [one.json for one in changed] == [{"sd_model_checkpoint": "tiny-b"}]
+
+
+def test_where_others_use_the_server_its_settings_are_put_back():
+    server = FakeA1111()
+    draw(server, call_of(7, model="tiny-b"), shared=True)
+    assert server.posts[0].json["override_settings_restore_afterwards"] is True
+    assert server.loads == ["tiny-b", "tiny-a"]
 
 
 # pictures that come along
@@ -254,10 +260,18 @@ def test_an_edit_sends_its_picture_and_a_mask_that_is_white_where_it_may_paint()
     assert (one.width, one.height) == (64, 48)
 
 
-def test_a_mask_that_is_no_picture_is_the_requests_fault():
-    broken = InputImage(b"\x89PNG\r\n\x1a\n", "image/png", 64, 48)
-    with pytest.raises(BackendRefusal) as caught:
-        draw(FakeA1111(), call_of(7, operation="edit", images=(IMAGE,), mask=broken))
+BLACK = io.BytesIO()
+Image.new("L", (64, 48), 0).save(BLACK, "PNG")
+
+
+@pytest.mark.parametrize(
+    ("data", "words"), [(b"\x89PNG\r\n\x1a\n", "could not be decoded"), (BLACK.getvalue(), "nothing to paint")]
+)
+def test_a_mask_that_is_no_picture_or_leaves_nothing_to_paint_is_the_requests_fault(data, words):
+    """Of the second kind Forge repaints everything, and stable-diffusion.cpp nothing."""
+    mask = InputImage(data, "image/png", 64, 48)
+    with pytest.raises(BackendRefusal, match=words) as caught:
+        draw(FakeA1111(), call_of(7, operation="edit", images=(IMAGE,), mask=mask))
     assert caught.value.error.param == "mask"
 
 
@@ -460,3 +474,35 @@ def test_what_would_end_stable_diffusion_cpp_or_go_round_our_limits_is_refused(t
     assert caught.value.error.param == param
     assert not server.posts
     draw(FakeA1111(), call_of(7, **texts))  # no other program is troubled by it
+
+
+@pytest.mark.parametrize(
+    ("seeds", "tagged"),
+    [((7, 8), False), ((2**31 - 2,), False), ((2**31,), True), ((2**31 - 1, 2**31), True), ((2**62,), True)],
+)
+def test_stable_diffusion_cpp_gets_large_seeds_where_it_has_room_for_them(seeds, tagged):
+    server = FakeA1111(flavour="sdcpp")
+    results = draw(server, call_of(*seeds, size=(64, 64)))
+    assert [raw_bytes(one) for one in results] == [picture("a fox", seed, 64, 64) for seed in seeds]
+    assert ("<sd_cpp_extra_args>" in server.posts[0].json["prompt"]) is tagged
+
+
+def test_a_server_is_not_asked_for_more_than_it_does():
+    async def act(backend):
+        await backend.check(5.0)
+        return backend.capabilities
+
+    small = run(FakeA1111(flavour="sdcpp"), act, max_batch_size=16)
+    assert (small.max_batch_size, small.max_steps, small.sizes.max_side) == (8, 100, 4096)
+    large = run(FakeA1111(), act, max_batch_size=16)
+    assert (large.max_batch_size, large.max_steps, large.sizes.max_side) == (16, None, 8192)
+
+
+def test_a_checkpoint_that_the_server_itself_misses_is_the_requests_fault():
+    class Missing(FakeA1111):
+        async def _job(self, exchange, path):
+            return Answer(404, b'{"detail":"Model not found"}')
+
+    with pytest.raises(BackendRefusal) as caught:
+        draw(Missing(), call_of(7, model="tiny-b"))
+    assert (caught.value.error.status, caught.value.error.param) == (404, "model")

@@ -446,7 +446,16 @@ def test_choices_are_read_in_both_shapes(document: Any, choices: Any) -> None:
 
 @pytest.mark.parametrize(
     ("version", "heeds"),
-    [("0.3.64", True), ("v0.33.0", True), ("1.0.0", True), ("0.3.40", False), ("", False), ("nightly", False)],
+    [
+        ("0.3.64", True),
+        ("0.3.57", True),
+        ("0.3.56", False),
+        ("v0.33.0", True),
+        ("1.0.0", True),
+        ("0.3.40", False),
+        ("", False),
+        ("nightly", False),
+    ],
 )
 def test_targeted_interrupts_are_known_by_the_version(version: str, heeds: bool) -> None:
     assert heeds_interrupted_id(version) is heeds

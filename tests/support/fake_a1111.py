@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import struct
 import zlib
 from typing import Any, Literal
@@ -21,6 +22,9 @@ CHECKPOINTS = {"tiny-a": "tiny-a.safetensors", "tiny-b": "sub/tiny-b.safetensors
 SAMPLERS = {"Euler": ["k_euler"], "Euler a": ["k_euler_a", "k_euler_ancestral"], "DPM++ 2M": ["k_dpmpp_2m"]}
 SCHEDULERS = {"automatic": "Automatic", "karras": "Karras", "sgm_uniform": "SGM Uniform"}
 UNFINISHED = "unfinished"
+STALE_STEPS = 4
+"""What the page of progress tells until sampling begins: the steps of a job before."""
+TAG = re.compile(r"<sd_cpp_extra_args>(.*?)</sd_cpp_extra_args>")  # over several lines it is none
 
 
 class FakeA1111(ScriptedServer):
@@ -53,6 +57,7 @@ class FakeA1111(ScriptedServer):
         self.checkpoints = dict(CHECKPOINTS)
         self.loaded = "tiny-a"
         self.loads: list[str] = []
+        self.clip_skip = 1
         self.drawn: list[dict[str, Any]] = []
         self.interrupts = 0
         self.stopped_at: float | None = None
@@ -123,7 +128,7 @@ class FakeA1111(ScriptedServer):
             "/sdapi/v1/schedulers": [{"name": one, "label": two, "aliases": None} for one, two in SCHEDULERS.items()],
         }
         if self.flavour == "forge":
-            pages["/sdapi/v1/options"]["forge_preset"] = "sd"
+            pages["/sdapi/v1/options"] |= {"forge_preset": "sd", "CLIP_stop_at_last_layers": 1.0}
             image = self.state.get("image") if "skip_current_image=false" in whole else None
             state = {name: value for name, value in self.state.items() if name not in {"progress", "image"}}
             pages["/sdapi/v1/progress"] = {
@@ -143,13 +148,10 @@ class FakeA1111(ScriptedServer):
         return self.checkpoints.get(name, name) + known
 
     async def _set(self, options: dict[str, Any]) -> Answer:
+        """Taken at once; the model is loaded by the next drawing."""
         wanted = options.get("sd_model_checkpoint")
-        if wanted is not None:
-            name = self._find(wanted)
-            if name is None:
-                return Answer(500, b'{"error":"RuntimeError","detail":"","body":"","message":"model not found"}')
-            async with self._engine:
-                self._load(name)
+        if wanted is not None and self._find(wanted) is None:
+            return Answer(500, b'{"error":"RuntimeError","detail":"","body":"","message":"model not found"}')
         return Answer(200, b"null")
 
     def _find(self, wanted: str) -> str | None:
@@ -183,13 +185,16 @@ class FakeA1111(ScriptedServer):
             loop = asyncio.get_running_loop()
             understood = self._understood(asked)
             steps = understood["steps"]
-            self._begin(steps)
+            self._begin()
             before = self.loaded
             overrides = asked.get("override_settings") or {}
             wanted = self._find(overrides.get("sd_model_checkpoint", before))
-            if wanted is not None and self.flavour == "forge":
-                self._load(wanted)  # an unknown one is passed over in silence
-            self.drawn.append({**understood, "model": self.loaded})
+            if self.flavour == "forge":
+                if wanted is not None:
+                    self._load(wanted)  # an unknown one is passed over in silence
+                # and this stays, whatever is said of restoring it, where the server's own file does not name it
+                self.clip_skip = overrides.get("CLIP_stop_at_last_layers", self.clip_skip)
+            self.drawn.append({**understood, "model": self.loaded, "clip_skip": self.clip_skip})
             try:
                 for step in range(1, steps + 1):
                     if self.gate is not None:
@@ -200,11 +205,14 @@ class FakeA1111(ScriptedServer):
                         break
                     shown = picture(f"step {step}", understood["seed"], 8, 8)
                     image = pybase64.b64encode(shown).decode()
-                    self.state.update(sampling_step=step, progress=max(0.01, step / steps), image=image)
+                    # the last one is never told: the job is over then
+                    self.state.update(job_count=1, sampling_step=min(step, steps - 1), sampling_steps=steps)
+                    self.state.update(progress=max(0.01, step / steps), image=image)
                 if self.state["interrupted"]:
                     self.interrupts += 1
                     self.stopped_at = loop.time()
-                    understood = {**understood, "prompt": UNFINISHED, "batch_size": 1}
+                    # all of them, and nothing in the reply tells that they are unfinished
+                    understood = {**understood, "prompt": UNFINISHED}
                 spoiled = Exchange(exchange.method, "/sdapi/v1/txt2img", exchange.headers, b"", exchange.started_at)
                 spoiled.body = msgspec.json.encode(understood)
                 return self._draw(spoiled)
@@ -215,6 +223,8 @@ class FakeA1111(ScriptedServer):
 
     def _understood(self, asked: dict[str, Any]) -> dict[str, Any]:
         """What the engine makes of a request: it rounds, and takes what it knows for what it does not."""
+        if self.flavour == "sdcpp":
+            asked = self._with_tag(asked)
         multiple = 8 if self.flavour == "forge" else 64
         sides = {}
         for name in ("width", "height"):
@@ -226,10 +236,21 @@ class FakeA1111(ScriptedServer):
             **asked,
             **sides,
             "seed": asked.get("seed", -1) if asked.get("seed", -1) >= 0 else 4711,
-            "steps": asked.get("steps") or self.steps,
+            "steps": min(asked.get("steps") or self.steps, 1000 if self.flavour == "forge" else 100),
+            "batch_size": min(asked.get("batch_size", 1), 1000 if self.flavour == "forge" else 8),
             "sampler_name": sampler if sampler in SAMPLERS else "Euler",
             "scheduler": schedule if schedule in SCHEDULERS else "automatic",
         }
+
+    @staticmethod
+    def _with_tag(asked: dict[str, Any]) -> dict[str, Any]:
+        """The field `seed` has 32 bits, with a sign; the first tag in the prompt wins over the fields, and all tags go."""
+        seed = asked.get("seed", -1)
+        asked = {**asked, "seed": seed if -(2**31) <= seed < 2**31 else 4711}
+        tag = TAG.search(asked["prompt"])
+        if tag is not None:
+            asked = {**asked, **json.loads(tag[1]), "prompt": TAG.sub("", asked["prompt"])}
+        return asked
 
     def _a1111(self, asked: dict[str, Any], step: str) -> bytes:
         document = json.loads(super()._a1111(asked, step))
@@ -237,7 +258,10 @@ class FakeA1111(ScriptedServer):
         drew = next(one for one in self.checkpoints if one != self.loaded) if self.liar else self.loaded
         if self.flavour == "forge":
             info |= {"sd_model_name": drew, "sampler_name": asked["sampler_name"]}
-            info["extra_generation_params"] = {"Schedule type": SCHEDULERS[asked["scheduler"]]}
+            if asked["scheduler"] != "automatic":
+                info["extra_generation_params"] = {"Schedule type": SCHEDULERS[asked["scheduler"]]}
+        else:
+            info |= {"sd_model_name": self.checkpoints[drew]}
         document["info"] = json.dumps(info)
         if self.writes_notes:
             document["images"] = [self._with_note(text, asked) for text in document["images"]]
@@ -252,9 +276,15 @@ class FakeA1111(ScriptedServer):
         chunk = struct.pack(">I", len(note)) + b"tEXt" + note + struct.pack(">I", zlib.crc32(b"tEXt" + note))
         return pybase64.b64encode(png[:33] + chunk + png[33:]).decode()
 
-    def _begin(self, steps: int) -> None:
+    def _begin(self) -> None:
         self.state.update(
-            interrupted=False, job="task", job_count=1, job_no=0, sampling_step=0, sampling_steps=steps, progress=0.01
+            interrupted=False,
+            job="scripts_txt2img",
+            job_count=-1,
+            job_no=0,
+            sampling_step=0,
+            sampling_steps=STALE_STEPS,
+            progress=0.01,
         )
 
     def _end(self) -> None:
@@ -267,7 +297,7 @@ class FakeA1111(ScriptedServer):
             job_no=0,
             job_timestamp="20261126",
             sampling_step=0,
-            sampling_steps=0,
+            sampling_steps=STALE_STEPS,
             progress=0.0,
             image=None,
         )

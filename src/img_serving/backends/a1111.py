@@ -16,6 +16,8 @@ from msgspec import Meta, structs
 from img_serving.backends.a1111_server import (
     MODELS_PATH,
     OPTIONS_PATH,
+    SDCPP_BATCH,
+    SDCPP_STEPS,
     A1111Server,
     is_model_list,
     learn,
@@ -79,7 +81,6 @@ class _Plan:
     checkpoint: str | None
     sampler: str | None
     schedule: str | None
-    options_first: dict[str, Any] | None = None
 
 
 class A1111Backend:
@@ -134,6 +135,9 @@ class A1111Backend:
         self._max_batch_size = max_batch_size
         self._options = read_options(A1111Options, options or {})
         self._is_ours = not shared and slots == 1
+        self._shared = shared
+        self._sets_clip_skip = False
+        """Whether a call has set it: some servers do not put it back, whatever they are told."""
         self._server = A1111Server()
         self._is_known = False
         """Whether the server was asked what it is since it was last known to be down."""
@@ -172,12 +176,8 @@ class A1111Backend:
         if not self._is_known:
             await self._learn(min(PROBE_TIMEOUT_SECONDS, call.timeout_seconds))
         plan = await self._plan(call)
-        started = False
         try:
             async with patience(call.timeout_seconds) as heard:
-                if plan.options_first is not None:
-                    await self._set_options(plan.options_first, call)
-                started = True
                 async with self._watched(call, on_progress, heard):
                     reply = await self._transport.request(
                         "POST",
@@ -194,8 +194,7 @@ class A1111Backend:
         except (AttemptError, asyncio.CancelledError) as ending:
             if isinstance(ending, asyncio.CancelledError) or ending.outcome is Outcome.UNKNOWN:
                 self._loaded = None
-                if started:
-                    await self._interrupt()
+                await self._interrupt()
             raise
         return self._checked(artifacts, info, plan)
 
@@ -260,10 +259,11 @@ class A1111Backend:
         return Capabilities(
             operations=frozenset({"generation", "edit"}),
             batch="seeds",
-            max_batch_size=self._max_batch_size,
+            max_batch_size=min(self._max_batch_size, SDCPP_BATCH) if server.is_sdcpp else self._max_batch_size,
             max_concurrency=1,
             honours=frozenset({"seed", "negative_prompt", "size", "clip_skip", "sampler", "scheduler", *HONOURED}),
             sizes=sizes,
+            max_steps=SDCPP_STEPS if server.is_sdcpp else None,
             masks=True,
             samplers=server.samplers,
             schedulers=server.schedulers,
@@ -320,15 +320,16 @@ class A1111Backend:
         sampler, schedule = sampler_and_schedule(request.sampler, request.scheduler, server.samplers, server.schedulers)
         checkpoint = await self._checkpoint(call.model)
         must_load = checkpoint is not None and not (self._is_ours and checkpoint == self._loaded)
-        options_first = None
-        if must_load and request.clip_skip is not None and server.has_options:
-            # what is set for one call is restored after it, all of it or nothing: the model is to stay
-            options_first = {"sd_model_checkpoint": checkpoint}
-            must_load = False
+        if request.clip_skip is not None:
+            self._sets_clip_skip = True
+        clip_skip = request.clip_skip
+        if clip_skip is None and self._sets_clip_skip:
+            clip_skip = server.clip_skip or 1  # what was set for another call may still be
         mask = None
         if request.mask is not None:
             try:
-                mask = await asyncio.to_thread(white_where_painted, request.mask.data)
+                # Forge repaints everything where a mask leaves nothing to paint, stable-diffusion.cpp nothing
+                mask = await asyncio.to_thread(white_where_painted, request.mask.data, needs_area=True)
             except ValueError as error:
                 raise BackendRefusal(InvalidRequest(str(error), param="mask")) from None
         body = request_body(
@@ -337,9 +338,12 @@ class A1111Backend:
             sampler=sampler,
             schedule=schedule,
             checkpoint=checkpoint if must_load else None,
+            clip_skip=clip_skip,
+            restore=self._shared,
             mask=mask,
+            is_sdcpp=server.is_sdcpp,
         )
-        return _Plan(IMAGE_PATH if request.images else TEXT_PATH, body, checkpoint, sampler, schedule, options_first)
+        return _Plan(IMAGE_PATH if request.images else TEXT_PATH, body, checkpoint, sampler, schedule)
 
     async def _checkpoint(self, model: str | None) -> str | None:
         """The server's own name of a model; None: whatever it has. Raises BackendRefusal where it has no such thing."""
@@ -361,19 +365,6 @@ class A1111Backend:
             )
             raise BackendRefusal(NotFound(message, code="model_not_found", param="model"))
         return found
-
-    async def _set_options(self, options: dict[str, Any], call: Call) -> None:
-        """Change the server's settings, loading the model that they name. Raises as `error_of` says."""
-        reply = await self._transport.request(
-            "POST",
-            OPTIONS_PATH,
-            headers=call_headers(self._headers, call),
-            body=msgspec.json.encode(options),
-            timeout_seconds=NO_HURRY_SECONDS,
-            max_body_bytes=self._max_reply_bytes,
-        )
-        if not 200 <= reply.status < 300:
-            raise self._error(reply, call)
 
     def _checked(self, artifacts: list[Artifact], info: Info, plan: _Plan) -> list[Artifact]:
         """Compare what drew with what was asked for. Raises AttemptError where it was another model."""
@@ -412,7 +403,7 @@ class A1111Backend:
             await asyncio.gather(watching, return_exceptions=True)
 
     async def _watch(self, call: Call, on_progress: OnProgress, heard: Callable[[], None]) -> None:
-        furthest, shown = (0, 0), ""
+        furthest, shown = 0, ""
         while True:
             await asyncio.sleep(self._options.progress_interval_seconds)
             page = await self._page(previews=call.previews)
@@ -423,11 +414,13 @@ class A1111Backend:
             if call.previews and page.current_image and page.current_image != shown:
                 shown = page.current_image
                 preview = _preview(shown)
-            if (total and (done > furthest[0] or total != furthest[1])) or (total and preview is not None):
-                # a share of the same steps that has not grown is no sign of life
-                if done > furthest[0] or total != furthest[1]:
-                    heard()
-                furthest = (done, total)
+            if done > furthest:
+                # steps that have not grown are no sign of life
+                furthest = done
+                heard()
+            elif preview is None:
+                continue
+            if done:
                 on_progress(Progress(done, total, preview))
 
     async def _page(self, *, previews: bool) -> ProgressPage | None:
@@ -466,11 +459,13 @@ class A1111Backend:
             )
 
     def _error(self, reply: UpstreamReply, call: Call) -> AttemptError | BackendRefusal:
-        if reply.status == 404 and call.request.sampler is not None:
-            # A1111 answers an unknown sampler as if the route were not there.
-            complaint = complaint_of(reply, self._redactor, prompts_of(call))
-            if "sampler" in complaint.message.lower():
-                return BackendRefusal(InvalidRequest(complaint.message, param="sampler"))
+        if reply.status == 404:
+            # A1111 answers an unknown sampler, or checkpoint, as if the route were not there.
+            said = complaint_of(reply, self._redactor, prompts_of(call)).message
+            if "sampler" in said.lower() and call.request.sampler is not None:
+                return BackendRefusal(InvalidRequest(said, param="sampler"))
+            if said.lower() == "model not found":
+                return BackendRefusal(NotFound(said, code="model_not_found", param="model"))
         return error_of(reply, self._redactor, prompts_of(call))
 
 

@@ -21,11 +21,20 @@ SCHEDULERS_PATH: Final = "/sdapi/v1/schedulers"
 PROGRESS_PATH: Final = "/sdapi/v1/progress?skip_current_image=true"
 SDCPP_PATH: Final = "/sdcpp/v1/capabilities"
 
-WEBUI_SIZES: Final = SizeRule(multiple=8, rounding="down", min_side=8)
-"""A1111's latents have an eighth of a side, rounded down (Forge f2.0.1: 100x70 is drawn as 96x64)."""
+WEBUI_SIZES: Final = SizeRule(multiple=8, rounding="down", min_side=8, max_side=8192)
+"""A1111's latents have an eighth of a side, rounded down (Forge f2.0.1: 100x70 is drawn as 96x64).
 
-SDCPP_SIZES: Final = SizeRule(multiple=64, rounding="up")
-"""stable-diffusion.cpp's server rounds up (100x70 is drawn as 128x128)."""
+It draws any size that it is asked for: 20000x64 took nine minutes and 9 GB. So there is a bound here.
+"""
+
+SDCPP_SIZES: Final = SizeRule(multiple=64, rounding="up", max_side=4096)
+"""stable-diffusion.cpp's server (97d2990) rounds up (100x70 is drawn as 128x128). It names the bound, and does not keep it."""
+
+SDCPP_STEPS: Final = 100
+"""It does that many where more are asked for."""
+
+SDCPP_BATCH: Final = 8
+"""It draws that many where more are asked for."""
 
 Ask = Callable[[str], Awaitable[UpstreamReply]]
 """A GET of a path; raises AttemptError where nobody answers."""
@@ -72,6 +81,7 @@ class A1111Server:
     """One server, as far as it told. `program` and `because` are for people.
 
     `loaded` is the checkpoint that it holds now, as its options name it; `can_switch`: another one can be asked for.
+    `clip_skip` is its own setting.
     """
 
     program: str = "a server with A1111's web API"
@@ -85,6 +95,7 @@ class A1111Server:
     can_switch: bool = True
     is_sdcpp: bool = False
     loaded: str | None = None
+    clip_skip: int | None = None
 
 
 async def learn(ask: Ask) -> A1111Server:
@@ -124,6 +135,7 @@ async def learn(ask: Ask) -> A1111Server:
         can_switch=can_switch,
         is_sdcpp=not can_switch,
         loaded=loaded if isinstance(loaded, str) else None,
+        clip_skip=_whole(known_options.get("CLIP_stop_at_last_layers")),
     )
 
 
@@ -168,6 +180,13 @@ def _spelled(named: list[_Named]) -> tuple[list[str], dict[str, str]]:
         for spelling in one.spellings:
             aliases.setdefault(spelling, one.name)
     return [one.name for one in named], aliases
+
+
+def _whole(value: Any) -> int | None:
+    """A setting that is a whole number, which some servers write as `1.0`."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not float(value).is_integer():
+        return None
+    return int(value)
 
 
 def _json(reply: UpstreamReply) -> Any:

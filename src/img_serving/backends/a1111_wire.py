@@ -7,6 +7,7 @@ from typing import Any, Final
 import msgspec
 import pybase64
 
+from img_serving.backends.sdcpp import tagged
 from img_serving.domain.errors import AttemptError, Outcome
 from img_serving.domain.images import SEED_LIMIT, Artifact, Call
 from img_serving.media.payload import artifact_from_base64
@@ -18,6 +19,10 @@ HONOURED: Final = {
     "strength": ("strength", "denoising_strength"),
 }
 """Parameters that are passed on as they are: the field of `ImageRequest` that holds each, and its name in this protocol."""
+
+SDCPP_SEED_LIMIT: Final = 2**31
+"""stable-diffusion.cpp's server (97d2990) reads the field `seed` as 32 bits with a sign, and draws any seed from here on
+with another one; its tag takes 64 bits."""
 
 KEEP_WHAT_WAS_THERE: Final = 1
 """`inpainting_fill`: what is repainted starts from the picture itself."""
@@ -77,7 +82,7 @@ class ProgressPage(msgspec.Struct):
     current_image: str | None = None
 
     def steps(self) -> tuple[int, int]:
-        """How many steps are done, of how many; (0, 0) while nothing is drawn."""
+        """How many steps are done, of how many. Until the first one is done, the server still tells of the job before."""
         state = self.state
         if state.sampling_steps > 0:
             jobs = max(1, state.job_count)
@@ -102,7 +107,10 @@ def request_body(
     sampler: str | None = None,
     schedule: str | None = None,
     checkpoint: str | None = None,
+    clip_skip: int | None = None,
+    restore: bool = False,
     mask: bytes | None = None,
+    is_sdcpp: bool = False,
 ) -> dict[str, Any]:
     """What is sent: the call's own facts, and of the optional parameters only what the client gave.
 
@@ -112,7 +120,10 @@ def request_body(
         sampler: the server's own name.
         schedule: the server's own name.
         checkpoint: the model to load first; None: the one that is there.
+        clip_skip: to set for this call; None: as it is.
+        restore: whether the server's own settings are put back afterwards. It loads its own model again then.
         mask: a PNG, white where it may paint.
+        is_sdcpp: the server is stable-diffusion.cpp's, which has some things elsewhere.
     """
     request = call.request
     first = call.items[0]
@@ -141,13 +152,20 @@ def request_body(
         body["mask"] = pybase64.b64encode_as_string(mask)
         body["inpainting_fill"] = KEEP_WHAT_WAS_THERE
         body["inpaint_full_res"] = False
+    if request.clip_skip is not None:
+        body["clip_skip"] = request.clip_skip  # where stable-diffusion.cpp and SD.Next look for it; Forge looks below
+    if is_sdcpp:
+        if call.items[-1].seed >= SDCPP_SEED_LIMIT:
+            body["prompt"] += tagged({"seed": first.seed})
+        return body
+    overrides: dict[str, Any] = {}
     if checkpoint is not None:
-        # not restored afterwards: loading takes seconds, and the next request is likely to want the same
-        body["override_settings"] = {"sd_model_checkpoint": checkpoint}
-        body["override_settings_restore_afterwards"] = False
-    elif request.clip_skip is not None:
-        body["override_settings"] = {"CLIP_stop_at_last_layers": request.clip_skip}
-        body["override_settings_restore_afterwards"] = True
+        overrides["sd_model_checkpoint"] = checkpoint
+    if clip_skip is not None:
+        overrides["CLIP_stop_at_last_layers"] = clip_skip
+    if overrides:
+        body["override_settings"] = overrides
+        body["override_settings_restore_afterwards"] = restore
     return body
 
 

@@ -16,8 +16,8 @@ _VERSION_TEXT: Final = re.compile(r"[A-Za-z0-9.+_-]{1,40}")
 
 Kind = TypeVar("Kind")
 
-FIRST_WITH_TARGETED_INTERRUPT: Final = (0, 3, 64)
-"""From here on `/interrupt` has been seen to heed a `prompt_id`; older servers may stop whatever runs."""
+FIRST_WITH_TARGETED_INTERRUPT: Final = (0, 3, 57)
+"""From here on `/interrupt` heeds a `prompt_id` (ComfyUI commit 464ba1d6, 2025-09-02); older servers stop whatever runs."""
 
 
 class NotComfyUI(ValueError):

@@ -14,7 +14,7 @@ import pybase64
 from img_serving.backends.multipart import FilePart, encode_form
 from img_serving.backends.openai_detect import NO_NAMES, Names
 from img_serving.backends.openai_presets import ALWAYS_FIELDS, Edits, Parameters, Preset
-from img_serving.backends.sdcpp import TAG, check_length, check_prompt
+from img_serving.backends.sdcpp import check_length, check_prompt, tagged
 from img_serving.domain.errors import BackendRefusal, InvalidRequest
 from img_serving.domain.images import EXTENSIONS, Call, ImageRequest, InputImage
 from img_serving.media.masks import transparent_where_painted, white_where_painted
@@ -177,9 +177,7 @@ def _place(preset: Preset, body: dict[str, Any], extras: dict[str, Any]) -> None
 
 
 def _tag(prompt: str, extras: dict[str, Any], max_bytes: int | None) -> str:
-    """The tag that carries parameters to stable-diffusion.cpp, behind the prompt. The first one counts there: it must be ours.
-
-    No `<` stands inside it, so that nothing in a negative prompt can end it.
+    """The tag that carries parameters to stable-diffusion.cpp, behind the prompt.
 
     Raises:
         BackendRefusal: the prompt has such a tag (it would go round the gateway's limits), or ours would be too long.
@@ -187,10 +185,10 @@ def _tag(prompt: str, extras: dict[str, Any], max_bytes: int | None) -> str:
     check_prompt(prompt)
     if not extras:
         return ""
-    text = json.dumps(extras, ensure_ascii=False).replace("<", "\\u003c")
+    tag = tagged(extras)
     if max_bytes is not None:
-        check_length("negative_prompt", text, max_bytes)
-    return f"<{TAG}>{text}</{TAG}>"
+        check_length("negative_prompt", tag, max_bytes)
+    return tag
 
 
 def _behind_a_bar(prompt: str, negative: str) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Final
+import json
+from collections.abc import Mapping
+from typing import Any, Final
 
 from img_serving.domain.errors import BackendRefusal, InvalidRequest
 
@@ -15,6 +17,15 @@ byte: with 8 MiB of stack 32 kB of text end a program that uses them, for everyb
 
 TAG: Final = "sd_cpp_extra_args"
 _FIELDS = "negative_prompt, seed, num_inference_steps, guidance_scale, sampler, scheduler, clip_skip and strength"
+
+
+def tagged(arguments: Mapping[str, Any]) -> str:
+    """The tag that carries arguments to the engine, to be put behind a prompt. The first one counts there: it must be ours.
+
+    No `<` and no line break stands inside it: nothing in a text can end it, and over several lines it is no tag.
+    """
+    text = json.dumps(arguments, ensure_ascii=False).replace("<", "\\u003c")
+    return f"<{TAG}>{text}</{TAG}>"
 
 
 def check_prompt(prompt: str) -> None:

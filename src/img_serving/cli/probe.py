@@ -350,7 +350,7 @@ def _as_json(args: argparse.Namespace, config: BackendConfig, found: Probe, draw
             "height": drawing.artifact.height,
             "media_type": drawing.artifact.media_type,
             "seed": drawing.artifact.seed,
-            "seconds": round(drawing.seconds, 3),
+            "seconds": round(drawing.seconds, 6),
             "ignored": list(drawing.ignored),
             "path": args.output,
         }

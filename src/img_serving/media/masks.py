@@ -11,16 +11,19 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-def white_where_painted(mask: bytes) -> bytes:
+def white_where_painted(mask: bytes, *, needs_area: bool = False) -> bytes:
     """An 8-bit grey PNG of the same size, white where the edit may paint and black where it may not.
 
     Of a picture with an alpha channel that is where it is transparent (OpenAI's rule: alpha 0 is edited). One without has to
     be black and white already, white being what other clients paint with: it is taken as it is.
 
     Raises:
-        ValueError: it is not a picture, or over `MAX_PIXELS`.
+        ValueError: it is not a picture, or over `MAX_PIXELS`; with `needs_area` also one that leaves nothing to paint.
     """
-    return _png(_area(mask))
+    area = _area(mask)
+    if needs_area and area.getbbox() is None:
+        raise ValueError("the mask leaves nothing to paint: it is opaque, or black, everywhere")
+    return _png(area)
 
 
 def transparent_where_painted(mask: bytes) -> bytes:
