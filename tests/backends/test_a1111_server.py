@@ -226,8 +226,8 @@ def test_clip_skip_is_for_one_call_although_the_server_keeps_it():
     server = FakeA1111()
 
     async def act(backend):
-        for asked in ({}, {"clip_skip": 2}, {}, {}):
-            await backend.generate(call_of(7, model="tiny-b", **asked), lambda progress: None)
+        for clip_skip in (None, 2, None, None):
+            await backend.generate(call_of(7, model="tiny-b", clip_skip=clip_skip), lambda progress: None)
 
     run(server, act)
     assert [one["clip_skip"] for one in server.drawn] == [1, 2, 1, 1]
