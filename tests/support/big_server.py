@@ -53,7 +53,7 @@ class BigServer(StubServer):
 
 async def _serve(server: Any) -> None:
     async with server:
-        print(server.url, flush=True)  # noqa: T201 - what the test reads
+        print(server.url, flush=True)
         await asyncio.to_thread(sys.stdin.read)
 
 
