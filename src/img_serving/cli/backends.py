@@ -15,7 +15,7 @@ from img_serving.cli.usage import Commands, add_gateway_options, number, whole, 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from img_serving.api.backends import BackendRecord, EndpointRecord
+    from img_serving.api.backends import BackendEndpointRecord, BackendRecord
 
 EXAMPLES = """\
 examples:
@@ -218,10 +218,10 @@ def _state_of(backend: BackendRecord) -> tuple[str, str]:
     return ("healthy", "green") if backend.healthy else ("unhealthy", "red")
 
 
-def _state_of_endpoint(endpoint: EndpointRecord) -> str:
-    """`up`, or what is wrong with it."""
+def _state_of_endpoint(endpoint: BackendEndpointRecord) -> str:
+    """`up` and which program it is, or what is wrong with it."""
     state: str = endpoint.health
     if endpoint.breaker != "closed":
         state += f", breaker {endpoint.breaker.replace('_', ' ')}"
-    detail = endpoint.health_detail if endpoint.health == "down" else ""
+    detail = endpoint.health_detail if endpoint.health == "down" else endpoint.found.partition(" (")[0]
     return f"{state} ({detail[:100]})" if detail else state
