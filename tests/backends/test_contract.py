@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
+import unicodedata
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
@@ -24,7 +26,7 @@ from img_serving.backends.scripted_server import HUGE_BYTES, STEPS, ScriptedServ
 from img_serving.backends.stub_server import Answer
 from img_serving.domain.capabilities import PARAMETERS, Capabilities
 from img_serving.domain.errors import AttemptError, BackendRefusal, Outcome
-from img_serving.domain.images import Artifact, Call, ImageRequest, Item, ItemFailure
+from img_serving.domain.images import Artifact, Call, ImageRequest, Item, ItemFailure, Progress
 from img_serving.engines.engine import GenerationCancelled
 from img_serving.media.payload import raw_bytes
 from img_serving.ports import Backend
@@ -516,3 +518,60 @@ def test_the_request_can_be_followed_upstream(rig_of):
         return rig.server.posts[0].headers
 
     assert run(rig_of("ok"), act)["x-request-id"] == "req-1"
+
+
+@OVER_HTTP
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_words_arrive_as_they_were_written(rig_of, form):
+    words = unicodedata.normalize(form, "등대 위의 갈매기 🕊️")
+
+    async def act(rig):
+        await draw(rig, call_of(7, prompt=words, negative_prompt=words, given=frozenset({"negative_prompt"})))
+        posted = [one.body for one in rig.server.exchanges if one.method == "POST"]
+        return [json.dumps(json.loads(body), ensure_ascii=False) for body in posted]
+
+    sent = "\n".join(run(rig_of("ok"), act))
+    assert sent.count(words) >= 2  # what to draw, and what not
+
+
+@EVERY
+def test_progress_grows_and_never_goes_past_its_end(rig_of):
+    told: list[Progress] = []
+    able = []
+
+    async def act(rig):
+        await rig.backend.generate(call_of(7), told.append)
+        able.append(rig.backend.capabilities)
+
+    run(rig_of("ok"), act)
+    assert [one.done for one in told] == sorted(one.done for one in told)
+    assert all(0 <= one.done <= one.total for one in told)
+    assert able[0].progress or not told or rig_of is comfyui_rig
+
+
+@OVER_HTTP
+def test_a_size_is_sent_as_it_is_drawn(rig_of):
+    async def act(rig):
+        await rig.backend.check(2.0)
+        call = msgspec.structs.replace(call_of(7), width=100, height=70)
+        (drawn,) = await draw(rig, call)
+        assert isinstance(drawn, Artifact)
+        return (drawn.width, drawn.height), rig.backend.capabilities.sizes
+
+    drawn, rule = run(rig_of("ok"), act)
+    assert drawn == rule.fit(100, 70)
+
+
+@EVERY
+def test_every_input_is_declared_that_an_edit_needs(rig_of):
+    """What says that it edits says how many pictures it takes, and what has masks edits."""
+
+    async def act(rig):
+        await rig.backend.check(2.0)
+        return rig.backend.capabilities
+
+    able = run(rig_of("ok"), act)
+    for one in (able, *able.variants.values()):
+        assert one.max_images >= 1
+        assert "edit" in one.operations or not one.masks
+        assert one.honours <= PARAMETERS

@@ -1,7 +1,7 @@
 """A server in a process of its own whose replies are big, so that the memory measured elsewhere is the adapter's alone.
 
-Run as `python -m tests.support.big_server SIDE COUNT`: COUNT pictures of SIDE x SIDE incompressible pixels a reply. It
-prints its address, and ends when its standard input does.
+Run as `python -m tests.support.big_server SIDE COUNT [comfyui]`: COUNT pictures of SIDE x SIDE incompressible pixels a
+reply. It prints its address, and ends when its standard input does.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import pybase64
 
 from img_serving.backends.stub_server import Answer, Exchange, StubServer
 from img_serving.media.png import SIGNATURE
+from tests.support.fake_comfyui import FakeComfyUI
 
 
 def big_picture(side: int, seed: int = 0) -> bytes:
@@ -57,5 +58,12 @@ async def _serve(server: Any) -> None:
         await asyncio.to_thread(sys.stdin.read)
 
 
+def _comfyui(side: int) -> FakeComfyUI:
+    server = FakeComfyUI()
+    server.file = big_picture(side)
+    return server
+
+
 if __name__ == "__main__":
-    asyncio.run(_serve(BigServer(int(sys.argv[1]), int(sys.argv[2]))))
+    side, count, *kind = sys.argv[1:]
+    asyncio.run(_serve(_comfyui(int(side)) if kind else BigServer(int(side), int(count))))
