@@ -15,7 +15,7 @@ from PIL import Image
 from tests.support.fake_comfyui import FakeComfyUI
 from tests.support.gateways import Harness, running
 
-from img_serving.backends.comfyui_built_in import built_in
+from img_serving.backends.comfyui.built_in import built_in
 from img_serving.backends.scripted import picture
 from img_serving.media.png import strip_metadata
 

@@ -10,7 +10,7 @@ import pytest
 from msgspec.structs import replace
 
 from img_serving.backends.a1111 import A1111Backend
-from img_serving.backends.a1111_wire import request_body
+from img_serving.backends.a1111.wire import request_body
 from img_serving.backends.scripted import picture
 from img_serving.backends.scripted_server import ScriptedServer
 from img_serving.domain.errors import AttemptError, BackendRefusal, Outcome

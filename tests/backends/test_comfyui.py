@@ -18,7 +18,7 @@ from PIL import Image
 from tests.support.fake_comfyui import JPEG, FakeComfyUI, Job
 
 from img_serving.backends.comfyui import ComfyUIBackend
-from img_serving.backends.comfyui_prompt import Pace
+from img_serving.backends.comfyui.prompt import Pace
 from img_serving.backends.scripted import picture
 from img_serving.backends.stub_server import Answer
 from img_serving.domain.errors import AttemptError, BackendRefusal, Outcome

@@ -12,11 +12,11 @@ import pytest
 from tests.support.fake_comfyui import JPEG
 
 from img_serving.backends.comfyui import ComfyUIBackend
-from img_serving.backends.comfyui_built_in import built_in, model_ids, samplers, schedulers
-from img_serving.backends.comfyui_events import Watch
-from img_serving.backends.comfyui_graph import Slot
-from img_serving.backends.comfyui_guess import guess, steps_of
-from img_serving.backends.comfyui_replies import (
+from img_serving.backends.comfyui.built_in import built_in, model_ids, samplers, schedulers
+from img_serving.backends.comfyui.events import Watch
+from img_serving.backends.comfyui.graph import Slot
+from img_serving.backends.comfyui.guess import guess, steps_of
+from img_serving.backends.comfyui.replies import (
     NotComfyUI,
     Picture,
     Queued,
@@ -29,7 +29,7 @@ from img_serving.backends.comfyui_replies import (
     read_record,
     read_version,
 )
-from img_serving.backends.comfyui_workflow import Workflow, read_workflows
+from img_serving.backends.comfyui.workflow import Workflow, read_workflows
 from img_serving.ports import UpstreamReply
 
 

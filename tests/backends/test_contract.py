@@ -18,7 +18,7 @@ from tests.support.fake_comfyui import FakeComfyUI
 from img_serving.backends.a1111 import A1111Backend
 from img_serving.backends.builtin import BuiltinBackend
 from img_serving.backends.comfyui import ComfyUIBackend
-from img_serving.backends.comfyui_prompt import Pace
+from img_serving.backends.comfyui.prompt import Pace
 from img_serving.backends.detection import DetectingBackend
 from img_serving.backends.openai import OpenAIBackend
 from img_serving.backends.scripted import ScriptedBackend, picture

@@ -14,9 +14,9 @@ from msgspec.structs import replace
 
 from img_serving.backends.http import Redactor, busy_seconds, complaint_of, error_of
 from img_serving.backends.openai import OpenAIBackend
-from img_serving.backends.openai_body import request_fields
-from img_serving.backends.openai_presets import GENERIC
-from img_serving.backends.openai_reply import SMALL_BYTES
+from img_serving.backends.openai.body import request_fields
+from img_serving.backends.openai.presets import GENERIC
+from img_serving.backends.openai.reply import SMALL_BYTES
 from img_serving.backends.scripted import picture
 from img_serving.backends.scripted_server import ScriptedServer
 from img_serving.domain.errors import AttemptError, BackendRefusal, Outcome

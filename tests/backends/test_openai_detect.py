@@ -9,7 +9,7 @@ from tests.support.fake_openai import FakeOpenAI
 from tests.support.openai_calls import draw
 
 from img_serving.backends.openai import OpenAIBackend
-from img_serving.backends.openai_detect import by_host
+from img_serving.backends.openai.detect import by_host
 from img_serving.ports import UpstreamReply
 from img_serving.transport.http import HttpTransport
 

@@ -10,9 +10,9 @@ from tests.support.fake_openai import FakeOpenAI
 from tests.support.openai_calls import call_of, draw, mask_of, picture_of
 
 from img_serving.backends.openai import OpenAIBackend
-from img_serving.backends.openai_body import request_fields
-from img_serving.backends.openai_options import read_openai_options
-from img_serving.backends.openai_presets import GENERIC, OPENAI, PRESETS, SDCPP, XINFERENCE
+from img_serving.backends.openai.body import request_fields
+from img_serving.backends.openai.options import read_openai_options
+from img_serving.backends.openai.presets import GENERIC, OPENAI, PRESETS, SDCPP, XINFERENCE
 from img_serving.config import BackendConfig
 from img_serving.main import make_adapter
 

@@ -13,8 +13,8 @@ from PIL import Image
 from tests.support.fake_openai import DEFAULT_MODELS, FakeOpenAI, drawn
 from tests.support.openai_calls import PROMPT, call_of, draw, mask_of, picture_of
 
-from img_serving.backends.openai_body import request_fields
-from img_serving.backends.openai_presets import GENERIC, LOCALAI, OPENAI, PRESETS, SDCPP, XINFERENCE
+from img_serving.backends.openai.body import request_fields
+from img_serving.backends.openai.presets import GENERIC, LOCALAI, OPENAI, PRESETS, SDCPP, XINFERENCE
 from img_serving.domain.capabilities import PARAMETERS
 from img_serving.domain.errors import AttemptError, BackendRefusal, Outcome
 from img_serving.media.payload import raw_bytes

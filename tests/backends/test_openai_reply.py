@@ -10,7 +10,7 @@ import pytest
 from tests.support.fake_openai import FakeOpenAI, drawn, sse
 from tests.support.openai_calls import PROMPT, call_of, draw, picture_of
 
-from img_serving.backends.openai_reply import StreamedReply
+from img_serving.backends.openai.reply import StreamedReply
 from img_serving.domain.errors import AttemptError, BackendRefusal, Outcome
 from img_serving.domain.images import Artifact, Progress
 from img_serving.media.payload import raw_bytes

@@ -7,8 +7,8 @@ from functools import lru_cache
 from pathlib import PureWindowsPath
 from typing import Any, Final
 
-from img_serving.backends.comfyui_graph import Slot
-from img_serving.backends.comfyui_workflow import Template
+from img_serving.backends.comfyui.graph import Slot
+from img_serving.backends.comfyui.workflow import Template
 from img_serving.backends.samplers import samplers_with_schedules
 from img_serving.domain.vocabulary import Vocabulary
 

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Final
 import msgspec
 from msgspec import Meta
 
-from img_serving.backends.comfyui_graph import Graph, Slot, ancestors, is_link, output_of
-from img_serving.backends.comfyui_guess import guess
+from img_serving.backends.comfyui.graph import Graph, Slot, ancestors, is_link, output_of
+from img_serving.backends.comfyui.guess import guess
 from img_serving.backends.options import read_options
 from img_serving.domain.capabilities import SizeRule
 from img_serving.domain.images import Operation

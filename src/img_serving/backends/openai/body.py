@@ -12,8 +12,8 @@ import msgspec
 import pybase64
 
 from img_serving.backends.multipart import FilePart, encode_form
-from img_serving.backends.openai_detect import NO_NAMES, Names
-from img_serving.backends.openai_presets import ALWAYS_FIELDS, Edits, Parameters, Preset
+from img_serving.backends.openai.detect import NO_NAMES, Names
+from img_serving.backends.openai.presets import ALWAYS_FIELDS, Edits, Parameters, Preset
 from img_serving.backends.sdcpp import check_length, check_prompt, tagged
 from img_serving.domain.errors import BackendRefusal, InvalidRequest
 from img_serving.domain.images import EXTENSIONS, Call, ImageRequest, InputImage

@@ -14,14 +14,14 @@ from uuid import uuid4
 import msgspec
 import pybase64
 
-from img_serving.backends import comfyui_replies as replies
-from img_serving.backends.comfyui_built_in import MAX_STEPS, built_in
-from img_serving.backends.comfyui_events import News
-from img_serving.backends.comfyui_prompt import PROMPT_PATH, ComfyUIPrompts, Pace
-from img_serving.backends.comfyui_replies import NotComfyUI, not_comfyui
-from img_serving.backends.comfyui_server import MODELS_SECONDS, STATS_PATH, ComfyUIServer
-from img_serving.backends.comfyui_socket import ComfyUISocket
-from img_serving.backends.comfyui_workflow import MAX_SIDE, MIN_SIDE, Template, Workflow, read_workflows
+from img_serving.backends.comfyui import replies
+from img_serving.backends.comfyui.built_in import MAX_STEPS, built_in
+from img_serving.backends.comfyui.events import News
+from img_serving.backends.comfyui.prompt import PROMPT_PATH, ComfyUIPrompts, Pace
+from img_serving.backends.comfyui.replies import NotComfyUI, not_comfyui
+from img_serving.backends.comfyui.server import MODELS_SECONDS, STATS_PATH, ComfyUIServer
+from img_serving.backends.comfyui.socket import ComfyUISocket
+from img_serving.backends.comfyui.workflow import MAX_SIDE, MIN_SIDE, Template, Workflow, read_workflows
 from img_serving.backends.http import (
     MAX_REPLY_BYTES,
     NO_HURRY_SECONDS,

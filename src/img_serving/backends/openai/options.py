@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final, get_args
 import msgspec
 from msgspec import Meta
 
-from img_serving.backends.openai_presets import PRESETS, AskedFormat, Edits, Parameters, Preset, SizeStyle
+from img_serving.backends.openai.presets import PRESETS, AskedFormat, Edits, Parameters, Preset, SizeStyle
 from img_serving.backends.options import read_options
 from img_serving.domain.capabilities import PARAMETERS, SizeRule
 

@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
 
-from img_serving.backends.comfyui_events import FEATURE_FLAGS, MAX_FRAME_BYTES
+from img_serving.backends.comfyui.events import FEATURE_FLAGS, MAX_FRAME_BYTES
 from img_serving.backends.http import Headers
 from img_serving.transport.proxy import Proxy
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_SILENT: Final = logging.getLogger("img_serving.backends.comfyui_socket.websockets")
+_SILENT: Final = logging.getLogger("img_serving.backends.comfyui.socket.websockets")
 """At debug level the library would write credentials and prompts into the log."""
 
 _SILENT.setLevel(logging.CRITICAL + 1)

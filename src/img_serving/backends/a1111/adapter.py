@@ -13,7 +13,7 @@ import msgspec
 import pybase64
 from msgspec import Meta, structs
 
-from img_serving.backends.a1111_server import (
+from img_serving.backends.a1111.server import (
     MODELS_PATH,
     OPTIONS_PATH,
     SDCPP_BATCH,
@@ -23,7 +23,7 @@ from img_serving.backends.a1111_server import (
     learn,
     read_models,
 )
-from img_serving.backends.a1111_wire import HONOURED, Info, ProgressPage, read_progress, read_reply, request_body
+from img_serving.backends.a1111.wire import HONOURED, Info, ProgressPage, read_progress, read_reply, request_body
 from img_serving.backends.http import (
     ALIVE_STATUSES,
     MAX_REPLY_BYTES,

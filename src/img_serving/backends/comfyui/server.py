@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import Mapping
 from typing import Final
 
-from img_serving.backends import comfyui_replies as replies
-from img_serving.backends.comfyui_built_in import model_ids, samplers, schedulers
+from img_serving.backends.comfyui import replies
+from img_serving.backends.comfyui.built_in import model_ids, samplers, schedulers
 from img_serving.backends.http import Headers, Redactor, error_of, get
 from img_serving.domain.errors import AttemptError, Outcome
 from img_serving.domain.vocabulary import Vocabulary

@@ -9,7 +9,7 @@ from typing import Any, Final
 import msgspec
 import pybase64
 
-from img_serving.backends.openai_body import PARTIAL_IMAGES
+from img_serving.backends.openai.body import PARTIAL_IMAGES
 from img_serving.backends.sse import Event, EventReader
 from img_serving.domain.errors import AttemptError, Outcome
 from img_serving.domain.images import Preview, Progress

@@ -26,8 +26,8 @@ from img_serving.backends.http import (
     prompts_of,
     unhealthy,
 )
-from img_serving.backends.openai_body import Draft, draft
-from img_serving.backends.openai_detect import (
+from img_serving.backends.openai.body import Draft, draft
+from img_serving.backends.openai.detect import (
     NO_NAMES,
     Finding,
     Model,
@@ -38,9 +38,9 @@ from img_serving.backends.openai_detect import (
     read_models,
     sdcpp_names,
 )
-from img_serving.backends.openai_options import AUTO, read_openai_options
-from img_serving.backends.openai_presets import OPENAI_MODELS, PRESETS, Preset
-from img_serving.backends.openai_reply import Picture, Reply, StreamedReply, read_reply
+from img_serving.backends.openai.options import AUTO, read_openai_options
+from img_serving.backends.openai.presets import OPENAI_MODELS, PRESETS, Preset
+from img_serving.backends.openai.reply import Picture, Reply, StreamedReply, read_reply
 from img_serving.domain.capabilities import Capabilities
 from img_serving.domain.errors import AttemptError, Outcome
 from img_serving.domain.images import SEED_LIMIT, Artifact, Call, ItemFailure

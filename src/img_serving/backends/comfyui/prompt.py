@@ -12,13 +12,13 @@ from uuid import uuid4
 
 import msgspec
 
-from img_serving.backends import comfyui_replies as replies
-from img_serving.backends.comfyui_events import News, Watch
-from img_serving.backends.comfyui_guess import steps_of
-from img_serving.backends.comfyui_replies import NotComfyUI, Picture, Record, not_comfyui
-from img_serving.backends.comfyui_server import ComfyUIServer
-from img_serving.backends.comfyui_socket import ComfyUISocket, beside
-from img_serving.backends.comfyui_workflow import Template
+from img_serving.backends.comfyui import replies
+from img_serving.backends.comfyui.events import News, Watch
+from img_serving.backends.comfyui.guess import steps_of
+from img_serving.backends.comfyui.replies import NotComfyUI, Picture, Record, not_comfyui
+from img_serving.backends.comfyui.server import ComfyUIServer
+from img_serving.backends.comfyui.socket import ComfyUISocket, beside
+from img_serving.backends.comfyui.workflow import Template
 from img_serving.backends.http import NO_HURRY_SECONDS, Headers, Redactor, call_headers, error_of, prompts_of
 from img_serving.domain.errors import AttemptError, BackendRefusal, InvalidRequest, Outcome
 from img_serving.domain.images import Call

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
-from img_serving.backends.comfyui_graph import Graph, Slot, ancestors, is_link, source
+from img_serving.backends.comfyui.graph import Graph, Slot, ancestors, is_link, source
 
 _TEXTS: Final = ("text", "prompt", "text_g", "text_l", "clip_g", "clip_l", "t5xxl", "llama", "qwen25_7b")
 _VALUES: Final = ("value", "string", "text", "int", "float", "number", "seed", "noise_seed")
