@@ -33,6 +33,7 @@ from img_serving.backends.http import (
     patience,
     unhealthy,
 )
+from img_serving.backends.multipart import FilePart, encode_form
 from img_serving.backends.options import read_options
 from img_serving.backends.samplers import sampler_and_schedule
 from img_serving.domain.capabilities import Capabilities, SizeRule
@@ -403,21 +404,15 @@ class ComfyUIBackend:
 
         The same picture is not written again ("overwrite" would, also while another prompt is reading it).
         """
-        boundary = uuid4().hex
         name = f"{hashlib.sha256(data).hexdigest()[:32]}.{extension}"
-        parts = [
-            f'--{boundary}\r\nContent-Disposition: form-data; name="{field_name}"\r\n\r\n{value}\r\n'
-            for field_name, value in (("type", "temp"), ("subfolder", SUBFOLDER))
-        ]
-        parts.append(
-            f'--{boundary}\r\nContent-Disposition: form-data; name="image"; filename="{name}"\r\n'
-            "Content-Type: application/octet-stream\r\n\r\n"
+        form, content_type = encode_form(
+            [("type", "temp"), ("subfolder", SUBFOLDER)], [FilePart("image", name, "application/octet-stream", data)]
         )
         reply = await self._transport.request(
             "POST",
             UPLOAD_PATH,
-            headers=(*self._headers, ("Content-Type", f"multipart/form-data; boundary={boundary}")),
-            body=b"".join(("".join(parts).encode(), data, f"\r\n--{boundary}--\r\n".encode())),
+            headers=(*self._headers, ("Content-Type", content_type)),
+            body=form,
             timeout_seconds=NO_HURRY_SECONDS,
             max_body_bytes=self._max_reply_bytes,
         )
