@@ -222,6 +222,7 @@ def make_adapter(config: BackendConfig, endpoint: EndpointConfig) -> Backend:
         headers=(*headers, *basic),
         health_check_path=config.health_check_path,
         fetch=fetch,
+        models=config.models,
         secrets=() if config.password is None else (config.password,),
     )
     if config.protocol == "openai":

@@ -87,6 +87,7 @@ def test_only_what_the_client_gave_is_sent():
     quality = call_of(quality="high", style="vivid", user="u1", given=frozenset({"quality"}))
     assert request_body(quality) == {
         "prompt": "a fox", "n": 1, "size": "64x48", "model": "m", "response_format": "b64_json", "quality": "high",
+        "user": "u1",
     }  # fmt: skip
 
 

@@ -117,6 +117,7 @@ def test_questions_are_asked_once_for_each_list_of_models():
 
 def test_names_that_were_not_told_are_asked_for_again():
     transport = Listing(v1__models=models(b'{"data": [{"id": "sd-cpp-local"}]}'))
+    transport.replies["/sdcpp/v1/capabilities"] = UpstreamReply(503)
     backend = OpenAIBackend(transport)
 
     async def main() -> None:

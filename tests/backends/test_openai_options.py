@@ -108,7 +108,7 @@ def test_edits_of_an_unknown_server_are_openais_form():
     options = {"preset": "generic", "edits": True}
     result = draw(server, call, options)
     assert result.backend.capabilities.masks
-    assert "strength" in result.backend.capabilities.honours
+    assert "strength" in result.backend.capabilities.honoured("edit")
     assert set(server.last["files"]) == {"image", "mask"}
 
 
@@ -156,7 +156,7 @@ def test_what_the_operator_says_holds_for_models_that_differ_too():
         ({"parameters": {"seed": "a b"}}, "parameters.seed: must be a field"),
         ({"parameters": {"seed": "prompt"}}, "the gateway writes the field 'prompt' itself"),
         ({"parameters": {"seed": "width"}}, "the gateway writes"),
-        ({"parameters": {"seed": "x", "user": "x"}}, "parameters.user: 'x' is what parameters.seed is called"),
+        ({"parameters": {"seed": "x", "user": "x"}}, "parameters.user: 'x' is where parameters.seed goes"),
         ({"extra": {"n": 5}}, "extra.n: the gateway writes this field itself"),
         ({"extra": {"sample_params": {}}}, "extra.sample_params: the gateway writes"),
         ({"extra": {"batch_count": 9}}, "extra.batch_count: the gateway writes"),

@@ -137,12 +137,36 @@ def test_an_error_event_means_what_an_error_reply_would(body, kind, code, name):
 
 
 @pytest.mark.parametrize(
-    "rubbish", [b"data: {\n\n", b"data: 5\n\n", b'data: {"b64_json": 5}\n\n', b"data: " + b"[" * 9999]
+    "rubbish",
+    [b"data: {\n\n", b"data: 5\n\n", b'data: {"b64_json": 5}\n\n', b"data: " + b"[" * 9999, b"data: ping\n\n"],
 )
-def test_what_is_no_event_of_the_protocol_is_a_failure(rubbish):
+def test_odd_words_between_the_pictures_cost_nothing(rubbish):
+    async def events(good: list[bytes]) -> AsyncIterator[bytes]:
+        yield rubbish + b"\n\n"
+        for one in good:
+            yield one
+
+    assert raw_bytes(streamed(events).artifacts[0]) == PICTURE
     with pytest.raises(AttemptError) as caught:
         streamed(spoiled(rubbish + b"\n\n"))
-    assert caught.value.outcome is Outcome.FAILED
+    assert caught.value.outcome is Outcome.UNKNOWN
+
+
+def test_an_error_in_plain_words_is_told():
+    with pytest.raises(AttemptError, match="out of memory"):
+        streamed(spoiled(b"event: error\ndata: out of memory\n\n", keep=1))
+
+
+def test_a_picture_that_is_there_is_not_waited_for_where_the_stream_goes_on():
+    async def for_ever(good: list[bytes]) -> AsyncIterator[bytes]:
+        for one in good:
+            yield one
+        while True:
+            yield b": still here\n\n"
+            await asyncio.sleep(0.01)
+
+    call = call_of(7, model="gpt-image-1", size=(1024, 1024), previews=True, timeout_seconds=5.0)
+    assert raw_bytes(streamed(for_ever, call).artifacts[0]) == PICTURE
 
 
 def test_a_preview_that_is_no_picture_does_not_cost_the_picture():
@@ -166,15 +190,23 @@ def test_events_without_a_type_of_their_own_are_known_by_their_name():
     assert raw_bytes(streamed(events).artifacts[0]) == PICTURE
 
 
-def test_every_sign_of_life_renews_the_time_out():
+def test_a_part_renews_the_time_out_and_a_ping_does_not():
     async def slowly(good: list[bytes]) -> AsyncIterator[bytes]:
         for _ in range(6):
             await asyncio.sleep(0.1)
-            yield b": still drawing\n\n"
+            yield good[0]
+        yield good[-1]
+
+    async def pinging(good: list[bytes]) -> AsyncIterator[bytes]:
+        for _ in range(8):
+            await asyncio.sleep(0.1)
+            yield b": still drawing, says a proxy\n\n"
         yield good[-1]
 
     call = call_of(7, model="gpt-image-1", size=(1024, 1024), previews=True, timeout_seconds=0.4)
     assert len(streamed(slowly, call).artifacts) == 1
+    with pytest.raises(AttemptError, match="no progress"):
+        streamed(pinging, call)
 
 
 def test_a_stream_that_falls_silent_is_given_up():

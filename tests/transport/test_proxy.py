@@ -7,6 +7,7 @@ import base64
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,9 +103,8 @@ async def proxied(to: int, refusal: bytes = b"") -> AsyncIterator[FakeProxy]:
         yield proxy
     finally:
         server.close()
-        for task in list(proxy.serving):
-            task.cancel()
-        await asyncio.gather(*proxy.serving, return_exceptions=True)
+        if proxy.serving:  # they end when their clients have left: a cancelled one is noise to the loop
+            await asyncio.wait(proxy.serving, timeout=5)
 
 
 async def get(transport: HttpTransport, path: str) -> bytes:
@@ -133,6 +133,10 @@ async def get(transport: HttpTransport, path: str) -> bytes:
         ({"HTTP_PROXY": "http://p:1"}, "http://localhost:7860", None),
         ({"HTTP_PROXY": "http://p:1"}, "http://127.0.0.1:7860", None),
         ({"HTTP_PROXY": "http://p:1"}, "http://[::1]:7860", None),
+        ({"HTTP_PROXY": "http://p:1"}, "http://gpu.localhost:7860", None),
+        ({"HTTP_PROXY": "http://p:1"}, "http://127.1:7860", None),
+        ({"HTTP_PROXY": "http://p:1"}, "http://0.0.0.0:7860", None),
+        ({"HTTP_PROXY": "http://p:1"}, "http://10.0.0.1:7860", "<Proxy p:1>"),
     ],
 )
 def test_the_environment_says_who_takes_it_and_loopback_never_does(monkeypatch, environment, url, proxy):
@@ -215,7 +219,7 @@ def test_a_proxy_that_refuses_has_cost_nothing(run: Run, refusal: bytes, words: 
     async def main() -> None:
         async with proxied(1, refusal) as proxy:
             transport = HttpTransport("https://images.example", proxy=Proxy("127.0.0.1", proxy.port))
-            with pytest.raises(AttemptError, match=words) as caught:
+            with pytest.raises(AttemptError, match=f"by way of the proxy 127.*{words}") as caught:
                 await get(transport, "/")
             assert caught.value.outcome is Outcome.NOT_STARTED
 
@@ -235,6 +239,10 @@ def test_a_proxy_that_is_not_there_has_cost_nothing(run: Run) -> None:
 # pictures that came as URLs
 
 
+def _through(way: Proxy, url: str) -> Proxy:
+    return way
+
+
 def test_a_picture_is_fetched_through_it_from_the_address_that_was_checked(run: Run) -> None:
     async def main() -> None:
         async def resolve(host: str, port: int) -> list[str]:
@@ -244,6 +252,54 @@ def test_a_picture_is_fetched_through_it_from_the_address_that_was_checked(run: 
             fetch = SafeFetcher(resolve=resolve, proxy_of=lambda _: Proxy("127.0.0.1", proxy.port))
             assert await fetch("http://cdn.example/a.png", 5.0, 1 << 20) == PNG
             assert proxy.heads[0].startswith("CONNECT 93.184.216.34:80 HTTP/1.1\r\n")
+
+    run(main())
+
+
+def test_nothing_that_a_proxy_says_is_taken_for_a_reply_of_the_other_side(run: Run) -> None:
+    """Bytes behind its consent, on the plain part of the way, must not become the body of an https URL."""
+
+    async def main() -> None:
+        async def resolve(host: str, port: int) -> list[str]:
+            return ["93.184.216.34"]
+
+        forged = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(PNG) + PNG
+        for refusal in (b"HTTP/1.1 200 Established\r\n\r\n" + forged, b"HTTP/1.1 200 " + b"x" * 400_000):
+            async with proxied(1, refusal) as proxy:
+                way = Proxy("127.0.0.1", proxy.port)
+                fetch = SafeFetcher(resolve=resolve, proxy_of=partial(_through, way))
+                with pytest.raises(FetchFailed) as caught:
+                    await fetch("https://cdn.example/a.png", 5.0, 1 << 20)
+                assert not caught.value.is_definite
+
+    run(main())
+
+
+def test_the_backends_own_pictures_are_fetched_by_its_name_which_the_proxy_resolves(run: Run) -> None:
+    async def main() -> None:
+        async def resolve(host: str, port: int) -> list[str]:
+            return []
+
+        async with Upstream() as upstream, proxied(upstream.port) as proxy:
+            way = Proxy("127.0.0.1", proxy.port)
+            fetch = SafeFetcher(trusted_url="http://images.inside", resolve=resolve, proxy_of=lambda _: way)
+            assert await fetch("/a.png", 5.0, 1 << 20) == PNG
+            assert proxy.heads[0].startswith("CONNECT images.inside:80 ")
+
+    run(main())
+
+
+def test_a_proxy_variable_that_cannot_be_used_costs_no_picture(run: Run) -> None:
+    async def main() -> None:
+        async def resolve(host: str, port: int) -> list[str]:
+            return ["93.184.216.34"]
+
+        def broken(url: str) -> Proxy:
+            return parse_proxy("socks5://p:1", "ALL_PROXY")
+
+        with pytest.raises(FetchFailed, match="ALL_PROXY") as caught:
+            await SafeFetcher(resolve=resolve, proxy_of=broken)("https://cdn.example/a.png", 5.0, 1 << 20)
+        assert not caught.value.is_definite
 
     run(main())
 

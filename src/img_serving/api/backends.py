@@ -44,6 +44,8 @@ class CapabilitiesRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     operations: list[str]
     parameters: list[str]
+    edit_parameters: list[str] | None = None
+    """Those of edits, where they differ."""
     batch: Literal["single", "request", "seeds", "items"]
     max_batch_size: int
     size_multiple: int
@@ -164,6 +166,7 @@ def capabilities_record(can: Capabilities) -> CapabilitiesRecord:
     return CapabilitiesRecord(
         operations=sorted(can.operations),
         parameters=sorted(can.honours),
+        edit_parameters=None if can.honours_in_edits is None else sorted(can.honours_in_edits),
         batch=can.batch,
         max_batch_size=can.max_batch_size,
         size_multiple=sizes.multiple,

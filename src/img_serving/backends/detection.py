@@ -86,8 +86,8 @@ class DetectingBackend:
         try:
             return await self._adapter.generate(call, on_progress)
         except AttemptError as error:
-            if error.outcome is not Outcome.FAILED and error.busy_seconds is None:
-                self._doubt()  # it was down, or went down: the next check asks again
+            if error.busy_seconds is None:
+                self._doubt()  # it is down, or it is another server by now: the next check asks again
             raise
 
     async def check(self, timeout_seconds: float) -> HealthReport:
@@ -181,8 +181,10 @@ def _has_options(document: Any) -> bool:
 
 
 def _has_checkpoints(document: Any) -> bool:
-    return isinstance(document, list) and all(
-        isinstance(one, dict) and ("model_name" in one or "title" in one) for one in document
+    return (
+        isinstance(document, list)
+        and bool(document)
+        and all(isinstance(one, dict) and ("model_name" in one or "title" in one) for one in document)
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import html
+import json
 import re
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
@@ -116,7 +117,7 @@ class Redactor:
             text = text.replace(secret, "***")
         for prompt in also:
             if prompt and len(prompt) >= _SECRET_LENGTH:
-                text = text.replace(prompt, "…")
+                text = _without(text, prompt)
         text = _UNPRINTABLE.sub(" ", text).strip()
         return text if len(text) <= MESSAGE_LIMIT else text[: MESSAGE_LIMIT - 1] + "…"
 
@@ -146,7 +147,9 @@ def complaint_of(reply: UpstreamReply, redactor: Redactor, also: Iterable[str | 
     return replace(
         found,
         message=redactor.clean(found.message, also),
-        code=found.code if found.code and _CODE.fullmatch(found.code) else None,
+        code=found.code
+        if found.code and _CODE.fullmatch(found.code) and redactor.clean(found.code) == found.code
+        else None,
         param=redactor.clean(found.param, also) if found.param else None,
     )
 
@@ -257,9 +260,18 @@ async def patience(seconds: float) -> AsyncIterator[Callable[[], None]]:
         AttemptError: `UNKNOWN`: nothing was heard for too long.
     """
     clock = asyncio.get_running_loop().time
+    is_over = False
+
+    def heard() -> None:
+        if not (is_over or silence.expired()):
+            silence.reschedule(clock() + seconds)
+
     try:
         async with asyncio.timeout(seconds) as silence:
-            yield lambda: silence.reschedule(clock() + seconds)
+            try:
+                yield heard
+            finally:
+                is_over = True
     except TimeoutError:
         raise AttemptError(Outcome.UNKNOWN, f"no answer and no progress within {seconds:g} s") from None
 
@@ -327,6 +339,16 @@ def _redirect_hint(reply: UpstreamReply, redactor: Redactor) -> str:
     location = redactor.clean(reply.headers.get("location", "").partition("?")[0])
     where = f" to {location}" if location and "@" not in location else ""
     return f"the backend redirects{where}: configure the address that it points to"
+
+
+def _without(text: str, prompt: str) -> str:
+    """The text without the prompt: as it was, as JSON writes it, or with its blanks folded, as log lines have it."""
+    for spelt in (prompt, json.dumps(prompt)[1:-1], json.dumps(prompt, ensure_ascii=False)[1:-1]):
+        text = text.replace(spelt, "…")
+    words = prompt.split()
+    if len(words) > 1 and words[0] in text:
+        text = re.sub(r"\s+".join(re.escape(word) for word in words), "…", text)
+    return text
 
 
 def _number(text: str) -> float | None:

@@ -26,11 +26,9 @@ class EventReader:
     def __init__(self, limit_bytes: int) -> None:
         """`limit_bytes` bounds what is held at once: the data of one event, or one line."""
         self._limit_bytes = limit_bytes
-        self._line: list[bytes] = []
+        self._line = bytearray()
         self._name = ""
-        self._data: list[bytes] = []
-        self._line_bytes = 0
-        self._data_bytes = 0
+        self._data = bytearray()
         self._at_start = True
         self._after_cr = False
 
@@ -48,28 +46,27 @@ class EventReader:
             return []
         # most pieces of a picture hold no line end, and two memchr are cheaper than the pattern
         if b"\n" not in piece and b"\r" not in piece:
-            self._line.append(piece)
-            self._line_bytes += len(piece)
+            self._line += piece
             self._check_size()
             return []
         self._after_cr = piece.endswith(b"\r")
         first, *lines, rest = _LINE_END.split(piece)
-        self._line.append(first)
-        events = self._take(b"".join(self._line))
+        self._line += first
+        events = self._take(bytes(self._line))
         for line in lines:
             events += self._take(line)
-        self._line, self._line_bytes = [rest], len(rest)
+        self._line = bytearray(rest)
         self._check_size()
         return events
 
     def finish(self) -> list[Event]:
         """The event that the end of the stream completes, if there is one."""
-        line, self._line = b"".join(self._line), []
+        line, self._line = bytes(self._line), bytearray()
         events = self._take(line) if line else []
         return events + self._take(b"")
 
     def _check_size(self) -> None:
-        if self._line_bytes + self._data_bytes > self._limit_bytes:
+        if len(self._line) + len(self._data) > self._limit_bytes:
             raise ValueError(f"an event is over {self._limit_bytes} bytes")
 
     def _take(self, line: bytes) -> list[Event]:
@@ -81,11 +78,11 @@ class EventReader:
             field, _, value = line.partition(b":")
             value = value.removeprefix(b" ")
             if field == b"data":
-                self._data.append(value)
-                self._data_bytes += len(value) + 1  # empty lines are not for nothing either
+                self._data += value
+                self._data += b"\n"
             elif field == b"event":
                 self._name = value.decode("utf-8", "replace")
             return []
-        name, data = self._name, b"\n".join(self._data)
-        self._name, self._data, self._data_bytes = "", [], 0
+        name, data = self._name, bytes(self._data[:-1])
+        self._name, self._data = "", bytearray()
         return [Event(name, data)] if data else []

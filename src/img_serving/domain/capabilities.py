@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from img_serving.domain.images import OutputFormat
+from img_serving.domain.images import Operation, OutputFormat
 from img_serving.domain.vocabulary import Vocabulary
 
 BatchShape = Literal["single", "request", "seeds", "items"]
@@ -113,6 +113,7 @@ class Capabilities:
         max_batch_size: pictures in one call.
         max_concurrency: calls in flight on one endpoint, where the operator says nothing.
         honours: the names of `PARAMETERS` that reach the engine.
+        honours_in_edits: the same for edits, where that differs; None: it does not.
         sizes: the sizes that it draws.
         max_steps: inference steps at most.
         max_images: input images that one edit may have.
@@ -132,6 +133,7 @@ class Capabilities:
     max_batch_size: int = 1
     max_concurrency: int = 32
     honours: frozenset[str] = field(default_factory=frozenset)
+    honours_in_edits: frozenset[str] | None = None
     sizes: SizeRule = ANY_SIZE
     max_steps: int | None = None
     max_images: int = 1
@@ -144,6 +146,11 @@ class Capabilities:
     cancels: bool = False
     switches_models: bool = False
     variants: Mapping[str, Capabilities] = field(default_factory=dict)
+
+    def honoured(self, operation: Operation) -> frozenset[str]:
+        """The names of `PARAMETERS` that reach the engine when it does this."""
+        edits = self.honours_in_edits
+        return self.honours if operation == "generation" or edits is None else edits
 
     def of(self, model: str | None) -> Capabilities:
         """What it can do with this model."""

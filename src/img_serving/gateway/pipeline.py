@@ -115,7 +115,7 @@ class Pipeline:
                 able = candidate.capabilities
                 if able.variants:
                     able = able.of(next((one.model for one in job.route if one.backend == job.backend), None))
-                if lost or not request.given <= able.honours:
+                if lost or not request.given <= able.honoured(request.operation):
                     return tuple(sorted(lost.union(ignored_by(request, able))))
                 break
         return tuple(sorted(lost))

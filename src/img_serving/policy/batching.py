@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from img_serving.domain.capabilities import BatchShape
+from img_serving.domain.capabilities import BatchShape, Capabilities
 from img_serving.domain.images import ImageRequest
 from img_serving.domain.jobs import Task
 from img_serving.policy.cost import pixels_of
@@ -58,9 +58,19 @@ def may_share(shape: BatchShape, members: list[Task], other: Task) -> bool:
     return True
 
 
+def able_for(endpoint: EndpointState, task: Task) -> Capabilities:
+    """What the endpoint can do with the model that the task would have there."""
+    can = endpoint.capabilities
+    if not can.variants:
+        return can
+    return can.of(next((one.model for one in task.job.route if one.backend == endpoint.backend), None))
+
+
 def company_limit(endpoint: EndpointState, task: Task) -> int:
     """How many pictures like this task's fit into one call of the endpoint: by their number, and by their pixels."""
     limit = endpoint.max_batch_size
+    if endpoint.capabilities.variants:
+        limit = min(limit, able_for(endpoint, task).max_batch_size)
     if limit > 1 and endpoint.max_batch_pixels is not None:
         limit = max(1, min(limit, endpoint.max_batch_pixels // pixels_of(task.job.request)))
     return limit

@@ -8,7 +8,7 @@ from typing import Any
 
 from img_serving.domain.jobs import Batch, Route, Task
 from img_serving.policy.balancing import STRATEGIES
-from img_serving.policy.batching import company_limit, fill
+from img_serving.policy.batching import able_for, company_limit, fill
 from img_serving.policy.endpoint import EndpointState
 from img_serving.policy.fair_queue import MOST_PASSES, Lane, Urgency, urgencies
 from img_serving.policy.fleet import Fleet
@@ -299,7 +299,8 @@ class Placement:
             return [task]
         waiting, _ = line.queue.may_run()
         limit = min(most, waiting)
-        lingers = endpoint.linger_seconds > 0 and endpoint.capabilities.batch not in {"single", "request"}
+        shape = able_for(endpoint, task).batch
+        lingers = endpoint.linger_seconds > 0 and shape not in {"single", "request"}
         if limit > 1:
             # A batch leaves work for the other free slots; where calls linger for company, only for other endpoints.
             free = len(ready) if lingers else sum([one.slots - one.in_flight for one in ready])
@@ -307,7 +308,7 @@ class Placement:
         members = [task]
         if limit > 1:
             others = (one for one in self._order(line) if one is not task and _may_go_along(one))
-            members = fill(endpoint.capabilities.batch, task, others, limit)
+            members = fill(shape, task, others, limit)
         if lingers and len(members) < most:
             until = task.job.submitted_at + endpoint.linger_seconds
             if self._now < until:

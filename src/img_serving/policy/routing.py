@@ -84,7 +84,7 @@ def plan(request: ImageRequest, tenant: Tenant, backends: Sequence[Candidate], o
 
 def ignored_by(request: ImageRequest, capabilities: Capabilities) -> tuple[str, ...]:
     """Parameters the client set that a backend of these capabilities cannot honour, sorted."""
-    return tuple(sorted(request.given - capabilities.honours))
+    return tuple(sorted(request.given - capabilities.honoured(request.operation)))
 
 
 def _by_backend(
@@ -183,7 +183,12 @@ def _unknown_name(request: ImageRequest, can: Capabilities) -> tuple[str, str] |
         ("sampler", request.sampler, can.samplers),
         ("scheduler", request.scheduler, can.schedulers),
     ):
-        if name is not None and known is not None and field_name in can.honours and known.find(name) is None:
+        if (
+            name is not None
+            and known is not None
+            and field_name in can.honoured(request.operation)
+            and known.find(name) is None
+        ):
             near = ", ".join(known.nearest(name))
             return f"it has no {field_name} {name[:80]!r} (the nearest it has: {near})", field_name
     return None

@@ -20,7 +20,7 @@ from urllib.parse import quote, urljoin, urlsplit
 import httptools
 
 from img_serving.media.sniff import sniff
-from img_serving.transport.proxy import Proxy, ProxyRefused, connect_request, refusal_of
+from img_serving.transport.proxy import Proxy, open_tunnel
 
 MAX_REDIRECTS: Final = 3
 CONNECT_TIMEOUT_SECONDS: Final = 5.0
@@ -154,15 +154,25 @@ class SafeFetcher:
 
     async def _checked_addresses(self, target: _Target) -> Sequence[str]:
         """The addresses of the host: either every one of them may be connected to, or none is."""
+        if self._is_trusted(target) and self._proxy(target) is not None:
+            return (target.host,)  # the proxy may know names that nobody knows here
         addresses = await self._resolve(target.host, target.port)
         if not addresses:
             raise FetchFailed(f"{target.host} has no address", is_definite=False)
-        trusted = self._trusted is not None and target.host == self._trusted.host
-        if not (trusted or self._allow_private_addresses):
+        if not (self._is_trusted(target) or self._allow_private_addresses):
             for address in addresses:
                 if not self._is_public(address):
                     raise FetchFailed(f"{target.host} is not a public address, so it is not fetched from")
         return addresses
+
+    def _is_trusted(self, target: _Target) -> bool:
+        return self._trusted is not None and target.host == self._trusted.host
+
+    def _proxy(self, target: _Target) -> Proxy | None:
+        try:
+            return self._proxy_of(f"{target.scheme}://{target.host_header}")
+        except ValueError as error:
+            raise FetchFailed(str(error), is_definite=False) from None
 
     async def _get(
         self, target: _Target, addresses: Sequence[str], max_bytes: int
@@ -184,7 +194,7 @@ class SafeFetcher:
         """Try the addresses one after the other: where there is no IPv6 route, the first is often one of those."""
         context = self._context_for(target) if target.scheme == "https" else None
         name = target.host if context else None
-        proxy = self._proxy_of(f"{target.scheme}://{target.host_header}")
+        proxy = self._proxy(target)
         failure: OSError = OSError("no address")
         for address in addresses:
             try:
@@ -208,21 +218,28 @@ class SafeFetcher:
 
 
 async def _connect_through(
-    proxy: Proxy, address: str, port: int, context: ssl.SSLContext | None, name: str | None
+    proxy: Proxy, host: str, port: int, context: ssl.SSLContext | None, name: str | None
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """A tunnel to the address that was checked: the proxy must not resolve the name to another one."""
-    reader, writer = await asyncio.open_connection(proxy.host, proxy.port, limit=_READ_BYTES)
+    """A tunnel to `host`, with TLS inside it where there is a context."""
+    loop = asyncio.get_running_loop()
+    raw = await open_tunnel(loop, proxy, host, port)
+    reader = asyncio.StreamReader(limit=_READ_BYTES, loop=loop)
+    protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
     try:
-        writer.write(connect_request(address, port, proxy))
-        reason = refusal_of(await reader.readuntil(b"\r\n\r\n"))
-        if reason is not None:
-            raise ProxyRefused(reason)
-        if context is not None:
-            await writer.start_tls(context, server_hostname=name)
+        if context is None:
+            raw.set_protocol(protocol)
+            protocol.connection_made(raw)
+            raw.resume_reading()
+            return reader, asyncio.StreamWriter(raw, protocol, reader, loop)
+        # what the proxy says between its consent and the handshake goes into the handshake, and breaks it
+        inside = await loop.start_tls(raw, protocol, context, server_hostname=name)
     except BaseException:
-        writer.transport.abort()
+        raw.abort()
         raise
-    return reader, writer
+    if inside is None:  # uvloop's answer where the connection was closed meanwhile
+        raise ConnectionAbortedError
+    protocol.connection_made(inside)
+    return reader, asyncio.StreamWriter(inside, protocol, reader, loop)
 
 
 def is_public_address(address: str) -> bool:
@@ -239,6 +256,8 @@ def is_public_address(address: str) -> bool:
         if translated is not None:
             return is_public_address(str(translated))
         if any(not is_public_address(str(one)) for one in (ip.sixtofour, *(ip.teredo or ())) if one is not None):
+            return False
+        if ip.is_site_local:
             return False
     return ip.is_global and not ip.is_multicast and not ip.is_reserved
 

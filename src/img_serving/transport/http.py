@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from img_serving.domain.errors import AttemptError, Outcome
 from img_serving.ports import UpstreamReply
 from img_serving.transport.pool import Connection, ConnectionPool, TransportStatistics
-from img_serving.transport.proxy import Proxy, ProxyRefused, Tunnel, connect_request
+from img_serving.transport.proxy import Proxy, ProxyRefused, open_tunnel
 
 _TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _FIELD_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
@@ -220,7 +220,10 @@ class HttpTransport:
             connection.drop()
             self._pool.ended(connection)
             if isinstance(error, (OSError, UnicodeError)):
-                raise self._not_started(_why_not_connected(error)) from error
+                reason = _why_not_connected(error)
+                if self._proxy is not None:
+                    reason = f"by way of the proxy {self._proxy.host}:{self._proxy.port}: {reason}"
+                raise self._not_started(reason) from error
             raise
         if self._pool.is_closed or not connection.is_usable(0.0):
             connection.drop()
@@ -233,10 +236,8 @@ class HttpTransport:
         if context is None:
             await loop.create_connection(lambda: connection, proxy.host, proxy.port)
             return
-        request = connect_request(origin.host, origin.port, proxy)
-        raw, tunnel = await loop.create_connection(lambda: Tunnel(loop, request), proxy.host, proxy.port)
+        raw = await open_tunnel(loop, proxy, origin.host, origin.port)
         try:
-            await tunnel.opened
             inside = await loop.start_tls(raw, connection, context, server_hostname=origin.host)
         except BaseException:
             raw.abort()

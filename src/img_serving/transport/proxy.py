@@ -6,6 +6,7 @@ import asyncio
 import base64
 import ipaddress
 import re
+import socket
 from dataclasses import dataclass
 from typing import Final
 from urllib.parse import quote, unquote, urlsplit
@@ -88,12 +89,17 @@ def parse_proxy(text: str, variable: str) -> Proxy:
 
 def is_loopback(host: str) -> bool:
     """Whether a host's name or address means this machine."""
-    if host.rstrip(".").lower() == "localhost":
+    name = host.rstrip(".").lower()
+    if name in {"localhost", "ip6-localhost"} or name.endswith(".localhost"):
         return True
     try:
-        return ipaddress.ip_address(host.partition("%")[0]).is_loopback
+        address = ipaddress.ip_address(name.partition("%")[0])
     except ValueError:
-        return False
+        try:
+            address = ipaddress.ip_address(socket.inet_aton(name))  # "127.1", as every resolver reads it
+        except OSError:
+            return False
+    return address.is_loopback or address.is_unspecified
 
 
 def connect_request(host: str, port: int, proxy: Proxy) -> bytes:
@@ -111,6 +117,26 @@ def refusal_of(head: bytes) -> str | None:
         return None
     hint = ": it wants other credentials" if status[1] == b"407" else ""
     return f"the proxy refused (HTTP {status[1].decode()}){hint}"
+
+
+async def open_tunnel(loop: asyncio.AbstractEventLoop, proxy: Proxy, host: str, port: int) -> asyncio.Transport:
+    """A connection through the proxy to `host`:`port`, from which nothing was read.
+
+    For TLS inside it, or for another protocol (`set_protocol`, `resume_reading`).
+
+    Raises:
+        OSError: the proxy is not there, or refuses (`ProxyRefused`).
+    """
+    raw, tunnel = await loop.create_connection(
+        lambda: Tunnel(loop, connect_request(host, port, proxy)), proxy.host, proxy.port
+    )
+    try:
+        await tunnel.opened
+    except BaseException:
+        tunnel.opened.cancel()
+        raw.abort()
+        raise
+    return raw
 
 
 class Tunnel(asyncio.Protocol):

@@ -230,6 +230,7 @@ class ComfyUIBackend:
                 common,
                 operations=workflow.operations,
                 honours=workflow.honours,
+                honours_in_edits=workflow.honours_in_edits,
                 sizes=workflow.sizes,
                 max_images=max(1, len(slots.get("image", ()))),
                 masks=bool(slots.get("mask")),
@@ -292,7 +293,7 @@ class ComfyUIBackend:
     async def _draw(self, call: Call, index: int, on_progress: OnProgress) -> Artifact:
         item = call.items[index]
         async with patience(call.timeout_seconds) as alive:
-            template, values, honours = await self._plan(call, item)
+            template, values = await self._plan(call, item)
             if call.request.images:
                 values |= await self._upload(template, call.request, alive)
             graph = template.filled(values)
@@ -315,11 +316,11 @@ class ComfyUIBackend:
             artifact = artifact_from_bytes(bytes(reply.body), seed)
         except ValueError as error:
             raise AttemptError(Outcome.FAILED, f"the backend's reply is no use: {error}") from None
-        ignored = tuple(sorted((call.request.given & honours) - template.honours))
+        ignored = tuple(sorted(call.request.given - template.honours))
         return msgspec.structs.replace(artifact, ignored=ignored) if ignored else artifact
 
-    async def _plan(self, call: Call, item: Item) -> tuple[Template, dict[str, Any], frozenset[str]]:
-        """The graph for a call, its values, and what its model honours. Raises AttemptError, BackendRefusal."""
+    async def _plan(self, call: Call, item: Item) -> tuple[Template, dict[str, Any]]:
+        """The graph for a call, and its values. Raises AttemptError, BackendRefusal."""
         request = call.request
         name = call.model
         if name is None and self._workflows:
@@ -330,13 +331,13 @@ class ComfyUIBackend:
             if template is None:
                 reason = "it only draws, and takes no picture" if request.images else "it edits, and needs a picture"
                 raise BackendRefusal(InvalidRequest(f"{workflow.name}: {reason}", param="model"))
-            checkpoint, sizes, honours = workflow.checkpoint, workflow.sizes, workflow.honours
+            checkpoint, sizes = workflow.checkpoint, workflow.sizes
         else:
             checkpoint = await self._checkpoint(name)
             template = built_in(
                 edit=bool(request.images), mask=request.mask is not None, clip_skip=request.clip_skip is not None
             )
-            sizes, honours = self._capabilities.sizes, self._capabilities.honours
+            sizes = self._capabilities.sizes
         width, height = sizes.fit(call.width, call.height)
         values: dict[str, Any] = {
             "prompt": item.prompt,
@@ -351,7 +352,7 @@ class ComfyUIBackend:
             "clip_skip": None if request.clip_skip is None else -request.clip_skip,
             **await self._names(template, request),
         }
-        return template, {key: value for key, value in values.items() if value is not None}, honours
+        return template, {key: value for key, value in values.items() if value is not None}
 
     async def _checkpoint(self, model: str | None) -> str:
         """The file of a model id that is no workflow's. Raises AttemptError `NOT_STARTED`: another endpoint may have it."""

@@ -180,13 +180,18 @@ class Workflow:
 
     @property
     def honours(self) -> frozenset[str]:
-        """What one of its graphs honours at least: what the other one does not, the picture says (`Artifact.ignored`)."""
-        return frozenset().union(*(one.honours for one in self.templates)) - {"prompt", "model", "image", "mask"}
+        """What it honours when it draws; where it only edits, when it does that."""
+        return (self.generation or self.templates[0]).honours - {"prompt", "model", "image", "mask"}
+
+    @property
+    def honours_in_edits(self) -> frozenset[str] | None:
+        """What it honours when it edits; None where it does not."""
+        return None if self.edit is None else self.edit.honours - {"prompt", "model", "image", "mask"}
 
     @property
     def sizes(self) -> SizeRule:
         """The sizes that it draws; any where it takes none, for then a size is not honoured at all."""
-        if "size" not in self.honours:
+        if not any("size" in one.honours for one in self.templates):
             return SizeRule()
         return SizeRule(multiple=self.size_multiple or LATENT_PIXELS, min_side=MIN_SIDE, max_side=MAX_SIDE)
 

@@ -42,11 +42,14 @@ from img_serving.backends.openai.options import AUTO, read_openai_options
 from img_serving.backends.openai.presets import OPENAI_MODELS, PRESETS, Preset
 from img_serving.backends.openai.reply import Picture, Reply, StreamedReply, read_reply
 from img_serving.domain.capabilities import Capabilities
-from img_serving.domain.errors import AttemptError, Outcome
+from img_serving.domain.errors import AttemptError, BackendRefusal, InvalidRequest, Outcome
 from img_serving.domain.images import SEED_LIMIT, Artifact, Call, ItemFailure
 from img_serving.media.payload import artifact_from_base64, artifact_from_bytes
 from img_serving.ports import HealthReport, OnProgress, Transport, UpstreamReply
 from img_serving.transport.fetch import FetchFailed, UrlFetcher
+
+STREAM_END_SECONDS = 0.25
+"""How long a stream may take to end once its picture is there: an ended one leaves a connection that can be used again."""
 
 _QUALITIES = frozenset({"low", "medium", "high", "xhigh", "max"})
 """Those that a reply may tell apart: `auto`, and the words of older models, become one of them."""
@@ -71,6 +74,7 @@ class OpenAIBackend:
         max_reply_bytes: int = MAX_REPLY_BYTES,
         fetch: UrlFetcher | None = None,
         secrets: Sequence[str] = (),
+        models: Sequence[str] = (),
     ) -> None:
         """Describe the endpoint.
 
@@ -85,6 +89,7 @@ class OpenAIBackend:
             secrets: what else must never be quoted (a password that `headers` hold in another form).
             max_reply_bytes: the largest reply, and the largest picture behind a URL.
             fetch: gets pictures that come as URLs; None refuses them.
+            models: names that the operator gave, beside those that the server tells.
 
         Raises:
             ValueError: an option is wrong; the message names it.
@@ -106,6 +111,7 @@ class OpenAIBackend:
         self._asking = asyncio.Lock()
         self._asked: tuple[str, ...] | None = None
         self._models: tuple[str, ...] = ()
+        self._named = tuple(models)
         self._names = NO_NAMES
         self._settle()
 
@@ -138,8 +144,10 @@ class OpenAIBackend:
         if self._found is None:
             await self._find_out(min(call.timeout_seconds, PROBE_TIMEOUT_SECONDS))
         preset = self._preset.of(call.model)
+        # Only what was routed or batched before the dialect was known is refused here.
+        if (lacking := _lacking(call, preset)) is not None:
+            raise BackendRefusal(InvalidRequest(lacking, code="unsupported", param="model"))
         if (reason := _unfit(call, preset)) is not None:
-            # Only what was routed or batched before the dialect was known comes here.
             raise AttemptError(Outcome.NOT_STARTED, reason)
         stream = call.previews and preset.stream and len(call.items) == 1
         letter = await draft(call, preset, self._names, stream=stream)
@@ -211,12 +219,16 @@ class OpenAIBackend:
     # which dialect
 
     async def _find_out(self, timeout_seconds: float) -> None:
-        """Before the first call, if no check was there before it: what is not answered in time is taken for generic."""
+        """Before the first call, if no check was there before it.
+
+        Raises:
+            AttemptError: `NOT_STARTED`: it is out of order, or does not answer. Nothing is sent to who knows what.
+        """
         async with self._asking:
             if self._found is None:
-                await self._check_models(timeout_seconds)
-            if self._found is None:
-                self._found = Finding("generic", "it did not say what it is")
+                report = await self._check_models(timeout_seconds)
+                if self._found is None:
+                    raise AttemptError(Outcome.NOT_STARTED, report.detail)
 
     async def _look_at(self, reply: UpstreamReply, models: list[Model], deadline: float) -> None:
         """Learn from a list of models what is spoken; further questions are asked once for each new list."""
@@ -225,16 +237,19 @@ class OpenAIBackend:
         if self._asked == ids:
             return
         found = self._fixed or by_models(reply, models)
-        if found is None:
-            found = await ask(self._transport, self._headers, models, max(0.0, deadline - clock()))
+        names = NO_NAMES
+        asked: tuple[str, ...] | None = ids
+        try:
+            if found is None:
+                found = await ask(self._transport, self._headers, models, max(0.0, deadline - clock()))
+            if found is not None and found.family == "sdcpp":
+                names = await sdcpp_names(self._transport, self._headers, max(0.0, deadline - clock()))
+        except AttemptError:
+            asked = None  # it has no time for questions now: they are asked again at the next check
         self._found = found or Finding("generic", "nothing tells it from others")
-        if self._found.family == "sdcpp":
-            self._names = await sdcpp_names(self._transport, self._headers, max(0.0, deadline - clock()))
-        else:
-            self._names = NO_NAMES
+        self._names = names
         self._models = names_of(models, self._found.family)
-        # one that did not tell its names may tell them at the next check
-        self._asked = None if self._found.family == "sdcpp" and self._names is NO_NAMES else ids
+        self._asked = asked
         self._settle()
 
     def _settle(self) -> None:
@@ -242,7 +257,10 @@ class OpenAIBackend:
         family = self._found.family if self._found else "generic"
         self._preset: Preset = self._options.over(PRESETS[family])
         usual = self._preset.capabilities()
-        names = {*self._models, *(OPENAI_MODELS if family == "openai" else ())}
+        if self._found is None:
+            # it may be any of them: what it cannot do is known before anything is sent
+            usual = replace(usual, operations=frozenset({"generation", "edit"}), masks=True, max_images=16)
+        names = {*self._models, *self._named, *(OPENAI_MODELS if family == "openai" else ())}
         variants = {name: self._preset.of(name).capabilities() for name in sorted(names)}
         self._capabilities = replace(
             usual,
@@ -276,15 +294,16 @@ class OpenAIBackend:
         try:
             async with patience(call.timeout_seconds) as heard:
                 stream = StreamedReply(on_progress, heard, self._max_reply_bytes)
-                whole = await self._post(call, letter, NO_HURRY_SECONDS, stream)
+                whole = await self._until_finished(call, letter, stream)
         except AttemptError:
             # neither a picture nor a reason that is there is lost by how the connection ends
             if stream is None or not (stream.reply.pictures or stream.error):
                 raise
         else:
-            if not whole.headers.get("content-type", "").lower().startswith("text/event-stream"):
-                return read_reply(whole.body)
-            stream.finish()
+            if whole is not None:
+                if not whole.headers.get("content-type", "").lower().startswith("text/event-stream"):
+                    return read_reply(whole.body)
+                stream.finish()
         if stream.reply.pictures:
             return stream.reply
         if stream.error is not None:
@@ -292,6 +311,20 @@ class OpenAIBackend:
         if stream.fault is not None:
             raise AttemptError(Outcome.FAILED, stream.fault)
         raise AttemptError(Outcome.UNKNOWN, "the backend's stream ended without a finished picture")
+
+    async def _until_finished(self, call: Call, letter: Draft, stream: StreamedReply) -> UpstreamReply | None:
+        """The reply; None where its picture is there and it does not end: some servers leave the stream open."""
+        posting = asyncio.ensure_future(self._post(call, letter, NO_HURRY_SECONDS, stream))
+        finishing = asyncio.ensure_future(stream.finished.wait())
+        try:
+            await asyncio.wait({posting, finishing}, return_when=asyncio.FIRST_COMPLETED)
+            if not posting.done():
+                await asyncio.wait({posting}, timeout=STREAM_END_SECONDS)
+            return posting.result() if posting.done() else None
+        finally:
+            for task in (posting, finishing):
+                task.cancel()
+            await asyncio.gather(posting, finishing, return_exceptions=True)
 
     async def _artifact(
         self, call: Call, preset: Preset, index: int, reply: Reply, deadline: float
@@ -324,15 +357,25 @@ class OpenAIBackend:
             raise AttemptError(Outcome.UNKNOWN, f"the picture came as a URL: {error.message}") from None
 
 
+def _lacking(call: Call, preset: Preset) -> str | None:
+    """What is asked for that the dialect does not have at all; None where it has everything."""
+    request, edits = call.request, preset.edits
+    if request.operation != "generation" and (request.operation != "edit" or edits is None):
+        return f"this server has no {request.operation}s"
+    if request.mask is not None and not (edits and edits.mask):
+        return "this server does not look at masks"
+    if edits is not None and len(request.images) > edits.max_images:
+        return f"this server takes at most {edits.max_images} input pictures"
+    return None
+
+
 def _unfit(call: Call, preset: Preset) -> str | None:
     """Why one call cannot say it; None if it can. Several pictures share a seed, or have consecutive ones if it counts on."""
     request, items = call.request, call.items
-    if request.operation != "generation" and (request.operation != "edit" or preset.edits is None):
-        return f"this server has no {request.operation}s"
-    if request.mask is not None and not (preset.edits and preset.edits.mask):
-        return "this server does not look at masks"
     if len(items) == 1:
         return None
+    if len(items) > preset.max_n:
+        return f"this model draws {preset.max_n} pictures a call"
     if preset.batch == "seeds":
         first = items[0]
         same = all((one.prompt, one.negative_prompt) == (first.prompt, first.negative_prompt) for one in items)
@@ -361,6 +404,7 @@ def _not_honoured(call: Call, reply: Reply) -> frozenset[str]:
     lost = set()
     if request.background == "transparent" and reply.background == "opaque":
         lost.add("background")
-    if reply.quality != request.quality and {request.quality, reply.quality} <= _QUALITIES:
+    told = reply.quality if isinstance(reply.quality, str) else None
+    if told != request.quality and {request.quality, told} <= _QUALITIES:
         lost.add("quality")
     return frozenset(lost)

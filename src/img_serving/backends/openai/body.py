@@ -40,6 +40,10 @@ ATTRIBUTES: Final = {
 """Parameters that are sent where the client gave them, and the field of `ImageRequest` that holds each."""
 
 
+_NOT_IN_GIVEN: Final = ("user", "output_format", "output_compression")
+"""Whoever is asked for these is never told that they were ignored: the format is made here, and `user` is a note."""
+
+
 @dataclass(frozen=True, slots=True)
 class Draft:
     """A call as it is sent. `ignored`: what the client gave, the preset honours, and this operation has no place for."""
@@ -77,6 +81,8 @@ def request_fields(
         BackendRefusal: the dialect cannot say it.
     """
     request, first = call.request, call.items[0]
+    if preset.negative_after_bar:
+        _without_bar(first.prompt)
     if preset.max_text_bytes is not None:
         check_length("prompt", first.prompt, preset.max_text_bytes)
     body: dict[str, Any] = {"prompt": first.prompt, "n": len(call.items), **_size(call, preset)}
@@ -91,11 +97,11 @@ def request_fields(
     ignored: set[str] = set()
     for name, value in _given(call, preset, known):
         if name not in known:
-            if name not in {"output_format", "output_compression"}:  # which are made here, whatever comes
+            if name not in _NOT_IN_GIVEN:
                 ignored.add(name)
             continue
         if name == "negative_prompt" and preset.negative_after_bar:
-            body["prompt"] = _behind_a_bar(first.prompt, str(value))
+            body["prompt"] += f"|{_without_bar(str(value))}"
             continue
         in_body = preset.placement == "fields" or name in ALWAYS_FIELDS
         _put(body if in_body else extras, known[name], _spelt(name, value, names))
@@ -110,7 +116,7 @@ def _given(call: Call, preset: Preset, known: Parameters) -> list[tuple[str, Any
     found: list[tuple[str, Any]] = []
     if request.seed_given or (preset.always_seed and "seed" in known):
         found.append(("seed", first.seed))
-    for name in request.given:
+    for name in (*sorted(request.given), *(one for one in _NOT_IN_GIVEN if one not in request.given)):
         if name == "negative_prompt":
             value: Any = first.negative_prompt
         elif (attribute := ATTRIBUTES.get(name)) is not None:
@@ -191,16 +197,16 @@ def _tag(prompt: str, extras: dict[str, Any], max_bytes: int | None) -> str:
     return tag
 
 
-def _behind_a_bar(prompt: str, negative: str) -> str:
-    """LocalAI cuts the prompt at each `|` and takes the second piece for the negative one."""
-    if "|" in prompt or "|" in negative:
+def _without_bar(text: str) -> str:
+    """LocalAI cuts the prompt at each `|` and takes the second piece for the negative one. Raises BackendRefusal."""
+    if "|" in text:
         raise BackendRefusal(
             InvalidRequest(
-                "this backend takes what stands behind a | for the negative prompt: leave | out of both prompts",
-                param="negative_prompt",
+                "this backend takes what stands behind a | for the negative prompt: leave | out, and use negative_prompt",
+                param="prompt",
             )
         )
-    return f"{prompt}|{negative}"
+    return text
 
 
 def _as_text(value: Any) -> str:

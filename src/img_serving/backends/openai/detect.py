@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from img_serving.backends.http import Headers, get
-from img_serving.domain.errors import AttemptError
+from img_serving.domain.errors import AttemptError, Outcome
 from img_serving.domain.vocabulary import Vocabulary
 from img_serving.ports import Transport, UpstreamReply
 
@@ -25,6 +25,9 @@ HOSTS: Final = {
 
 SDCPP_PATH: Final = "/sdcpp/v1/capabilities"
 LOCALAI_PATH: Final = "/system"
+
+MAX_NAMES: Final = 5000
+"""Models of one server that are kept: no server draws with more, and each is looked at whenever the list changes."""
 
 _OWNERS: Final = {"vllm": "vllm-omni", "vllm-omni": "vllm-omni", "sglang": "sglang", "xinference": "xinference"}
 """What each family writes into `owned_by` of its models."""
@@ -109,11 +112,10 @@ def read_models(reply: UpstreamReply) -> list[Model] | None:
 def names_of(models: Iterable[Model], family: str) -> tuple[str, ...]:
     """The models that draw, where the list tells them from others; else all of them."""
     found = list(models)
-    if any(model.kind is not None for model in found):
-        found = [model for model in found if model.kind == "image"]
-    elif family == "openai":
-        found = [model for model in found if _IMAGE_MODEL.search(model.id)] or found
-    return tuple(dict.fromkeys(model.id for model in found))
+    drawing = [model for model in found if model.kind is not None and "image" in model.kind.lower()]
+    if not drawing and family == "openai":
+        drawing = [model for model in found if _IMAGE_MODEL.search(model.id)]
+    return tuple(dict.fromkeys(model.id for model in drawing or found))[:MAX_NAMES]
 
 
 def by_models(reply: UpstreamReply, models: list[Model]) -> Finding | None:
@@ -131,8 +133,12 @@ def by_models(reply: UpstreamReply, models: list[Model]) -> Finding | None:
 
 
 async def ask(transport: Transport, headers: Headers, models: list[Model], timeout_seconds: float) -> Finding | None:
-    """Ask what only one family has, where the list of models leaves room for it. Draws nothing, and never raises."""
-    if any(model.id == _SDCPP_MODEL or model.owned_by == "local" for model in models):
+    """Ask what only one family has, where the list of models leaves room for it. Draws nothing.
+
+    Raises:
+        AttemptError: a question got no answer, or an error of the server's: it is to be asked again.
+    """
+    if any(model.id == _SDCPP_MODEL or model.owned_by == "local" for model in models[:MAX_NAMES]):
         document = await _json_at(transport, SDCPP_PATH, headers, timeout_seconds)
         if isinstance(document, dict) and "samplers" in document:
             return Finding("sdcpp", f"GET {SDCPP_PATH} answered")
@@ -153,14 +159,16 @@ async def sdcpp_names(transport: Transport, headers: Headers, timeout_seconds: f
         told = msgspec.convert(document, SdcppCapabilities)
     except msgspec.ValidationError:
         return NO_NAMES
-    return Names(
-        Vocabulary(told.samplers) if told.samplers else None, Vocabulary(told.schedulers) if told.schedulers else None
-    )
+    samplers, schedulers = told.samplers[:MAX_NAMES], told.schedulers[:MAX_NAMES]
+    return Names(Vocabulary(samplers) if samplers else None, Vocabulary(schedulers) if schedulers else None)
 
 
 async def _json_at(transport: Transport, path: str, headers: Headers, timeout_seconds: float) -> Any:
+    """The document there; None where there is none. Raises AttemptError where that cannot be known now."""
+    reply = await get(transport, path, headers, timeout_seconds)
+    if reply.status >= 500 or reply.status == 429:
+        raise AttemptError(Outcome.NOT_STARTED, f"{path} answered HTTP {reply.status}")
     try:
-        reply = await get(transport, path, headers, timeout_seconds)
         return msgspec.json.decode(reply.body) if reply.status == 200 else None
-    except (AttemptError, ValueError, RecursionError):
+    except (ValueError, RecursionError):
         return None

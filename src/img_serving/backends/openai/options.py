@@ -77,7 +77,14 @@ class OpenAIOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
         )
 
     def _renamed(self, parameters: Parameters) -> Parameters:
-        return {name: theirs for name, theirs in {**parameters, **self.parameters}.items() if theirs}
+        """The preset's names with the operator's on top, who has no place for what would be written over."""
+        own = [theirs for theirs in self.parameters.values() if theirs]
+        kept = {
+            name: theirs
+            for name, theirs in parameters.items()
+            if name not in self.parameters and not any(_collide(theirs, one) for one in own)
+        }
+        return kept | {name: theirs for name, theirs in self.parameters.items() if theirs}
 
     def _edits_over(self, edits: Edits | None) -> Edits | None:
         if self.edits is False:
@@ -106,7 +113,7 @@ def read_openai_options(table: Mapping[str, Any]) -> OpenAIOptions:
         if not _SIZE.fullmatch(size):
             raise ValueError(f'sizes[{index}]: must be WIDTHxHEIGHT in pixels, for example "1024x1024"')
     for name in options.extra:
-        if name.partition(".")[0] in _TAKEN | set(options.parameters.values()):
+        if name.partition(".")[0] in _TAKEN | {theirs.partition(".")[0] for theirs in options.parameters.values()}:
             raise ValueError(f"extra.{name}: the gateway writes this field itself; `extra` may only add others")
     return options
 
@@ -127,9 +134,16 @@ def _check_parameter(name: str, theirs: str) -> None:
 def _check_all_different(parameters: Mapping[str, str]) -> None:
     seen: dict[str, str] = {}
     for name, theirs in parameters.items():
-        if theirs and theirs in seen:
-            raise ValueError(f"parameters.{name}: {theirs!r} is what parameters.{seen[theirs]} is called already")
-        seen[theirs] = name
+        for other, whose in seen.items():
+            if theirs and _collide(theirs, other):
+                raise ValueError(f"parameters.{name}: {theirs!r} is where parameters.{whose} goes already ({other!r})")
+        if theirs:
+            seen[theirs] = name
+
+
+def _collide(one: str, other: str) -> bool:
+    """Whether two places in a body are the same, or one is inside the other."""
+    return one == other or one.startswith(f"{other}.") or other.startswith(f"{one}.")
 
 
 def _one_of(option: str, value: str, known: Collection[str]) -> None:

@@ -111,15 +111,15 @@ class Preset:
     def capabilities(self) -> Capabilities:
         """What routing and batching need to know. The format is always honoured: what does not come so is converted here."""
         edits = self.edits
-        honours = {*self.parameters, "size", "output_format", "output_compression"}
-        if edits is None or "strength" not in self.names("edit"):
-            honours.discard("strength")  # it means nothing to a generation
+        always = {"size", "output_format", "output_compression"}
+        honours = always.union(self.parameters) - {"strength"}  # which means nothing to a generation
         return Capabilities(
             operations=frozenset({"generation", "edit"}) if edits else frozenset({"generation"}),
             batch=self.batch,
             max_batch_size=self.max_n,
             max_concurrency=self.max_concurrency,
             honours=frozenset(honours),
+            honours_in_edits=frozenset(always.union(self.names("edit"))) if edits else None,
             sizes=self.sizes,
             max_steps=self.max_steps,
             max_images=edits.max_images if edits else 1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -97,6 +98,8 @@ class StreamedReply:
     def __init__(self, on_progress: OnProgress, heard: Callable[[], None], limit_bytes: int) -> None:
         """`heard` is called at every sign of life; an event may have `limit_bytes`."""
         self.reply = Reply()
+        self.finished = asyncio.Event()
+        """The picture is there: what may still come is of no interest."""
         self.error: bytes | None = None
         self.fault: str | None = None
         self._on_progress = on_progress
@@ -104,8 +107,7 @@ class StreamedReply:
         self._events = EventReader(limit_bytes)
 
     def feed(self, piece: bytes) -> None:
-        """Take bytes of the stream."""
-        self._heard()
+        """Take bytes of the stream. They are no sign of life by themselves: a proxy's pings go on while an engine hangs."""
         if self.fault is not None:
             return
         try:
@@ -134,7 +136,12 @@ class StreamedReply:
         skeleton, payloads = split_images_json(event.data)
         if len(skeleton) > SKELETON_BYTES:
             raise ValueError("an event is too large without its picture")
-        told = _STREAMED.decode(skeleton)
+        try:
+            told = _STREAMED.decode(skeleton)
+        except (msgspec.DecodeError, RecursionError):
+            if event.name == "error":
+                self.error = self.error or event.data
+            return  # odd words between the pictures are not worth the one that is still to come
         kind = told.type if isinstance(told.type, str) else event.name
         if event.name == "error" or kind == "error" or told.error:
             self.error = self.error or event.data
@@ -148,6 +155,7 @@ class StreamedReply:
         """A preview that cannot be shown is not worth the picture that is still to come."""
         index = told.partial_image_index if type(told.partial_image_index) is int else 0
         done = max(1, min(index + 1, PARTIAL_IMAGES))
+        self._heard()
         preview = None
         if payloads:
             try:
@@ -166,4 +174,6 @@ class StreamedReply:
             encoded = str(len(reply.payloads) - 1)
         reply.pictures.append(Picture(encoded, told.url, told.revised_prompt, told.seed))
         reply.background, reply.quality = told.background, told.quality
+        self._heard()
+        self.finished.set()
         self._on_progress(Progress(PARTIAL_IMAGES + 1, PARTIAL_IMAGES + 1))
