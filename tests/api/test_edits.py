@@ -17,6 +17,7 @@ from tests.support.gateways import Harness, running
 
 from img_serving.api import images as images_module
 from img_serving.backends.scripted import picture
+from img_serving.domain.jobs import Job
 from img_serving.media.masks import white_where_painted
 
 START = picture("start", 1, 64, 48)
@@ -180,12 +181,14 @@ def test_a_form_that_cannot_be_is_refused_by_the_name_of_its_field(parts: Parts,
 @pytest.mark.parametrize(
     ("raw", "words"),
     [
-        (b"", "cut short"),
+        (b"", "malformed"),
+        (b"--x-boundary", "malformed"),
+        (b"--x-boundary--", "prompt is required"),
         (b"no form", "malformed"),
         (form([("prompt", b"x", None)])[:-10], "cut short"),
         (b"--x-boundary\r\n\r\nno name\r\n--x-boundary--", "no usable name"),
         (b'--x-boundary\r\nContent-Disposition: form-data; name="\x00"\r\n\r\nx\r\n--x-boundary--', "no usable name"),
-        (b"--x-boundary\r\n" + b"A: " + b"b" * 10_000 + b"\r\n\r\nx\r\n--x-boundary--", "malformed"),
+        (b"--x-boundary\r\n" + b"A: " + b"b" * 10_000 + b"\r\n\r\nx\r\n--x-boundary--", "no end of its head"),
         (form([(f"f{index}", b"x", None) for index in range(65)]), "more than 64 parts"),
     ],
 )
@@ -194,6 +197,48 @@ def test_what_is_no_form_is_refused(raw: bytes, words: str) -> None:
         reply = await send(gateway, [], raw)
         assert reply.status == 400
         assert words in reply.error["message"]
+
+    edit(act)
+
+
+def test_what_only_looks_like_a_boundary_is_content() -> None:
+    async def act(gateway: Harness, server: FakeA1111) -> None:
+        words = "a fox\r\n--x-boundaryX\r\n--x-boundar\r\n --x-boundary--"
+        body = b"a preamble\r\n" + form(
+            [("prompt", words.encode(), None), ("user", b"", None), ("image", START, "a.png")]
+        )
+        assert (await send(gateway, [], body + b"\r\nan epilogue")).status == 200
+        assert server.posts[0].json["prompt"] == words
+        assert sent_images(server) == [START]
+
+    edit(act)
+
+
+def test_a_strict_form_refuses_what_nobody_knows() -> None:
+    async def act(gateway: Harness, server: FakeA1111) -> None:
+        parts: Parts = [("prompt", b"x", None), ("strict", b"true", None), ("num_inferrence_steps", b"3", None)]
+        reply = await send(gateway, [*parts, ("image", START, "a.png")])
+        assert (reply.status, reply.error["param"]) == (400, "num_inferrence_steps")
+
+    edit(act)
+
+
+def test_what_was_edited_is_let_go_of_when_it_is_done() -> None:
+    """A job and its tasks refer to each other: they live until the collector looks, and uploads are large."""
+
+    async def act(gateway: Harness, server: FakeA1111) -> None:
+        kept: list[Job] = []
+        run = gateway.gateway.dispatcher.run
+
+        async def watched(job: Job) -> None:
+            kept.append(job)
+            await run(job)
+
+        gateway.gateway.dispatcher.run = watched  # type: ignore[method-assign] # to look at the job afterwards
+        assert (await send_json(gateway, image=url_of(START), mask=url_of(MASK))).status == 200
+        server.follow({"sequence": ["500"]})
+        assert (await send_json(gateway, image=url_of(START))).status == 502
+        assert [(job.request.images, job.request.mask) for job in kept] == [((), None)] * 2
 
     edit(act)
 

@@ -39,16 +39,21 @@ async def read_json(
         PayloadTooLarge: it is over `limit` bytes.
         InvalidRequest: it is not JSON, or of the wrong shape; `param` names the field.
     """
+    check_json_type(exchange)
+    raw = exchange.body_at_hand(limit)
+    if raw is None:
+        raw = await exchange.body(limit)
+    return decode_json(raw, decoder, choices), raw
+
+
+def check_json_type(exchange: Exchange) -> None:
+    """Refuse a body that says it is something else. Raises UnsupportedMediaType."""
     media_type = exchange.header(b"content-type")
     if media_type is not None and media_type != b"application/json":
         kind = media_type.partition(b";")[0].strip().lower()
         if kind != b"application/json" and not kind.endswith(b"+json"):
             shown = kind.decode("latin-1")[:80]
             raise UnsupportedMediaType(f"this route reads application/json, not {shown!r}; set the Content-Type header")
-    raw = exchange.body_at_hand(limit)
-    if raw is None:
-        raw = await exchange.body(limit)
-    return decode_json(raw, decoder, choices), raw
 
 
 def decode_json(raw: bytes, decoder: msgspec.json.Decoder[Body], choices: Choices | None = None) -> Body:

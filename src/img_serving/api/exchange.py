@@ -182,8 +182,8 @@ class Exchange:
             raise PayloadTooLarge(f"the body has {len(chunk)} bytes; this route reads at most {limit}")
         return chunk
 
-    async def body(self, limit: int) -> bytes:
-        """The whole body.
+    async def body(self, limit: int, on_bytes: Callable[[int], None] | None = None) -> bytes:
+        """The whole body. `on_bytes` hears of every piece's size before it is kept, and may refuse it.
 
         Raises:
             PayloadTooLarge: it is over `limit` bytes.
@@ -202,6 +202,8 @@ class Exchange:
                         raise PayloadTooLarge(f"the body is over the {limit} bytes that this route reads")
                     chunk, more = await self.connection.receive()
                     self.bytes_in += len(chunk)
+                    if on_bytes is not None:
+                        on_bytes(len(chunk))
                     pieces.append(chunk)
         except TimeoutError:
             raise InvalidRequest(f"the body did not arrive within {BODY_SECONDS:g} s", code="body_timeout") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeVar
 
@@ -285,7 +286,12 @@ def refuse_unknown(raw: bytes, known: frozenset[str] = KNOWN_FIELDS) -> None:
     Raises:
         InvalidRequest: naming the first, and the nearest known one.
     """
-    for name in unknown_fields(raw, known):
+    refuse_unknown_names(unknown_fields(raw, known), known)
+
+
+def refuse_unknown_names(names: Iterable[str], known: frozenset[str]) -> None:
+    """The same for fields that are known by name already. Raises InvalidRequest."""
+    for name in sorted(set(names) - known):
         near = difflib.get_close_matches(name, known, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise InvalidRequest(f"unknown field {name[:80]!r}{hint}", code="unknown_parameter", param=name[:80])

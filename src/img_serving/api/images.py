@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from img_serving.api.bodies import read_json
+from img_serving.api.bodies import check_json_type, decode_json, read_json
 from img_serving.api.edits import EditBody, body_of_form, pictures_of, to_edit
 from img_serving.api.exchange import ClientDisconnected, Exchange, Reply
 from img_serving.api.generation import (
@@ -72,29 +72,46 @@ class Images:
 
     async def edit(self, exchange: Exchange) -> Reply:
         """`POST /v1/images/edits`, as a form or as JSON."""
-        kind = (exchange.header(b"content-type") or b"").partition(b";")[0].strip().lower()
-        length = exchange.declared_length
-        held = self._upload_limit if length is None else min(length, self._upload_limit)
-        if self._uploads + held > HELD_UPLOADS * self._upload_limit:
-            raise QueueFull("too many uploads are being worked on", retry_after_seconds=5.0)
-        self._uploads += held
+        held = 0
+
+        def hold(count: int) -> None:
+            nonlocal held
+            if self._uploads + count > HELD_UPLOADS * self._upload_limit:
+                raise QueueFull("too many uploads are being worked on", retry_after_seconds=5.0)
+            self._uploads += count
+            held += count
+
         try:
-            if kind == b"multipart/form-data":
-                raw = exchange.body_at_hand(self._upload_limit)
-                if raw is None:
-                    raw = await exchange.body(self._upload_limit)
-                body, pictures, mask = body_of_form(read_form(raw, exchange.header(b"content-type") or b""))
-                del raw
-            else:
-                body, raw = await read_json(exchange, self._edit_decoder, self._upload_limit, CHOICES)
-                if body.strict:
-                    refuse_unknown(raw, EDIT_FIELDS)
-                del raw
-                pictures, mask = pictures_of(body)
-            response_format = response_format_of(body, self._bounds)
-            return await self._draw(exchange, to_edit(body, pictures, mask, self._bounds), response_format)
+            request, response_format = await self._read_edit(exchange, hold)
+            return await self._draw(exchange, request, response_format)
         finally:
             self._uploads -= held
+
+    async def _read_edit(self, exchange: Exchange, hold: Callable[[int], None]) -> tuple[ImageRequest, ResponseFormat]:
+        """Read and check what is edited. In a thread: a body of many megabytes must not hold everybody else up."""
+        kind = exchange.header(b"content-type")
+        is_form = (kind or b"").partition(b";")[0].strip().lower() == b"multipart/form-data"
+        if not is_form:
+            check_json_type(exchange)
+        raw = exchange.body_at_hand(self._upload_limit)
+        if raw is None:
+            raw = await exchange.body(self._upload_limit, hold)
+        else:
+            hold(len(raw))
+
+        def read(raw: bytes) -> tuple[ImageRequest, ResponseFormat]:
+            if is_form:
+                form = read_form(raw, kind or b"")
+                body, pictures, mask = body_of_form(form)
+            else:
+                body = decode_json(raw, self._edit_decoder, CHOICES)
+                if body.strict:
+                    refuse_unknown(raw, EDIT_FIELDS)
+                pictures, mask = pictures_of(body)
+            response_format = response_format_of(body, self._bounds)
+            return to_edit(body, pictures, mask, self._bounds), response_format
+
+        return await asyncio.to_thread(read, raw)
 
     async def _draw(self, exchange: Exchange, request: ImageRequest, response_format: ResponseFormat) -> Reply:
         """Run a request and answer it."""

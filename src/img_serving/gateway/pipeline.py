@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from msgspec import structs
+
 from img_serving.domain.errors import InvalidRequest
 from img_serving.domain.images import ImageRequest
 from img_serving.domain.jobs import Job, Route
@@ -67,6 +69,9 @@ class Pipeline:
             self._planned_with = candidates
         key = (
             tenant.name,
+            tenant.role,
+            tenant.models,
+            tenant.backends,
             request.model,
             request.backend,
             request.operation,
@@ -90,8 +95,13 @@ class Pipeline:
         Raises:
             GatewayError: how the job failed; `InvalidRequest` also where a strict request was not honoured after all.
         """
-        await self._dispatcher.run(job)
         request = job.request
+        try:
+            await self._dispatcher.run(job)
+        finally:
+            if request.images:
+                # jobs and their tasks refer to each other, and so live on for a while: not with megabytes of input
+                job.request = request = structs.replace(request, images=(), mask=None)
         ignored = self._ignored(job) if request.given else ()
         if ignored and request.strict:
             reason = f"{job.backend} could not honour {', '.join(ignored)}"

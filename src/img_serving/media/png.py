@@ -22,6 +22,10 @@ SHOWN_CHUNKS = frozenset(
 )
 """What changes how a picture looks; every other ancillary chunk tells about it instead, or is nobody knows what."""
 
+CHUNKS_LIMIT = 100_000
+"""A PNG of 16 megapixels has some thousands; millions of empty ones would only hold up whoever walks over them."""
+
+_HEADER_BYTES = 25
 _LENGTH = Struct(">I")
 _CHUNK_HEAD = Struct(">I4s")
 _BEGINNING = SIGNATURE + b"\x00\x00\x00\x0dIHDR"
@@ -132,8 +136,10 @@ def is_complete(data: bytes | memoryview) -> bool:
 
 def _reaches_end(data: bytes | memoryview, size: int) -> bool:
     """The same walk as `_chunks`, without making anything of each chunk: this stands on the way of every picture."""
-    start, has_pixels = len(SIGNATURE), False
-    while start + 12 <= size:
+    start, has_pixels = len(SIGNATURE) + _HEADER_BYTES, False
+    for _ in range(CHUNKS_LIMIT):
+        if start + 12 > size:
+            return False
         length, kind = _CHUNK_HEAD.unpack_from(data, start)
         start += 12 + length
         if start > size or length >= LENGTH_LIMIT or not kind.isalpha():
@@ -142,6 +148,8 @@ def _reaches_end(data: bytes | memoryview, size: int) -> bool:
             has_pixels = True
         elif kind == b"IEND":
             return has_pixels
+        elif kind == b"IHDR":
+            return False  # decoders would believe the last one, and we have looked at the first
     return False
 
 

@@ -5,6 +5,7 @@ Formats: PNG (https://www.w3.org/TR/png-3/), JPEG (ITU-T T.81, annex B) and WebP
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from img_serving.domain.images import MediaType
@@ -17,6 +18,10 @@ SIDE_LIMIT = 65535
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _LONE_MARKERS = frozenset({0x01, *range(0xD0, 0xD8)})
 _END, _SCAN = 0xD9, 0xDA
+_FILL = re.compile(rb"\xff+")
+
+SEGMENTS_LIMIT = 10_000
+"""Segments of a JPEG's head, or chunks of a WebP (one a frame of an animation): more only hold up whoever walks over them."""
 
 # Cameras and object stores pad the end of a JPEG with these; none of them can be the last byte of a complete one.
 _PADDING = b"\x00\xff\r\n\t "
@@ -91,14 +96,18 @@ def _read_jpeg(view: memoryview, *, to_scan: bool) -> tuple[int, int, int]:
     """Width, height, and where the first scan's header ends (-1 unless `to_scan`). Raises ValueError."""
     width = height = 0
     at = 2
-    while True:
-        start = at
-        while at < len(view) and view[at] == 0xFF:
-            at += 1  # any number of fill bytes may stand before a marker
+    for _ in range(SEGMENTS_LIMIT):
+        fill = _FILL.match(view, at)  # any number of fill bytes may stand before a marker
+        if fill is None:
+            reason = (
+                "not a picture: a JPEG marker is missing"
+                if at < len(view)
+                else "cut short: the JPEG ends inside its headers"
+            )
+            raise ValueError(reason)
+        at = fill.end()
         if at >= len(view):
             raise ValueError("cut short: the JPEG ends inside its headers")
-        if at == start:
-            raise ValueError("not a picture: a JPEG marker is missing")
         marker = view[at]
         at += 1
         if marker in _LONE_MARKERS:
@@ -113,6 +122,8 @@ def _read_jpeg(view: memoryview, *, to_scan: bool) -> tuple[int, int, int]:
         if marker in _FRAMES:
             if length < 8 or at + 7 > len(view):
                 raise ValueError("cut short: the JPEG ends inside its frame header")
+            if width:
+                raise ValueError("not a picture: a JPEG with two frames, whose sizes may differ")
             height = view[at + 3] << 8 | view[at + 4]
             width = view[at + 5] << 8 | view[at + 6]
             if not to_scan:
@@ -122,6 +133,7 @@ def _read_jpeg(view: memoryview, *, to_scan: bool) -> tuple[int, int, int]:
             if not width:
                 raise ValueError("not a picture: a JPEG scan without a frame")
             return width, height, at
+    raise ValueError(f"not a picture: a JPEG with more than {SEGMENTS_LIMIT} segments before its first scan")
 
 
 def _is_complete_jpeg(view: memoryview) -> bool:
@@ -166,10 +178,13 @@ def _is_complete_webp(view: memoryview) -> bool:
 
 def _webp_chunks(view: memoryview, stop: int) -> Iterator[bytes]:
     at = 12
-    while at + 8 <= stop:
+    for _ in range(SEGMENTS_LIMIT):
+        if at + 8 > stop:
+            return
         yield bytes(view[at : at + 4])
         size = int.from_bytes(view[at + 4 : at + 8], "little")
         at += 8 + size
         if at > stop:
             raise ValueError("cut short: a WebP chunk is longer than its file")
         at += size & 1  # chunks begin at even offsets
+    raise ValueError(f"not a picture: a WebP of more than {SEGMENTS_LIMIT} chunks")

@@ -16,8 +16,9 @@ _SOI, _EOI = b"\xff\xd8", b"\xff\xd9"
 _SCAN, _FIRST_APP, _LAST_APP, _COMMENT = 0xDA, 0xE0, 0xEF, 0xFE
 _JFIF, _ICC, _ADOBE = 0xE0, 0xE2, 0xEE
 
-# Inside a scan, FF stands before 00 (a plain FF), a restart marker, or more FF; anything else is a marker.
-_MARKER_IN_SCAN = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]")
+# Inside a scan, FF stands before 00 (a plain FF), a restart marker, or more FF; anything else is a marker. Only the last FF of
+# a row is looked for: a pattern that also takes those before it would look at each row once for every byte of it.
+_MARKER_IN_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 
 _SHOWN_WEBP = frozenset({b"VP8 ", b"VP8L", b"VP8X", b"ALPH", b"ANIM", b"ANMF", b"ICCP"})
 _HAS_EXIF_OR_XMP = 0x08 | 0x04
