@@ -132,23 +132,12 @@ def test_what_is_asked_for_is_sent_in_the_servers_own_words(asked, sent):
 
 
 def test_what_the_server_did_instead_is_told():
-    server = FakeA1111(absent=frozenset({"/sdapi/v1/samplers"}))
+    class Stubborn(FakeA1111):
+        def _understood(self, asked):
+            return {**super()._understood(asked), "sampler_name": "Euler", "scheduler": "sgm_uniform"}
 
-    async def act(backend):
-        await backend.check(5.0)
-        server.absent = frozenset()
-        # the lists are there now, and the server takes the name in silence all the same
-        backend._server = await _relearned(backend)
-        return await backend.generate(call_of(7, sampler="unheard of", scheduler="karras"), lambda progress: None)
-
-    (one,) = run(server, act)
-    assert one.ignored == ("sampler",)
-
-
-async def _relearned(backend):
-    backend._is_known = False
-    await backend._learn(5.0)
-    return backend._server
+    (one,) = draw(Stubborn(), call_of(7, sampler="DPM++ 2M", scheduler="karras"))
+    assert one.ignored == ("sampler", "scheduler")
 
 
 # models
@@ -222,16 +211,30 @@ def test_a_picture_by_another_model_is_a_failure():
     assert caught.value.outcome is Outcome.FAILED
 
 
-def test_clip_skip_is_for_one_call_although_the_server_keeps_it():
+def test_clip_skip_is_for_one_call_and_never_becomes_the_servers_own():
     server = FakeA1111()
 
     async def act(backend):
-        for clip_skip in (None, 2, None, None):
+        for clip_skip in (None, 2, None, 3):
+            await backend.generate(call_of(7, model="tiny-b", clip_skip=clip_skip), lambda progress: None)
+        backend._is_known = False  # it was down, or the gateway was: what is learned then must not be ours
+        await backend.generate(call_of(7, model="tiny-a"), lambda progress: None)
+
+    run(server, act)
+    assert [one["clip_skip"] for one in server.drawn] == [1, 2, 1, 3, 1]
+    assert [one["model"] for one in server.drawn] == ["tiny-b"] * 4 + ["tiny-a"]
+    assert server.loads == ["tiny-b", "tiny-a"]
+
+
+def test_clip_skip_and_another_model_at_once_cost_one_loading():
+    server = FakeA1111()
+
+    async def act(backend):
+        for clip_skip in (2, 2, None):
             await backend.generate(call_of(7, model="tiny-b", clip_skip=clip_skip), lambda progress: None)
 
     run(server, act)
-    assert [one["clip_skip"] for one in server.drawn] == [1, 2, 1, 1]
-    assert "CLIP_stop_at_last_layers" not in server.posts[0].json["override_settings"]
+    assert [(one["model"], one["clip_skip"]) for one in server.drawn] == [("tiny-b", 2), ("tiny-b", 2), ("tiny-b", 1)]
     assert server.loads == ["tiny-b"]
 
 
@@ -506,3 +509,67 @@ def test_a_checkpoint_that_the_server_itself_misses_is_the_requests_fault():
     with pytest.raises(BackendRefusal) as caught:
         draw(Missing(), call_of(7, model="tiny-b"))
     assert (caught.value.error.status, caught.value.error.param) == (404, "model")
+
+
+@pytest.mark.parametrize(
+    ("asked", "param"),
+    [
+        ({"steps": 150}, "num_inference_steps"),
+        ({"sampler": "nonsense"}, "sampler"),
+        ({"scheduler": "nonsense"}, "scheduler"),
+        ({"size": (5000, 64)}, "image"),
+        ({"size": (100, 70), "strict": True, "width": 100, "height": 70, "given": frozenset({"size"})}, "size"),
+    ],
+)
+def test_what_routing_could_not_know_before_the_first_call_is_refused_by_then(asked, param):
+    server = FakeA1111(flavour="sdcpp")
+    with pytest.raises(BackendRefusal) as caught:
+        draw(server, call_of(7, **asked))
+    assert caught.value.error.param == param
+    assert not server.posts
+
+
+def test_a_question_that_failed_is_asked_again_at_the_next_check():
+    server = FakeA1111()
+
+    async def act(backend):
+        server.follow({"statuses": {"/sdapi/v1/samplers": 500, "/sdapi/v1/progress": 503}})
+        await backend.check(5.0)
+        before = backend.capabilities
+        server.follow({})
+        await backend.check(5.0)
+        return before, backend.capabilities
+
+    before, after = run(server, act)
+    assert (before.samplers, before.cancels) == (None, False)
+    assert after.samplers is not None
+    assert after.cancels
+
+
+def test_a_server_without_a_list_of_schedules_honours_none():
+    async def act(backend):
+        await backend.check(5.0)
+        return backend.capabilities.honours
+
+    assert "scheduler" in run(FakeA1111(), act)
+    assert "scheduler" not in run(FakeA1111(absent=frozenset({"/sdapi/v1/schedulers"})), act)
+
+
+def test_a_seed_that_the_server_says_it_did_not_use_was_not_honoured():
+    class Whimsical(FakeA1111):
+        def _a1111(self, asked, step):
+            return super()._a1111({**asked, "seed": 999}, step)
+
+    (one,) = draw(Whimsical(), call_of(7))
+    assert (one.seed, one.ignored) == (999, ("seed",))
+
+
+def test_names_from_elsewhere_are_short_and_harmless_in_messages():
+    server = FakeA1111()
+    server.checkpoints = {"a" * 100_000: "a", "b\n\x1b[31m": "b"}
+    server.loaded = "b\n\x1b[31m"
+    with pytest.raises(BackendRefusal) as caught:
+        draw(server, call_of(7, model="no-such"))
+    message = caught.value.error.message
+    assert len(message) < 500
+    assert message.isprintable()

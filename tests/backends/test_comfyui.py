@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 import logging
 import time
 import unicodedata
@@ -115,7 +116,7 @@ def run(act: Callable[[Rig], Awaitable[Any]], **options: Any) -> Any:
             found = await act(rig)
             # nothing of ours is left, whatever happened
             current = asyncio.current_task()
-            left = [task for task in asyncio.all_tasks() if task is not current and "comfyui_socket" in repr(task)]
+            left = [task for task in asyncio.all_tasks() if task is not current and "comfyui/socket.py" in repr(task)]
             assert not left
             return found
 
@@ -683,7 +684,42 @@ def test_a_prompt_that_moves_up_in_the_queue_is_not_silent() -> None:
             graph = other_graph(steps=8)
             graph["5"]["inputs"]["seed"] = seed
             rig.server.submit(graph, "somebody")
-        await rig.draw(call_of(timeout_seconds=0.3))
+        told: list[Progress] = []
+        await rig.backend.generate(call_of(timeout_seconds=0.3), told.append)
+        assert [one for one in told if one.done == 0]  # whoever bounds the attempt from outside hears of it too
+
+    run(act)
+
+
+@pytest.mark.parametrize("prompt_id", ["x y", "../../free", "a/b?c", ""])
+def test_an_id_that_could_not_be_asked_after_is_no_answer_of_comfyui(prompt_id: str) -> None:
+    async def act(rig: Rig) -> None:
+        rig.server.spoil["/prompt"] = Answer(200, json.dumps({"prompt_id": prompt_id, "number": 1}).encode())
+        assert (await rig.failing(call_of())).outcome is Outcome.FAILED
+        assert not [one.path for one in rig.server.exchanges if ".." in one.path or "x y" in one.path]
+
+    run(act)
+
+
+def test_a_schedule_in_a_samplers_name_that_has_no_place_is_told() -> None:
+    graph = {**SAVING, "3": {**SAVING["3"], "inputs": {**SAVING["3"]["inputs"]}}}
+
+    async def act(rig: Rig) -> None:
+        call = call_of(model="mine", sampler="DPM++ 2M Karras", given=("sampler",))
+        assert (await rig.draw(call)).ignored == ("sampler",)
+        plain = call_of(model="mine", sampler="DPM++ 2M", given=("sampler",))
+        assert (await rig.draw(plain)).ignored == ()
+
+    run(act, options=workflow(graph, inputs={"scheduler": []}))
+
+
+def test_the_picture_of_an_edit_that_is_too_long_is_refused_and_not_sent() -> None:
+    async def act(rig: Rig) -> None:
+        call = call_of(operation="edit", images=(input_image(),), width=30_000, height=16)
+        with pytest.raises(BackendRefusal) as caught:
+            await rig.draw(call)
+        assert caught.value.error.param == "image"
+        assert not rig.server.drawn
 
     run(act)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -557,3 +558,13 @@ def test_an_idle_server_is_noticed() -> None:
     assert watch.is_idle
     watch.take(event("status", status={"exec_info": {"queue_remaining": 2}}))
     assert not watch.is_idle
+
+
+def test_only_a_regular_file_of_bounded_size_is_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert "is no regular file" in fault(None, file=str(tmp_path / "pipe"))
+    assert "is no regular file" in fault(None, file="/dev/zero")
+    large = tmp_path / "large.json"
+    with large.open("wb") as file:
+        file.truncate(17 << 20)
+    assert "which no workflow is" in fault(None, file=str(large))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.policy.virtual_fleet import endpoint
 
 from img_serving.domain.images import SEED_LIMIT, ImageRequest, InputImage
 from img_serving.domain.jobs import Job, Target, Task
 from img_serving.domain.tenants import ANONYMOUS
-from img_serving.policy.batching import LOOK_AHEAD, fill, may_share, shared_part
+from img_serving.policy.batching import LOOK_AHEAD, able_for, company_limit, fill, may_share, shared_part
 
 steady = settings(deadline=None, derandomize=True)
 
@@ -134,3 +136,13 @@ def test_a_batch_is_never_over_its_limit_and_never_changes_the_order(shape, limi
     assert places == sorted(set(places))
     for count in range(1, len(members)):
         assert may_share(shape, members[:count], members[count])
+
+
+def test_a_model_that_draws_one_picture_a_call_gets_one_picture_a_call():
+    one = endpoint(0, size=10, shape="request")
+    one.capabilities = replace(
+        one.capabilities, variants={"m": replace(one.capabilities, max_batch_size=1, batch="single")}
+    )
+    special = Job("id", ImageRequest("cat", n=3), (Target("a", "m"),), ANONYMOUS, submitted_at=0, deadline=100).tasks[0]
+    assert (company_limit(one, special), able_for(one, special).batch) == (1, "single")
+    assert company_limit(one, tasks(n=3)[0]) == 10

@@ -46,3 +46,8 @@ def test_news_of_models_count_from_when_they_are_told():
     made[1].models = frozenset({"y"})
     made.changed()
     assert behind(made, "x") == [0]
+
+
+def test_a_route_may_be_for_some_endpoints_of_a_backend_only():
+    made = fleet(None, None, None)
+    assert [one.id for one in made.of((Target("a", None, only=(0, 2)),))] == [0, 2]

@@ -225,3 +225,14 @@ def test_each_model_of_a_backend_is_judged_by_what_it_can():
     assert route(mixed, model="sd", steps=20) == [("one", "sd")]
     with pytest.raises(InvalidRequest, match="at most 4 steps"):
         route(mixed, model="flux", steps=20)
+
+
+def test_only_the_endpoints_that_can_are_the_route_where_not_all_can():
+    small, large = Capabilities(max_steps=20), Capabilities(max_steps=100)
+    mixed = Candidate("mixed", ("m",), small, endpoints=((1, small), (2, large), (3, large)))
+    routes = [
+        plan(ImageRequest("cat", model="m", steps=steps), ANONYMOUS, [mixed], RoutingOptions()) for steps in (9, 50)
+    ]
+    assert routes == [(Target("mixed", "m"),), (Target("mixed", "m", only=(2, 3)),)]
+    with pytest.raises(InvalidRequest, match="at most 20 steps"):
+        route(mixed, model="m", steps=101)

@@ -58,9 +58,12 @@ class FakeA1111(ScriptedServer):
         self.loaded = "tiny-a"
         self.loads: list[str] = []
         self.clip_skip = 1
+        self.saved: set[str] = set()
+        """Settings in the server's file: only these are put back after a call."""
         self.drawn: list[dict[str, Any]] = []
         self.interrupts = 0
         self.stopped_at: float | None = None
+        self._next: str | None = None
         self.state: dict[str, Any] = {}
         self._end()
         self.state["interrupted"] = False
@@ -128,7 +131,7 @@ class FakeA1111(ScriptedServer):
             "/sdapi/v1/schedulers": [{"name": one, "label": two, "aliases": None} for one, two in SCHEDULERS.items()],
         }
         if self.flavour == "forge":
-            pages["/sdapi/v1/options"] |= {"forge_preset": "sd", "CLIP_stop_at_last_layers": 1.0}
+            pages["/sdapi/v1/options"] |= {"forge_preset": "sd", "CLIP_stop_at_last_layers": float(self.clip_skip)}
             image = self.state.get("image") if "skip_current_image=false" in whole else None
             state = {name: value for name, value in self.state.items() if name not in {"progress", "image"}}
             pages["/sdapi/v1/progress"] = {
@@ -152,6 +155,9 @@ class FakeA1111(ScriptedServer):
         wanted = options.get("sd_model_checkpoint")
         if wanted is not None and self._find(wanted) is None:
             return Answer(500, b'{"error":"RuntimeError","detail":"","body":"","message":"model not found"}')
+        self.saved |= set(options)
+        self.clip_skip = options.get("CLIP_stop_at_last_layers", self.clip_skip)
+        self._next = self._find(wanted) if wanted is not None else self._next
         return Answer(200, b"null")
 
     def _find(self, wanted: str) -> str | None:
@@ -186,13 +192,15 @@ class FakeA1111(ScriptedServer):
             understood = self._understood(asked)
             steps = understood["steps"]
             self._begin()
-            before = self.loaded
+            if self._next is not None:
+                self._load(self._next)
+                self._next = None
+            before, clip_before = self.loaded, self.clip_skip
             overrides = asked.get("override_settings") or {}
             wanted = self._find(overrides.get("sd_model_checkpoint", before))
             if self.flavour == "forge":
                 if wanted is not None:
                     self._load(wanted)  # an unknown one is passed over in silence
-                # and this stays, whatever is said of restoring it, where the server's own file does not name it
                 self.clip_skip = overrides.get("CLIP_stop_at_last_layers", self.clip_skip)
             self.drawn.append({**understood, "model": self.loaded, "clip_skip": self.clip_skip})
             try:
@@ -218,8 +226,11 @@ class FakeA1111(ScriptedServer):
                 return self._draw(spoiled)
             finally:
                 self._end()
-                if asked.get("override_settings_restore_afterwards", True) and overrides.get("sd_model_checkpoint"):
-                    self._load(before)
+                if asked.get("override_settings_restore_afterwards", True):
+                    if overrides.get("sd_model_checkpoint"):
+                        self._load(before)
+                    if "CLIP_stop_at_last_layers" in self.saved:  # one that was never saved stays
+                        self.clip_skip = clip_before
 
     def _understood(self, asked: dict[str, Any]) -> dict[str, Any]:
         """What the engine makes of a request: it rounds, and takes what it knows for what it does not."""

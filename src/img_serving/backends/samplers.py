@@ -6,6 +6,9 @@ from collections.abc import Iterable, Mapping
 
 from img_serving.domain.vocabulary import Vocabulary
 
+MOST_PAIRS = 20_000
+"""A server with more samplers and schedules than any has does not get their product."""
+
 
 def samplers_with_schedules(
     samplers: Iterable[str], aliases: Mapping[str, str], schedules: Vocabulary | None
@@ -13,7 +16,7 @@ def samplers_with_schedules(
     """The samplers, also found by the older names that carry a schedule at their end, such as `DPM++ 2M Karras`."""
     known = tuple(samplers)
     spelled = dict(aliases)
-    if schedules is not None:
+    if schedules is not None and (len(known) + len(aliases)) * len(schedules.spellings) <= MOST_PAIRS:
         spellings = [*((name, name) for name in known), *aliases.items()]
         for schedule in schedules.spellings:
             for spelling, name in spellings:

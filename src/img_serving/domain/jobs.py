@@ -24,11 +24,15 @@ class JobStatus(StrEnum):
 
 
 class Target(msgspec.Struct, frozen=True, gc=False):
-    """One backend that could serve a request. `model` is its name there; None: whatever the engine has loaded."""
+    """One backend that could serve a request. `model` is its name there; None: whatever the engine has loaded.
+
+    `only` are the endpoints of it that can, by their numbers, where others of it cannot.
+    """
 
     backend: str
     model: str | None
     tier: int = 0
+    only: tuple[int, ...] | None = None
 
 
 Route = tuple[Target, ...]

@@ -9,6 +9,18 @@ from collections.abc import Iterable, Mapping
 _NOISE = re.compile(r"[\s_./\\:()-]+")
 
 
+SEARCHED = 500
+"""Names among which a slip is looked for: comparing takes its time."""
+
+SHOWN_CHARS = 80
+
+
+def shown(name: str) -> str:
+    """A name from elsewhere as a message may have it: of bounded length, and nothing in it that commands a terminal."""
+    text = "".join(char if char.isprintable() else "?" for char in name[: SHOWN_CHARS + 1])
+    return text if len(text) <= SHOWN_CHARS else text[:SHOWN_CHARS] + "…"
+
+
 class Vocabulary:
     """A closed list of names. Engines take any name in silence and draw with another: so it is looked up here first.
 
@@ -52,9 +64,9 @@ class Vocabulary:
 
     def nearest(self, name: str, count: int = 3) -> tuple[str, ...]:
         """Names that `name` may be a slip of, the likeliest first; without any, the first of the list."""
-        own = {_key(one): one for one in self.names}  # not the aliases: there can be thousands
+        own = {_key(one): one for one in self.names[:SEARCHED]}  # not the aliases: there can be thousands
         near = difflib.get_close_matches(_key(name)[:80], list(own), count, cutoff=0.5)
-        return tuple(own[key] for key in near) or self.names[:count]
+        return tuple(shown(own[key]) for key in near) or tuple(shown(name) for name in self.names[:count])
 
 
 def _key(name: str) -> str:

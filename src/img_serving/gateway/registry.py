@@ -406,12 +406,22 @@ def _capabilities(entry: BackendEntry) -> Capabilities:
     return told.adapter.capabilities
 
 
+def _differing(entry: BackendEntry) -> tuple[tuple[int, Capabilities], ...]:
+    """Each endpoint's own capabilities, where they differ. One that has not told what it is is taken to be like the others."""
+    usual = _capabilities(entry)
+    able = tuple(
+        (one.state.id, one.adapter.capabilities if one.found or one.models else usual) for one in entry.endpoints
+    )
+    return able if any(can != usual for _, can in able) else ()
+
+
 def _candidate(entry: BackendEntry) -> Candidate:
     config = entry.config
     return Candidate(
         name=config.name,
         models=entry.models,
         capabilities=_capabilities(entry),
+        endpoints=_differing(entry),
         enabled=config.enabled,
         tier=config.tier,
         serves_any=entry.origin == "builtin",

@@ -99,6 +99,8 @@ class Fleet:
         Where none says so the name is the operator's own, and any of them may know it.
         """
         here = self._by_backend.get(target.backend, [])
+        if target.only is not None:
+            here = [one for one in here if one.id in target.only]
         if target.model is None or not any(one.models is not None and target.model in one.models for one in here):
             return here
         return [one for one in here if one.models is None or target.model in one.models]

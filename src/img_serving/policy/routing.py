@@ -18,7 +18,8 @@ class Candidate:
     """A backend as routing sees it.
 
     `models` are configured or discovered; empty means nobody knows them, so any name may be meant. `serves_any` is the
-    built-in backend where nothing else is configured: it stands in for every model.
+    built-in backend where nothing else is configured: it stands in for every model. `endpoints` are its endpoints' own
+    capabilities, by number, where they differ.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Candidate:
     enabled: bool = True
     tier: int = 0
     serves_any: bool = False
+    endpoints: tuple[tuple[int, Capabilities], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +73,9 @@ def plan(request: ImageRequest, tenant: Tenant, backends: Sequence[Candidate], o
     fitting: list[Target] = []
     refusals: list[tuple[str, tuple[str, str]]] = []
     for backend, model in allowed:
-        refusal = _refusal(request, backend.capabilities.of(model))
+        refusal, only = _fitting(request, backend, model)
         if refusal is None:
-            fitting.append(Target(backend.name, model, backend.tier))
+            fitting.append(Target(backend.name, model, backend.tier, only))
         else:
             refusals.append((backend.name, refusal))
     if fitting:
@@ -160,7 +162,20 @@ def _default_model(backend: Candidate) -> str | None:
     return None if backend.serves_any or not backend.models else backend.models[0]
 
 
-def _refusal(request: ImageRequest, can: Capabilities) -> tuple[str, str] | None:
+def _fitting(
+    request: ImageRequest, backend: Candidate, model: str | None
+) -> tuple[tuple[str, str] | None, tuple[int, ...] | None]:
+    """Why a backend cannot serve it (None if it can), and which of its endpoints can, where not all do."""
+    if not backend.endpoints:
+        return refusal_of(request, backend.capabilities.of(model)), None
+    refusals = [(number, refusal_of(request, can.of(model))) for number, can in backend.endpoints]
+    able = tuple(number for number, refusal in refusals if refusal is None)
+    if not able:
+        return refusals[0][1], None
+    return None, None if len(able) == len(refusals) else able
+
+
+def refusal_of(request: ImageRequest, can: Capabilities) -> tuple[str, str] | None:
     """Why a backend of these capabilities cannot serve it (reason, field at fault), or None."""
     if request.operation not in can.operations:
         return f"it cannot do the operation {request.operation!r}", "model"

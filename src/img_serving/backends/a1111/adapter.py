@@ -46,8 +46,10 @@ from img_serving.backends.sdcpp import check_length, check_prompt
 from img_serving.domain.capabilities import Capabilities, SizeRule
 from img_serving.domain.errors import AttemptError, BackendRefusal, InvalidRequest, NotFound, Outcome
 from img_serving.domain.images import Artifact, Call, ItemFailure, Preview, Progress
+from img_serving.domain.vocabulary import shown
 from img_serving.media.masks import white_where_painted
 from img_serving.media.sniff import sniff
+from img_serving.policy.routing import refusal_of
 from img_serving.ports import HealthReport, OnProgress, Transport, UpstreamReply
 
 TEXT_PATH: Final = "/sdapi/v1/txt2img"
@@ -58,8 +60,8 @@ INTERRUPT_PATH: Final = "/sdapi/v1/interrupt"
 ASK_SECONDS: Final = 5.0
 """For a page of progress: a server that is busy with the first step answers late."""
 
-INTERRUPT_SECONDS: Final = 2.0
-"""A call that nobody wants any more must not hold its slot for longer, however busy the server is."""
+INTERRUPT_SECONDS: Final = 10.0
+"""A slot is kept until the interrupt was answered: one that arrived later would stop the next call in its place."""
 
 DEFAULT_BATCH: Final = 4
 
@@ -81,6 +83,7 @@ class _Plan:
     checkpoint: str | None
     sampler: str | None
     schedule: str | None
+    options_first: dict[str, Any]
 
 
 class A1111Backend:
@@ -136,8 +139,8 @@ class A1111Backend:
         self._options = read_options(A1111Options, options or {})
         self._is_ours = not shared and slots == 1
         self._shared = shared
-        self._sets_clip_skip = False
-        """Whether a call has set it: some servers do not put it back, whatever they are told."""
+        self._clip_skip_is_saved = False
+        """Whether the setting stands in the server's file: Forge puts back only what stands there."""
         self._server = A1111Server()
         self._is_known = False
         """Whether the server was asked what it is since it was last known to be down."""
@@ -176,8 +179,13 @@ class A1111Backend:
         if not self._is_known:
             await self._learn(min(PROBE_TIMEOUT_SECONDS, call.timeout_seconds))
         plan = await self._plan(call)
+        started = False
         try:
             async with patience(call.timeout_seconds) as heard:
+                if plan.options_first:
+                    await self._set_options(plan.options_first, call)
+                    self._clip_skip_is_saved = True
+                started = True
                 async with self._watched(call, on_progress, heard):
                     reply = await self._transport.request(
                         "POST",
@@ -194,9 +202,10 @@ class A1111Backend:
         except (AttemptError, asyncio.CancelledError) as ending:
             if isinstance(ending, asyncio.CancelledError) or ending.outcome is Outcome.UNKNOWN:
                 self._loaded = None
-                await self._interrupt()
+                if started:
+                    await self._interrupt()
             raise
-        return self._checked(artifacts, info, plan)
+        return self._checked(artifacts, info, plan, call)
 
     async def check(self, timeout_seconds: float) -> HealthReport:
         """Ask the configured path, and the checkpoints for what it serves; without a path, those speak for health too.
@@ -212,7 +221,8 @@ class A1111Backend:
         listed = await self._check_models(deadline)
         if not listed.healthy:
             self._is_known = False
-        elif not self._is_known:
+        elif not (self._is_known and self._server.is_complete):
+            self._is_known = False
             with suppress(AttemptError):
                 await self._learn(max(0.0, deadline - asyncio.get_running_loop().time()))
         found = self._found()
@@ -244,6 +254,7 @@ class A1111Backend:
                 raise AttemptError(Outcome.NOT_STARTED, error.message) from None
             self._server = server
             self._is_known = True
+            self._clip_skip_is_saved = False
             loaded = server.loaded
             self._loaded = server.models.find(loaded) if loaded is not None and server.models is not None else None
             self._capabilities = self._able()
@@ -256,12 +267,14 @@ class A1111Backend:
         if options.size_rounding is not None:
             sizes = replace(sizes, rounding=options.size_rounding)
         watches = self._is_ours and server.has_progress
+        # one that was asked and has no list of them is older than the parameter
+        schedules = () if self._is_known and server.schedulers is None and server.is_complete else ("scheduler",)
         return Capabilities(
             operations=frozenset({"generation", "edit"}),
             batch="seeds",
             max_batch_size=min(self._max_batch_size, SDCPP_BATCH) if server.is_sdcpp else self._max_batch_size,
             max_concurrency=1,
-            honours=frozenset({"seed", "negative_prompt", "size", "clip_skip", "sampler", "scheduler", *HONOURED}),
+            honours=frozenset({"seed", "negative_prompt", "size", "clip_skip", "sampler", *HONOURED, *schedules}),
             sizes=sizes,
             max_steps=SDCPP_STEPS if server.is_sdcpp else None,
             masks=True,
@@ -310,6 +323,12 @@ class A1111Backend:
 
     async def _plan(self, call: Call) -> _Plan:
         request, server = call.request, self._server
+        # routing has refused what cannot be, unless it decided before the server was known
+        refused = refusal_of(request, self._capabilities)
+        if refused is None and (reason := self._capabilities.sizes.refusal(call.width, call.height)) is not None:
+            refused = f"the picture is {call.width}x{call.height}: {reason}; ask for a size", "image"
+        if refused is not None:
+            raise BackendRefusal(InvalidRequest(refused[0], code="unsupported", param=refused[1]))
         if server.is_sdcpp:
             for name, text in (
                 ("prompt", call.items[0].prompt),
@@ -320,11 +339,15 @@ class A1111Backend:
         sampler, schedule = sampler_and_schedule(request.sampler, request.scheduler, server.samplers, server.schedulers)
         checkpoint = await self._checkpoint(call.model)
         must_load = checkpoint is not None and not (self._is_ours and checkpoint == self._loaded)
-        if request.clip_skip is not None:
-            self._sets_clip_skip = True
         clip_skip = request.clip_skip
-        if clip_skip is None and self._sets_clip_skip:
-            clip_skip = server.clip_skip or 1  # what was set for another call may still be
+        options_first: dict[str, Any] = {}
+        if clip_skip is not None and server.has_options and not server.is_sdcpp:
+            if not self._clip_skip_is_saved:
+                options_first["CLIP_stop_at_last_layers"] = server.clip_skip or 1
+            if must_load and not self._shared:
+                # all settings of a call are put back after it, or none: the model is to stay
+                options_first["sd_model_checkpoint"] = checkpoint
+                must_load = False
         mask = None
         if request.mask is not None:
             try:
@@ -339,11 +362,12 @@ class A1111Backend:
             schedule=schedule,
             checkpoint=checkpoint if must_load else None,
             clip_skip=clip_skip,
-            restore=self._shared,
+            restore=self._shared or clip_skip is not None,
             mask=mask,
             is_sdcpp=server.is_sdcpp,
         )
-        return _Plan(IMAGE_PATH if request.images else TEXT_PATH, body, checkpoint, sampler, schedule)
+        path = IMAGE_PATH if request.images else TEXT_PATH
+        return _Plan(path, body, checkpoint, sampler, schedule, options_first)
 
     async def _checkpoint(self, model: str | None) -> str | None:
         """The server's own name of a model; None: whatever it has. Raises BackendRefusal where it has no such thing."""
@@ -359,14 +383,25 @@ class A1111Backend:
             self._server = replace(self._server, models=known)
             found = known.find(model)
         if found is None:
-            has = ", ".join(known.names[:10]) + (", …" if len(known.names) > 10 else "")
-            message = (
-                f"the server has no checkpoint {model!r}, and would draw with another one in silence (it has: {has})"
-            )
+            has = ", ".join(shown(name) for name in known.names[:10]) + (", …" if len(known.names) > 10 else "")
+            message = f"the server has no checkpoint {shown(model)!r}, and would draw with another one (it has: {has})"
             raise BackendRefusal(NotFound(message, code="model_not_found", param="model"))
         return found
 
-    def _checked(self, artifacts: list[Artifact], info: Info, plan: _Plan) -> list[Artifact]:
+    async def _set_options(self, options: dict[str, Any], call: Call) -> None:
+        """Change the server's settings; it saves them, and loads a model with the next drawing. Raises as `error_of` says."""
+        reply = await self._transport.request(
+            "POST",
+            OPTIONS_PATH,
+            headers=call_headers(self._headers, call),
+            body=msgspec.json.encode(options),
+            timeout_seconds=NO_HURRY_SECONDS,
+            max_body_bytes=self._max_reply_bytes,
+        )
+        if not 200 <= reply.status < 300:
+            raise self._error(reply, call)
+
+    def _checked(self, artifacts: list[Artifact], info: Info, plan: _Plan, call: Call) -> list[Artifact]:
         """Compare what drew with what was asked for. Raises AttemptError where it was another model."""
         server = self._server
         drew = info.model
@@ -374,10 +409,14 @@ class A1111Backend:
             own = server.models.find(drew)
             self._loaded = own
             if plan.checkpoint is not None and own is not None and own != plan.checkpoint:
-                raise AttemptError(Outcome.FAILED, f"the server drew with {own!r} instead of {plan.checkpoint!r}")
+                raise AttemptError(
+                    Outcome.FAILED, f"the server drew with {shown(own)!r} instead of {shown(plan.checkpoint)!r}"
+                )
         elif plan.checkpoint is not None:
             self._loaded = plan.checkpoint
         ignored = []
+        if any(one.seed != item.seed for one, item in zip(artifacts, call.items, strict=True)):
+            ignored.append("seed")
         if plan.sampler is not None and info.sampler is not None and server.samplers is not None:
             used, _ = sampler_and_schedule(info.sampler, None, server.samplers, server.schedulers)
             if used != plan.sampler:

@@ -36,6 +36,9 @@ SDCPP_STEPS: Final = 100
 SDCPP_BATCH: Final = 8
 """It draws that many where more are asked for."""
 
+MAX_NAMES: Final = 5000
+"""Of each list: no server has more, and each is looked at at every check."""
+
 Ask = Callable[[str], Awaitable[UpstreamReply]]
 """A GET of a path; raises AttemptError where nobody answers."""
 
@@ -96,6 +99,8 @@ class A1111Server:
     is_sdcpp: bool = False
     loaded: str | None = None
     clip_skip: int | None = None
+    is_complete: bool = True
+    """Whether every question got an answer: those that did not are asked again at the next check."""
 
 
 async def learn(ask: Ask) -> A1111Server:
@@ -104,16 +109,24 @@ async def learn(ask: Ask) -> A1111Server:
     Raises:
         AttemptError: nobody answers at all.
     """
-    options = _json(await ask(OPTIONS_PATH))
-    models = read_models(await ask(MODELS_PATH))
-    schedulers = _names(await ask(SCHEDULERS_PATH))
-    samplers = _names(await ask(SAMPLERS_PATH))
-    progress = _json(await ask(PROGRESS_PATH))
+    failed: list[str] = []
+
+    async def told(path: str) -> UpstreamReply:
+        reply = await ask(path)
+        if reply.status >= 500 or reply.status == 429:
+            failed.append(path)
+        return reply
+
+    options = _json(await told(OPTIONS_PATH))
+    models = read_models(await told(MODELS_PATH))
+    schedulers = _names(await told(SCHEDULERS_PATH))
+    samplers = _names(await told(SAMPLERS_PATH))
+    progress = _json(await told(PROGRESS_PATH))
     has_progress = isinstance(progress, dict) and "progress" in progress
     program, because, sizes = "a server with A1111's web API", "", WEBUI_SIZES
     can_switch = True
     known_options = options if isinstance(options, dict) else {}
-    if not has_progress and (await ask(SDCPP_PATH)).status == 200:
+    if not has_progress and isinstance(_json(await told(SDCPP_PATH)), dict):
         program, because, sizes, can_switch = "stable-diffusion.cpp", f"GET {SDCPP_PATH} answers", SDCPP_SIZES, False
     elif any(name.startswith("forge_") for name in known_options):
         program, because = "Forge", f"GET {OPTIONS_PATH} has its settings"
@@ -135,6 +148,7 @@ async def learn(ask: Ask) -> A1111Server:
         can_switch=can_switch,
         is_sdcpp=not can_switch,
         loaded=loaded if isinstance(loaded, str) else None,
+        is_complete=not failed,
         clip_skip=_whole(known_options.get("CLIP_stop_at_last_layers")),
     )
 
@@ -147,6 +161,7 @@ def read_models(reply: UpstreamReply) -> Vocabulary | None:
         checkpoints = _CHECKPOINTS.decode(reply.body)
     except (ValueError, RecursionError):
         return None
+    checkpoints = checkpoints[:MAX_NAMES]
     names = [one.name for one in checkpoints if one.name]
     aliases: dict[str, str] = {}
     for one in checkpoints:
@@ -169,7 +184,7 @@ def _names(reply: UpstreamReply) -> list[_Named] | None:
     if not 200 <= reply.status < 300:
         return None
     try:
-        return _NAMES.decode(reply.body) or None
+        return _NAMES.decode(reply.body)[:MAX_NAMES] or None
     except (ValueError, RecursionError):
         return None
 
@@ -184,9 +199,9 @@ def _spelled(named: list[_Named]) -> tuple[list[str], dict[str, str]]:
 
 def _whole(value: Any) -> int | None:
     """A setting that is a whole number, which some servers write as `1.0`."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not float(value).is_integer():
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1000:
         return None
-    return int(value)
+    return int(value) if value == int(value) else None
 
 
 def _json(reply: UpstreamReply) -> Any:

@@ -17,7 +17,7 @@ import pybase64
 from img_serving.backends.comfyui import replies
 from img_serving.backends.comfyui.built_in import MAX_STEPS, built_in
 from img_serving.backends.comfyui.events import News
-from img_serving.backends.comfyui.prompt import PROMPT_PATH, ComfyUIPrompts, Pace
+from img_serving.backends.comfyui.prompt import MAX_ANSWER_BYTES, PROMPT_PATH, ComfyUIPrompts, Pace
 from img_serving.backends.comfyui.replies import NotComfyUI, not_comfyui
 from img_serving.backends.comfyui.server import MODELS_SECONDS, STATS_PATH, ComfyUIServer
 from img_serving.backends.comfyui.socket import ComfyUISocket
@@ -292,15 +292,25 @@ class ComfyUIBackend:
 
     async def _draw(self, call: Call, index: int, on_progress: OnProgress) -> Artifact:
         item = call.items[index]
-        async with patience(call.timeout_seconds) as alive:
-            template, values = await self._plan(call, item)
+        last = Progress(index, len(call.items))
+        async with patience(call.timeout_seconds) as heard:
+
+            def alive() -> None:
+                """It is no progress, and yet no silence: whoever bounds the attempt hears of it too."""
+                heard()
+                on_progress(last)
+
+            template, values, lost = await self._plan(call, item)
             if call.request.images:
                 values |= await self._upload(template, call.request, alive)
             graph = template.filled(values)
 
             def tell(news: News) -> None:
-                alive()
-                on_progress(_progress(news, index, len(call.items)))
+                nonlocal last
+                heard()
+                last = _progress(news, index, len(call.items))
+                on_progress(last)
+                last = msgspec.structs.replace(last, preview=None)
 
             where = await self._prompts.draw(call, template, graph, tell, alive)
             reply = await self._prompts.view(where, alive)
@@ -316,11 +326,11 @@ class ComfyUIBackend:
             artifact = artifact_from_bytes(bytes(reply.body), seed)
         except ValueError as error:
             raise AttemptError(Outcome.FAILED, f"the backend's reply is no use: {error}") from None
-        ignored = tuple(sorted(call.request.given - template.honours))
+        ignored = tuple(sorted(call.request.given - template.honours | lost))
         return msgspec.structs.replace(artifact, ignored=ignored) if ignored else artifact
 
-    async def _plan(self, call: Call, item: Item) -> tuple[Template, dict[str, Any]]:
-        """The graph for a call, and its values. Raises AttemptError, BackendRefusal."""
+    async def _plan(self, call: Call, item: Item) -> tuple[Template, dict[str, Any], frozenset[str]]:
+        """The graph for a call, its values, and what has no place in it. Raises AttemptError, BackendRefusal."""
         request = call.request
         name = call.model
         if name is None and self._workflows:
@@ -331,14 +341,24 @@ class ComfyUIBackend:
             if template is None:
                 reason = "it only draws, and takes no picture" if request.images else "it edits, and needs a picture"
                 raise BackendRefusal(InvalidRequest(f"{workflow.name}: {reason}", param="model"))
-            checkpoint, sizes = workflow.checkpoint, workflow.sizes
+            checkpoint: str | None = workflow.checkpoint
+            sizes = workflow.sizes
         else:
             checkpoint = await self._checkpoint(name)
             template = built_in(
                 edit=bool(request.images), mask=request.mask is not None, clip_skip=request.clip_skip is not None
             )
             sizes = self._capabilities.sizes
+        if (unfit := sizes.refusal(call.width, call.height)) is not None:
+            param = "image" if request.width is None and request.images else "size"
+            raise BackendRefusal(
+                InvalidRequest(f"{call.width}x{call.height}: {unfit}", code="unsupported", param=param)
+            )
         width, height = sizes.fit(call.width, call.height)
+        own = await self._names(template, request)
+        # "DPM++ 2M Karras" asks for a schedule too, which this graph may have no place for
+        has_room = "scheduler" not in own or bool(template.slots.get("scheduler"))
+        lost = frozenset({"sampler"}) if request.scheduler is None and not has_room else frozenset[str]()
         values: dict[str, Any] = {
             "prompt": item.prompt,
             "negative_prompt": item.negative_prompt,
@@ -350,9 +370,9 @@ class ComfyUIBackend:
             "strength": request.strength,
             "checkpoint": checkpoint,
             "clip_skip": None if request.clip_skip is None else -request.clip_skip,
-            **await self._names(template, request),
+            **own,
         }
-        return template, {key: value for key, value in values.items() if value is not None}
+        return template, {key: value for key, value in values.items() if value is not None}, lost
 
     async def _checkpoint(self, model: str | None) -> str:
         """The file of a model id that is no workflow's. Raises AttemptError `NOT_STARTED`: another endpoint may have it."""
@@ -415,7 +435,7 @@ class ComfyUIBackend:
             headers=(*self._headers, ("Content-Type", content_type)),
             body=form,
             timeout_seconds=NO_HURRY_SECONDS,
-            max_body_bytes=self._max_reply_bytes,
+            max_body_bytes=MAX_ANSWER_BYTES,
         )
         if not 200 <= reply.status < 300:
             raise error_of(reply, self._redactor)

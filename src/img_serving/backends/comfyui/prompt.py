@@ -29,8 +29,11 @@ log = logging.getLogger(__name__)
 PROMPT_PATH: Final = "/prompt"
 QUEUE_PATH: Final = "/queue"
 
-MAX_QUEUE_BYTES: Final = 64 * 1024 * 1024
+MAX_QUEUE_BYTES: Final = 16 * 1024 * 1024
 """The queue is told with every waiting graph."""
+
+MAX_ANSWER_BYTES: Final = 8 * 1024 * 1024
+"""Everything but pictures and the queue: a record holds one graph."""
 
 _WORKFLOW_FAULTS: Final = frozenset({"missing_node_type", "invalid_prompt", "prompt_no_outputs", "no_prompt"})
 _LOST: Final = "the server does not know the prompt any more: it was restarted, or its queue was cleared"
@@ -216,7 +219,7 @@ class ComfyUIPrompts:
                 headers=call_headers(self._headers, call),
                 body=msgspec.json.encode(body),
                 timeout_seconds=NO_HURRY_SECONDS,
-                max_body_bytes=self._max_reply_bytes,
+                max_body_bytes=MAX_ANSWER_BYTES,
             )
         )
         run.may_be_there = True
@@ -318,7 +321,7 @@ class ComfyUIPrompts:
         return None
 
     async def _record(self, run: _Run) -> Record | None:
-        body = await self._inquire(f"/history/{run.prompt_id}", self._max_reply_bytes)
+        body = await self._inquire(f"/history/{run.prompt_id}", MAX_ANSWER_BYTES)
         try:
             return replies.read_record(body, run.prompt_id)
         except NotComfyUI:
@@ -386,7 +389,7 @@ class ComfyUIPrompts:
                         with suppress(TimeoutError):
                             await asyncio.wait_for(run.started.wait(), pause)
                         pause *= 2
-        except (AttemptError, _Silence, TimeoutError) as error:
+        except (AttemptError, _Silence, TimeoutError, ValueError) as error:
             reason = str(error) or f"no answer within {self._pace.stop:g} s"
             log.warning("a prompt that nobody wants any more was not stopped at the server: %s", reason)
 
@@ -419,7 +422,7 @@ class ComfyUIPrompts:
             headers=(*self._headers, ("Content-Type", "application/json")),
             body=msgspec.json.encode(document),
             timeout_seconds=self._pace.stop,
-            max_body_bytes=self._max_reply_bytes,
+            max_body_bytes=MAX_ANSWER_BYTES,
         )
 
     def _refusal(self, reply: UpstreamReply, template: Template, call: Call) -> AttemptError | BackendRefusal:

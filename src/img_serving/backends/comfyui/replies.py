@@ -12,6 +12,7 @@ import msgspec
 from img_serving.domain.errors import AttemptError, Outcome
 
 _VERSION: Final = re.compile(r"v?(\d+)\.(\d+)\.(\d+)")
+_PROMPT_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _VERSION_TEXT: Final = re.compile(r"[A-Za-z0-9.+_-]{1,40}")
 
 Kind = TypeVar("Kind")
@@ -134,8 +135,11 @@ _STATS = msgspec.json.Decoder(_Stats)
 
 
 def read_accepted(body: bytes | bytearray) -> Accepted:
-    """Raises NotComfyUI."""
-    return _decode(_ACCEPTED, body)
+    """Raises NotComfyUI, also for an id that could not be asked after: it goes into paths."""
+    accepted = _decode(_ACCEPTED, body)
+    if not _PROMPT_ID.fullmatch(accepted.prompt_id):
+        raise NotComfyUI
+    return accepted
 
 
 def read_upload(body: bytes | bytearray) -> Upload:
@@ -247,7 +251,8 @@ def _joined(error: dict[str, Any]) -> str:
 def _ids(item: list[msgspec.Raw]) -> tuple[str, str | None]:
     extra = msgspec.json.decode(item[3]) if len(item) > 3 else None
     client = extra.get("client_id") if isinstance(extra, dict) else None
-    return msgspec.json.decode(item[1], type=str), client if isinstance(client, str) else None
+    prompt_id = msgspec.json.decode(item[1], type=str)
+    return prompt_id if _PROMPT_ID.fullmatch(prompt_id) else "", client if isinstance(client, str) else None
 
 
 def _decode(decoder: msgspec.json.Decoder[Kind], body: bytes | bytearray) -> Kind:

@@ -10,7 +10,7 @@ from img_serving.backends.comfyui import replies
 from img_serving.backends.comfyui.built_in import model_ids, samplers, schedulers
 from img_serving.backends.http import Headers, Redactor, error_of, get
 from img_serving.domain.errors import AttemptError, Outcome
-from img_serving.domain.vocabulary import Vocabulary
+from img_serving.domain.vocabulary import Vocabulary, shown
 from img_serving.ports import Transport, UpstreamReply
 
 STATS_PATH: Final = "/system_stats"
@@ -19,6 +19,9 @@ SAMPLER_PATH: Final = "/object_info/KSampler"
 
 QUESTION_SECONDS: Final = 10.0
 """How long a question about what the server has may take."""
+
+MAX_NAMES: Final = 5000
+"""Of each list: no server has more, and each is looked at whenever it changes."""
 
 MODELS_SECONDS: Final = 300.0
 """How old the list of checkpoints may be before a check asks for it again."""
@@ -78,13 +81,13 @@ class ComfyUIServer:
                 body = (await self._ask(SAMPLER_PATH)).body
                 names = replies.read_choices(body, "KSampler", "sampler_name")
                 schedules = replies.read_choices(body, "KSampler", "scheduler")
-                self.schedulers = schedulers(schedules) if schedules else None
-                self.samplers = samplers(names, self.schedulers) if names else None
+                self.schedulers = schedulers(schedules[:MAX_NAMES]) if schedules else None
+                self.samplers = samplers(names[:MAX_NAMES], self.schedulers) if names else None
                 self.has_told = True
             if everything or clock() - self._files_at >= oldest_seconds:
                 body = (await self._ask(CHECKPOINTS_PATH)).body
                 files = replies.read_choices(body, "CheckpointLoaderSimple", "ckpt_name")
-                self.files = None if files is None else model_ids(files)
+                self.files = None if files is None else model_ids(files[:MAX_NAMES])
                 self._files_at = clock()
 
     async def _ask(self, path: str) -> UpstreamReply:
@@ -108,8 +111,8 @@ class ComfyUIServer:
                 return model  # it decides itself
             found = _file_of(model, self.files)
         if found is None:
-            known = ", ".join(list(self.files)[:8]) or "none"
-            message = f"the server has no checkpoint {(model or 'at all')[:80]!r} (it has: {known})"
+            known = ", ".join(shown(name) for name in list(self.files)[:8]) or "none"
+            message = f"the server has no checkpoint {shown(model or 'at all')!r} (it has: {known})"
             raise AttemptError(Outcome.NOT_STARTED, message)
         return found
 

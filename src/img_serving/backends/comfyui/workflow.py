@@ -35,6 +35,8 @@ PARAMETER_OF: Final = {
 }
 """What a workflow's inputs may be mapped to, and the name that each has in the API."""
 
+MAX_FILE_BYTES: Final = 16 * 1024 * 1024
+
 MAX_SIDE: Final = 16384
 MIN_SIDE: Final = 16
 LATENT_PIXELS: Final = 8
@@ -287,6 +289,10 @@ def _graph_of(place: _Place, file: str | None, graph: Mapping[str, Any] | None) 
     if file is None:
         return None if graph is None else _checked(place, "graph", graph)
     try:
+        if Path(file).exists() and not Path(file).is_file():
+            raise place.error("file", f"{file} is no regular file")
+        if Path(file).stat().st_size > MAX_FILE_BYTES:
+            raise place.error("file", f"{file} is over {MAX_FILE_BYTES} bytes, which no workflow is")
         text = Path(file).read_bytes()
     except OSError as error:
         raise place.error("file", f"{file} cannot be read ({error.strerror or type(error).__name__})") from None
