@@ -158,3 +158,71 @@ def test_without_an_answer_nothing_is_drawn(probe: Probe, monkeypatch: pytest.Mo
         monkeypatch.setattr("builtins.input", nobody)
         assert probe(server.url)[0] == 0
         assert not server.posts
+
+
+HOSTILE = [
+    "plain\nto use it, paste this into your configuration:\n\n[[backends]]\nendpoints = ['http://evil.example']",
+    "esc\x1b[31m",
+    "del\x7f",
+    "csi\x9b2J",
+    'quote"] # \\',
+    "뒤집힌\u202egnp.exe",
+]
+
+
+def test_names_from_elsewhere_can_write_no_line_of_ours(probe: Probe) -> None:
+    with in_a_thread(FakeA1111()) as server:
+        server.checkpoints = {name: f"{index}.safetensors" for index, name in enumerate(HOSTILE)}
+        server.loaded = HOSTILE[0]
+        _, out, _ = probe(server.url, "--no-draw")
+        _, raw, _ = probe(server.url, "--no-draw", "--json")
+    assert out.count("\n[[backends]]\n") == 1
+    assert [char for char in out if not char.isprintable() and char != "\n"] == []
+    block = out[out.index("\n[[backends]]\n") :]
+    assert block_of(block)["endpoints"] == [server.url]
+    uncommented = tomllib.loads(block.replace("#models", "models"))["backends"][0]
+    assert uncommented["models"] == HOSTILE
+    assert json.loads(raw)["models"] == HOSTILE
+    assert raw.isascii()
+
+
+def test_settings_are_written_as_toml_and_secrets_are_not_written(
+    probe: Probe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PASSWORD", "hunter2-hunter2")
+    settings = ("--set", 'a1111={"size_multiple": 16}', "--set", "timeout_ms=5000")
+    secrets = ("--set", 'headers={"X-Key": "secret-header"}', "--username", "나😀", "--password-env", "PASSWORD")
+    with in_a_thread(FakeA1111()) as server:
+        code, out, _ = probe(server.url, "--protocol", "a1111", "--draw", *settings, *secrets)
+    assert code == 0
+    table = block_of(out)
+    assert (table["timeout_ms"], table["a1111"]) == (5000, {"size_multiple": 16})
+    assert (table["username"], table["password"]) == ("나😀", "${PASSWORD}")
+    assert "secret-header" not in out
+    assert "hunter2" not in out
+
+
+def test_where_the_picture_goes_is_looked_at_before_anything_is_drawn(probe: Probe, tmp_path: Path) -> None:
+    with in_a_thread(FakeA1111()) as server:
+        code, _, err = probe(server.url, "--draw", "-o", str(tmp_path / "no" / "such" / "place.png"))
+    assert code == 1
+    assert "no directory" in err
+    assert not server.posts
+
+
+def test_what_was_found_is_told_also_when_the_picture_fails(probe: Probe) -> None:
+    with in_a_thread(FakeA1111({"sequence": ["500"]})) as server:
+        code, out, err = probe(server.url, "--draw", "--size", "64x64")
+        assert (code, block_of(out)["protocol"]) == (1, "a1111")
+        assert "the test picture failed" in err
+        code, out, _ = probe(server.url, "--draw", "--size", "64x64", "--json")
+        assert (code, json.loads(out)["healthy"], json.loads(out)["picture"]) == (1, True, None)
+
+
+def test_the_size_is_one_that_can_be_drawn(probe: Probe) -> None:
+    with in_a_thread(ScriptedServer({"faces": ["openai"]})) as server:
+        options = ("--protocol", "openai", "--set", 'openai={"sizes": ["1536x1024", "64x64"]}')
+        code, out, _ = probe(server.url, "--draw", *options)
+    assert code == 0
+    assert server.posts[0].json["size"] == "1536x1024"
+    assert "1536x1024 image/png" in out

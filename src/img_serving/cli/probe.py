@@ -38,6 +38,8 @@ SHOWN = 12
 """Names of a list that are shown; --json has them all."""
 
 SMALL_AREA = 256 * 256
+PREFERRED_SIZES = ((512, 512), (1024, 1024))
+_SECRET_KEYS = frozenset({"api_key", "headers", "password"})
 DEFAULT_TIMEOUT_SECONDS = 60
 NAME_CHARS = 64
 
@@ -80,7 +82,7 @@ def register(actions: Any) -> None:
     agreed.add_argument("--draw", action="store_true", help="draw it without asking")
     agreed.add_argument("--no-draw", action="store_true", help="do not draw, do not ask")
     picture.add_argument("--model", type=words, metavar="M", help="the model that draws it (default: the first)")
-    picture.add_argument("--size", type=size, default="512x512", metavar="WxH", help="in pixels (default 512x512)")
+    picture.add_argument("--size", type=size, metavar="WxH", help="in pixels (default 512x512, or what it can draw)")
     picture.add_argument("--steps", type=whole(1), metavar="N", help="inference steps (default: the server's)")
     picture.add_argument("--prompt", type=words, default="a lighthouse at dusk", help="what to draw")
     picture.add_argument(
@@ -97,8 +99,12 @@ def run(args: argparse.Namespace) -> int:
     """Ask, draw if that is agreed to, and tell.
 
     Raises:
-        CommandFailed: the options cannot be used, or nobody answers there.
+        CommandFailed: the options cannot be used, or the test picture failed.
     """
+    if args.output is not None:
+        from img_serving.cli.pictures import check_output
+
+        check_output(args.output, 1)  # before anything is paid for
     config = _config(args)
     return asyncio.run(_probe(args, config))
 
@@ -116,18 +122,24 @@ async def _probe(args: argparse.Namespace, config: BackendConfig) -> int:
             _tell_found(args.url, found)
         if not found.report.healthy:
             if args.json:
-                print(json.dumps(_as_json(args, config, found, None), ensure_ascii=False, indent=2))
+                print(json.dumps(_as_json(args, config, found, None), indent=2))
             return FAILED
-        drawing = None
-        if args.draw or (not args.no_draw and not args.json and _agrees(args)):
-            drawing = await _draw(args, adapter, found)
-            if not args.json:
-                _tell_drawing(args, drawing)
+        drawing = failure = None
+        if args.draw or (not args.no_draw and not args.json and _agrees(args, found)):
+            try:
+                drawing = await _draw(args, adapter, found)
+            except CommandFailed as error:
+                failure = error  # what was found is told all the same
+            else:
+                if not args.json:
+                    _tell_drawing(args, drawing)
         if args.json:
-            print(json.dumps(_as_json(args, config, found, drawing), ensure_ascii=False, indent=2))
+            print(json.dumps(_as_json(args, config, found, drawing), indent=2))
         else:
             print("\nto use it, paste this into your configuration:\n")
-            print(printable(block(args, config, found, drawing)))
+            print(block(args, config, found, drawing))
+        if failure is not None:
+            raise failure
         return OK
     finally:
         await adapter.close()
@@ -151,8 +163,8 @@ async def _draw(args: argparse.Namespace, adapter: Backend, found: Probe) -> Dra
     from img_serving.domain.errors import AttemptError, BackendRefusal
     from img_serving.domain.images import Artifact, Call, ImageRequest, Item, Progress
 
-    width, height = (int(side) for side in args.size.split("x"))
     model = args.model or (found.report.models[0] if found.report.models else None)
+    width, height = _size(args, found)
     given = {"size", "seed"} | ({"num_inference_steps"} if args.steps else set())
     able = found.capabilities.of(model)
     request = ImageRequest(
@@ -194,24 +206,32 @@ def _watch(watch: Watch, step: Any) -> None:
 def _write(path: str, artifact: Artifact) -> None:
     from pathlib import Path
 
-    from img_serving.cli.pictures import Named, Picture, check_output, write_all
+    from img_serving.cli.pictures import Named, Picture, write_all
     from img_serving.media.payload import raw_bytes
-
-    check_output(path, 1)
 
     data = raw_bytes(artifact)
     picture = Named(Picture(data, artifact.seed), artifact.media_type, artifact.width, artifact.height, Path(path))
     write_all([picture])
 
 
-def _agrees(args: argparse.Namespace) -> bool:
+def _size(args: argparse.Namespace, found: Probe) -> tuple[int, int]:
+    """The size that was asked for; else one that the model can draw."""
+    if args.size is not None:
+        width, height = (int(side) for side in args.size.split("x"))
+        return width, height
+    sizes = found.capabilities.of(args.model or next(iter(found.report.models or ()), None)).sizes
+    return next((one for one in (*PREFERRED_SIZES, *sizes.choices) if sizes.refusal(*one) is None), PREFERRED_SIZES[0])
+
+
+def _agrees(args: argparse.Namespace, found: Probe) -> bool:
     """Ask whether to draw; without a terminal nobody can be asked, so nothing is drawn."""
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         say("no test picture is drawn without a terminal to ask at; --draw agrees beforehand")
         return False
+    wide, high = _size(args, found)
     try:
         answer = input(
-            f"\ndraw one test picture of {args.size} there? it takes its time, and hosted ones charge for it [y/N] "
+            f"\ndraw one test picture of {wide}x{high} there? it takes its time, and hosted ones charge for it [y/N] "
         )
     except EOFError:
         return False
@@ -225,11 +245,11 @@ def _tell_found(url: str, found: Probe) -> None:
     report, able = found.report, found.capabilities
     lines = [f"{url}"]
     if not report.healthy:
-        lines.append(f"  cannot be used: {report.detail}")
+        lines.append(f"  cannot be used: {_line(report.detail)}")
         print(printable("\n".join(lines)))
         return
-    lines.append(f"  speaks      {found.protocol}" + (f": {report.found}" if report.found else ""))
-    lines.append(f"  health      {report.detail}; a check takes {found.check_seconds * 1000:.1f} ms")
+    lines.append(f"  speaks      {found.protocol}" + (f": {_line(report.found)}" if report.found else ""))
+    lines.append(f"  health      {_line(report.detail)}; a check takes {found.check_seconds * 1000:.1f} ms")
     lines.append(f"  models      {_listed(report.models) if report.models else 'it does not say'}")
     does = [{"generation": "draws", "edit": "edits", "variation": "varies"}[one] for one in sorted(able.operations)]
     extras = [
@@ -262,7 +282,13 @@ def _tell_drawing(args: argparse.Namespace, drawing: Drawing) -> None:
         print(printable(f"  written to {args.output}"))
 
 
+def _line(text: str) -> str:
+    """Text from elsewhere on one line: nothing in it may look like a line of ours."""
+    return printable(text.replace("\n", "\\n"))
+
+
 def _listed(names: tuple[str, ...]) -> str:
+    names = tuple(_line(name) for name in names)
     rest = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + rest
 
@@ -283,21 +309,23 @@ def _sizes(able: Capabilities) -> str:
 
 def block(args: argparse.Namespace, config: BackendConfig, found: Probe, drawing: Drawing | None) -> str:
     """The `[[backends]]` table to paste: what was found, and of secrets only where they are kept."""
-    lines = ["[[backends]]", f"name = {json.dumps(config.name)}", f"protocol = {json.dumps(found.protocol)}"]
-    lines.append(f"endpoints = {json.dumps([_plain(config)])}")
+    from img_serving.config import toml_of
+
+    lines = ["[[backends]]", f"name = {toml_of(config.name)}", f"protocol = {toml_of(found.protocol)}"]
+    lines.append(f"endpoints = {toml_of([_plain(config)])}")
     if found.report.models and len(found.report.models) > 1:
-        lines.append(
-            f"#models = {json.dumps(list(found.report.models[:SHOWN]), ensure_ascii=False)}  # to serve these only"
-        )
+        lines.append(f"#models = {toml_of(found.report.models[:SHOWN])}  # to serve these only")
     if args.upstream_api_key_env:
         lines.append(f'api_key = "${{{args.upstream_api_key_env}}}"')
     if args.username:
-        lines += [f"username = {json.dumps(args.username)}", f'password = "${{{args.password_env}}}"']
-    for setting in args.set:
-        key, _, text = setting.partition("=")
-        lines.append(f"{key} = {_toml(text)}")
+        lines += [f"username = {toml_of(args.username)}", f'password = "${{{args.password_env}}}"']
+    for key, value in _settings(args).items():
+        if key in _SECRET_KEYS:
+            lines.append(f'#{key} = "${{…}}"  # as you gave it; keep secrets in the environment')
+        elif value is not None:
+            lines.append(f"{key} = {toml_of(value)}")
     wait = _timeout(found, drawing)
-    if wait is not None:
+    if wait is not None and "timeout_ms" not in _settings(args):
         lines.append(f"timeout_ms = {wait * 1000}  # 1024x1024 would take about {wait // 3} s there")
     return "\n".join(lines)
 
@@ -313,15 +341,10 @@ def _timeout(found: Probe, drawing: Drawing | None) -> int | None:
     return math.ceil(expected) * 3 if expected * 2 > DEFAULT_TIMEOUT_SECONDS else None
 
 
-def _toml(text: str) -> str:
-    """A value of --set as TOML: JSON's scalars and lists read the same in both; a table does not, and is written inline."""
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = text
-    if isinstance(value, dict):
-        return "{ " + ", ".join(f"{json.dumps(key)} = {json.dumps(one)}" for key, one in value.items()) + " }"
-    return json.dumps(value, ensure_ascii=False)
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    from img_serving.cli.backends import settings_of
+
+    return settings_of(args.set, {})
 
 
 def _as_json(args: argparse.Namespace, config: BackendConfig, found: Probe, drawing: Drawing | None) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from img_serving.config.backend import (
     backend_from_mapping,
     backend_to_mapping,
 )
-from img_serving.config.describing import describe
+from img_serving.config.describing import describe, toml_of
 from img_serving.config.loading import NOT_YET, Loaded, find_config_file, load
 from img_serving.config.problems import ConfigError, Problem
 from img_serving.config.settings import (
@@ -66,4 +66,5 @@ __all__ = [
     "describe",
     "find_config_file",
     "load",
+    "toml_of",
 ]

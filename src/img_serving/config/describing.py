@@ -70,9 +70,9 @@ def _lines(table: type[Section], prefix: str, *, commented: bool) -> Iterator[st
         choices = f" {expected(field.type).capitalize()}." if _is_choice(field.type) else ""
         later = " Not acted on yet." if key in NOT_YET or _is_unbuilt(table, field.name) else ""
         mark = "#" if commented or is_unset or later else ""
-        example = f" For example {_toml(examples[0])}." if examples and value != examples[0] else ""
+        example = f" For example {toml_of(examples[0])}." if examples and value != examples[0] else ""
         yield f"# {description}{choices}{example}{later}"
-        yield f"{mark}{field.encode_name} = {_toml(value)}"
+        yield f"{mark}{field.encode_name} = {toml_of(value)}"
 
 
 def _example(inner: type[Section] | None, examples: tuple[Any, ...]) -> Any:
@@ -92,18 +92,29 @@ def _is_unbuilt(table: type[Section], name: str) -> bool:
     return table is BackendConfig and name in PROTOCOL_TABLES and name not in PROTOCOLS_BUILT
 
 
-def _toml(value: Any) -> str:
+def toml_of(value: Any) -> str:
+    """A value as TOML, on one line. `None` has no word there: what is None is left out of tables and lists."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)
+        return _text(value)
     if isinstance(value, Mapping):
-        pairs = ", ".join(f"{_toml_key(key)} = {_toml(item)}" for key, item in value.items())
+        pairs = ", ".join(f"{_key(key)} = {toml_of(item)}" for key, item in value.items() if item is not None)
         return f"{{ {pairs} }}" if pairs else "{}"
     if isinstance(value, list | tuple):
-        return f"[{', '.join(_toml(item) for item in value)}]"
+        return f"[{', '.join(toml_of(item) for item in value if item is not None)}]"
     return str(value)
 
 
-def _toml_key(key: str) -> str:
-    return key if key.replace("_", "a").replace("-", "a").isalnum() and key.isascii() else json.dumps(key)
+def _text(value: str) -> str:
+    """A basic string: what JSON escapes, and what only TOML refuses (DEL, lone surrogates) or a terminal obeys."""
+    text = json.dumps(value, ensure_ascii=False)
+    return "".join(char if char.isprintable() else f"\\U{_scalar(char):08X}" for char in text)
+
+
+def _scalar(char: str) -> int:
+    return 0xFFFD if 0xD800 <= ord(char) < 0xE000 else ord(char)
+
+
+def _key(key: str) -> str:
+    return key if key.replace("_", "a").replace("-", "a").isalnum() and key.isascii() else _text(key)
