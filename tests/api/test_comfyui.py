@@ -110,7 +110,9 @@ def test_a_client_that_leaves_stops_its_own_prompt() -> None:
 def test_workflows_in_the_configuration_are_models_and_their_faults_stop_the_start(tmp_path: Path) -> None:
     file = tmp_path / "portrait.json"
     template = built_in()
-    file.write_text(json.dumps(template.filled({"checkpoint": "tiny-a.safetensors", "steps": 3})))
+    file.write_text(
+        json.dumps(template.filled({"checkpoint": "tiny-a.safetensors", "steps": 3, "width": 192, "height": 128}))
+    )
     table = f'[backends.comfyui.workflows.portrait]\nfile = "{file}"\n'
 
     async def main() -> None:
@@ -120,6 +122,18 @@ def test_workflows_in_the_configuration_are_models_and_their_faults_stop_the_sta
                 reply = await gateway.client.draw(prompt="p", seed=1, size="64x64", response_format="b64_json")
                 assert drawn(reply) == [picture("p", 1, 64, 64)]
                 assert [one["id"] for one in (await gateway.client.get("/v1/models")).json()["data"]] == ["portrait"]
+                shown = (await gateway.client.get("/v1/backends")).json()["data"][0]["capabilities"]
+                assert shown["default_size"] == "192x128"
+                reply = await gateway.client.draw(prompt="p", seed=1, response_format="b64_json")
+                assert drawn(reply) == [picture("p", 1, 192, 128)]
+            default = backend(server, table).replace(
+                "[backends.comfyui", 'default_size = "64x96"\n[backends.comfyui', 1
+            )
+            async with running(default) as gateway:
+                await known(gateway)
+                assert drawn(await gateway.client.draw(prompt="p", seed=1, response_format="b64_json")) == [
+                    picture("p", 1, 64, 96)
+                ]
             with pytest.raises(ValueError, match=r"workflows\.portrait\.inputs\.seed: there is no node '33'"):
                 async with running(backend(server, table + 'inputs = { seed = "33.seed" }\n')):
                     pass

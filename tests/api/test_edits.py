@@ -123,6 +123,31 @@ def test_the_size_is_that_of_the_picture_unless_another_is_asked_for() -> None:
     edit(act)
 
 
+def test_a_picture_that_cannot_keep_its_size_is_said_to_have_lost_it() -> None:
+    odd = picture("odd", 4, 100, 70)
+
+    async def act(gateway: Harness, server: FakeA1111) -> None:
+        reply = await send(gateway, [("prompt", b"a", None), ("image", odd, "a.png")])
+        assert (reply.status, reply.json()["size"]) == (200, "96x64")
+        assert reply.headers["x-img-serving-ignored"] == "size"
+        reply = await send(gateway, [("prompt", b"a", None), ("image", odd, "a.png"), ("strict", b"true", None)])
+        assert reply.status == 400
+        assert reply.json()["error"]["message"].endswith("96x64 would do)")
+        kept = [("prompt", b"a", None), ("image", START, "a.png"), ("strict", b"true", None)]
+        reply = await send(gateway, kept)
+        assert (reply.status, reply.headers.get("x-img-serving-ignored")) == (200, None)
+
+    edit(act)
+
+
+def test_fields_of_a_form_that_nobody_knows_are_named() -> None:
+    async def act(gateway: Harness, server: FakeA1111) -> None:
+        reply = await send(gateway, [("prompt", b"a", None), ("image", START, "a.png"), ("stps", b"3", None)])
+        assert (reply.status, reply.headers["x-img-serving-ignored"]) == (200, "stps")
+
+    edit(act)
+
+
 def test_the_official_client_edits() -> None:
     """Its own form, over its own transport: openai-python against the application."""
     import httpx2 as httpx

@@ -7,7 +7,7 @@ import base64
 import io
 import logging
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pytest
 from PIL import Image
@@ -126,16 +126,36 @@ def test_null_means_default_for_every_field() -> None:
     run_virtual(main())
 
 
-def test_unknown_fields_are_ignored_and_named_in_the_debug_log(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"tomato": 1, "safety_identifier": "x"}, "safety_identifier, tomato"),
+        ({"stps": 3, "a\r\nx-evil: 1": 1, "한글": {"deep": []}, "x" * 41: 1}, "stps"),
+        ({f"f{index}": index for index in range(20)}, "f0, f1, f10, f11, f12, f13, f14, f15"),
+        ({}, None),
+    ],
+)
+def test_unknown_fields_are_ignored_and_named(fields: dict[str, Any], named: str | None) -> None:
     async def main() -> None:
         async with running(ONE) as gateway:
-            reply = await gateway.client.draw(size="16x16", tomato=1, safety_identifier="x")
+            reply = await gateway.client.draw(size="16x16", **fields)
             assert reply.status == 200
+            assert reply.headers.get("x-img-serving-ignored") == named
 
-    with caplog.at_level(logging.DEBUG, logger="img_serving.api.images"):
-        run_virtual(main())
-    (record,) = [one for one in caplog.records if one.message == "unknown fields ignored"]
-    assert record.fields["unknown"] == ["safety_identifier", "tomato"]  # type: ignore[attr-defined]
+    run_virtual(main())
+
+
+def test_the_painter_says_when_it_stands_in_for_a_model() -> None:
+    async def main() -> None:
+        async with running("") as gateway:
+            for model, ignored in ((None, None), ("procedural", None), ("dall-e-3", "model")):
+                reply = await gateway.client.draw(size="16x16", model=model)
+                assert (reply.status, reply.headers.get("x-img-serving-ignored")) == (200, ignored)
+            reply = await gateway.client.draw(size="16x16", model="dall-e-3", strict=True)
+            assert reply.status == 404
+            assert reply.json()["error"]["code"] == "model_not_found"
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize(

@@ -318,7 +318,7 @@ def test_the_table_itself_is_closed() -> None:
         ComfyUIBackend(Nowhere(), options={"workflow": {}})
     with pytest.raises(ValueError, match="built_in: false, and there are no workflows"):
         ComfyUIBackend(Nowhere(), options={"built_in": False})
-    with pytest.raises(ValueError, match="built_in: Expected"):
+    with pytest.raises(ValueError, match="built_in: must be true or false, not a string"):
         ComfyUIBackend(Nowhere(), options={"built_in": "yes"})
     backend = ComfyUIBackend(Nowhere(), options={"workflows": {"a": {"graph": PLAIN}, "b": {"graph": QWEN_EDIT}}})
     able = backend.capabilities

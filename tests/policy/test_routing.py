@@ -79,6 +79,38 @@ def test_the_built_in_stands_in_for_every_model_but_an_exact_match_wins():
     assert route(BUILTIN, ONE, model="sdxl") == [("one", "sdxl")]
 
 
+def test_what_stands_in_for_a_model_is_no_answer_to_a_strict_request():
+    with pytest.raises(NotFound, match="the model 'dall-e-3' does not exist"):
+        route(BUILTIN, model="dall-e-3", strict=True)
+    assert route(BUILTIN, model="procedural", strict=True) == [("procedural", "procedural")]
+    assert route(BUILTIN, model="mine", aliases={"mine": "procedural"}, strict=True) == [("procedural", "procedural")]
+    assert route(BUILTIN, strict=True) == [("procedural", None)]
+
+
+def test_a_model_that_nobody_has_is_not_blamed_on_what_stands_in_for_it():
+    with pytest.raises(NotFound, match="the model 'nope' does not exist"):
+        route(BUILTIN, model="nope", operation="edit")
+    with pytest.raises(InvalidRequest, match="cannot do the operation 'edit'"):
+        route(BUILTIN, model="procedural", operation="edit")
+
+
+@pytest.mark.parametrize(
+    ("sides", "reason"),
+    [((64, 96), None), ((100, 70), "multiples of 8 pixels: 96x64 would do"), ((1024, 512), "up to 262144 pixels")],
+)
+def test_a_strict_edit_without_a_size_is_refused_where_it_would_not_keep_its_own(sides, reason):
+    picture = InputImage(b"", "image/png", *sides)
+    can = Capabilities(operations=frozenset({"edit"}), sizes=SizeRule(multiple=8))
+    one = Candidate("one", (), can, default_pixels=512 * 512)
+    if reason is None:
+        assert route(one, operation="edit", images=(picture,), strict=True)
+    else:
+        with pytest.raises(InvalidRequest, match=reason) as refused:
+            route(one, operation="edit", images=(picture,), strict=True)
+        assert refused.value.param == "size"
+    assert route(one, operation="edit", images=(picture,))
+
+
 def test_an_unknown_model_is_refused_or_served_by_the_default_as_configured():
     with pytest.raises(NotFound) as caught:
         route(ONE, model="nope")

@@ -50,6 +50,8 @@ class CapabilitiesRecord(msgspec.Struct, frozen=True, kw_only=True):
     max_batch_size: int
     size_multiple: int
     sizes: list[str] | None
+    default_size: str | None = None
+    """What is drawn where nobody says a size, where a model has one of its own."""
     min_side: int
     max_side: int | None
     max_pixels: int | None
@@ -171,6 +173,7 @@ def capabilities_record(can: Capabilities) -> CapabilitiesRecord:
         max_batch_size=can.max_batch_size,
         size_multiple=sizes.multiple,
         sizes=[f"{width}x{height}" for width, height in sizes.choices] or None,
+        default_size=None if can.default_size is None else "{}x{}".format(*can.default_size),
         min_side=sizes.min_side,
         max_side=sizes.max_side,
         max_pixels=sizes.max_pixels,

@@ -10,20 +10,11 @@ import msgspec
 
 from img_serving.api.exchange import Exchange
 from img_serving.domain.errors import InvalidRequest, UnsupportedMediaType
+from img_serving.domain.wording import in_words
 
 Body = TypeVar("Body")
 
 _FIELD = re.compile(r" - at `\$\.?([^`]*)`$")
-_TYPES = re.compile(r"Expected `([a-z| ]+)`, got `([a-z]+)`")
-_KINDS = {
-    "int": "a whole number",
-    "float": "a number",
-    "str": "a string",
-    "bool": "true or false",
-    "object": "an object",
-    "array": "a list",
-    "null": "null",
-}
 Choices = Mapping[str, Sequence[str]]
 
 _MISSING = re.compile(r"Object missing required field `([^`]+)`")
@@ -81,11 +72,6 @@ def invalid(error: msgspec.ValidationError, choices: Choices | None = None) -> I
     reason = _FIELD.sub("", text)
     if not path:
         return InvalidRequest(f"the body must be a JSON object: {reason}", code="invalid_type")
-    mistyped = _TYPES.fullmatch(reason)
-    if mistyped:
-        names = [_KINDS.get(one, one) for one in mistyped.group(1).split(" | ") if one != "null"]
-        told = f"{path}: must be {' or '.join(names)}, not {_KINDS.get(mistyped.group(2), mistyped.group(2))}"
-        return InvalidRequest(told, code="invalid_type", param=path)
-    if reason.startswith("Invalid enum value") and choices is not None and path in choices:
-        reason = f"{reason}; it must be one of {', '.join(choices[path])}"
-    return InvalidRequest(f"{path}: {reason[0].lower()}{reason[1:]}", code="invalid_value", param=path)
+    code = "invalid_type" if ", got `" in reason else "invalid_value"
+    told = in_words(reason, () if choices is None else choices.get(path, ()))
+    return InvalidRequest(f"{path}: {told}", code=code, param=path)

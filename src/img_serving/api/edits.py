@@ -8,7 +8,7 @@ import msgspec
 from msgspec import Meta, structs
 
 from img_serving.api.bodies import invalid
-from img_serving.api.generation import CHOICES, Bounds, GenerationBody, one_of, refuse_unknown_names, to_request
+from img_serving.api.generation import CHOICES, Bounds, GenerationBody, one_of, to_request
 from img_serving.api.multipart import Form
 from img_serving.domain.errors import InvalidRequest
 from img_serving.domain.images import ImageRequest, InputImage
@@ -63,8 +63,6 @@ def body_of_form(form: Form) -> tuple[EditBody, list[bytes], bytes | None]:
         body = msgspec.convert(known, EditBody, strict=False)
     except msgspec.ValidationError as error:
         raise invalid(error, CHOICES) from None
-    if body.strict:
-        refuse_unknown_names(set(form.fields) - {"stream"}, frozenset(EditBody.__struct_fields__))
     pictures = [data for name, files in form.files.items() if name.startswith("image") for data in files]
     masks = [data for name, files in form.files.items() if name.startswith("mask") for data in files]
     for name in form.files:

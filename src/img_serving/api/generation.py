@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal, TypeVar
 
 import msgspec
-from msgspec import Meta
+from msgspec import Meta, structs
 
 from img_serving.domain.errors import InvalidRequest
 from img_serving.domain.images import SEED_LIMIT, ImageRequest, OutputFormat
@@ -24,11 +24,17 @@ MAX_GUIDANCE = 100.0
 MAX_NAME_CHARS = 256
 """Of a model, a backend or a sampler: names are remembered, so they must not be megabytes."""
 
+MAX_UNKNOWN = 8
+"""Fields that nobody knows and that are named in the reply; they go into a header, so they are short words only."""
+
+_SHOWABLE = re.compile(r"[A-Za-z0-9_.-]{1,40}")
+_FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
+
 _T = TypeVar("_T")
 
 
 class GenerationBody(msgspec.Struct, kw_only=True, gc=False):
-    """Body of `POST /v1/images/generations`. `null` means default; unknown fields are ignored."""
+    """Body of `POST /v1/images/generations`. `null` means default; unknown fields are ignored, and named as such."""
 
     prompt: Annotated[str, Meta(description="What to draw.", min_length=1)]
     model: Annotated[
@@ -272,25 +278,26 @@ def response_format_of(body: GenerationBody, bounds: Bounds) -> ResponseFormat:
 
 
 def unknown_fields(raw: bytes, known: frozenset[str] = KNOWN_FIELDS) -> list[str]:
-    """The fields of a body that nobody here knows: named in the debug log, since clients send all sorts."""
+    """The fields of a body, which is known to be good, that nobody here knows: clients send all sorts."""
     try:
-        body = msgspec.json.decode(raw)
+        names = _FIELDS.decode(raw).keys()
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return []
-    return sorted(set(body) - known) if isinstance(body, dict) else []
+        return []  # names that are no text, or something very deep in what nobody reads
+    return [] if names <= known else sorted(names - known)
 
 
-def refuse_unknown(raw: bytes, known: frozenset[str] = KNOWN_FIELDS) -> None:
+def with_unknown(request: ImageRequest, names: Iterable[str]) -> ImageRequest:
+    """The request, which also gave fields of these names: nobody honours them, and the client is told so."""
+    shown = frozenset([name for name in names if _SHOWABLE.fullmatch(name)][:MAX_UNKNOWN])
+    return structs.replace(request, given=request.given | shown) if shown else request
+
+
+def refuse_unknown(names: Iterable[str], known: frozenset[str] = KNOWN_FIELDS) -> None:
     """For `strict`: a field that nobody here knows is refused instead of ignored.
 
     Raises:
         InvalidRequest: naming the first, and the nearest known one.
     """
-    refuse_unknown_names(unknown_fields(raw, known), known)
-
-
-def refuse_unknown_names(names: Iterable[str], known: frozenset[str]) -> None:
-    """The same for fields that are known by name already. Raises InvalidRequest."""
     for name in sorted(set(names) - known):
         near = difflib.get_close_matches(name, known, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""

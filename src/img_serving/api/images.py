@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable
 
 import msgspec
@@ -19,6 +18,7 @@ from img_serving.api.generation import (
     response_format_of,
     to_request,
     unknown_fields,
+    with_unknown,
 )
 from img_serving.api.multipart import read_form
 from img_serving.api.services import Services
@@ -26,9 +26,6 @@ from img_serving.domain.errors import GatewayError, NotFound, QueueFull
 from img_serving.domain.images import ImageRequest
 from img_serving.domain.jobs import Job
 from img_serving.gateway.delivery import ResponseFormat
-
-log = logging.getLogger(__name__)
-
 
 HELD_UPLOADS = 16
 """Bodies of edits in memory at most, in units of the largest one: a queue of uploads must not fill the machine."""
@@ -60,15 +57,13 @@ class Images:
     async def generate(self, exchange: Exchange) -> Reply:
         """`POST /v1/images/generations`."""
         body, raw = await read_json(exchange, self._decoder, self._limit, CHOICES)
-        if log.isEnabledFor(logging.DEBUG):
-            unknown = unknown_fields(raw)
-            if unknown:
-                told = {"request_id": exchange.request_id, "unknown": unknown}
-                log.debug("unknown fields ignored", extra={"fields": told})
-        if body.strict:
-            refuse_unknown(raw)
-        response_format = response_format_of(body, self._bounds)
-        return await self._draw(exchange, to_request(body, self._bounds), response_format)
+        request, response_format = to_request(body, self._bounds), response_format_of(body, self._bounds)
+        unknown = unknown_fields(raw)
+        if unknown:
+            if body.strict:
+                refuse_unknown(unknown)
+            request = with_unknown(request, unknown)
+        return await self._draw(exchange, request, response_format)
 
     async def edit(self, exchange: Exchange) -> Reply:
         """`POST /v1/images/edits`, as a form or as JSON."""
@@ -103,13 +98,15 @@ class Images:
             if is_form:
                 form = read_form(raw, kind or b"")
                 body, pictures, mask = body_of_form(form)
+                unknown = sorted(form.fields.keys() - EDIT_FIELDS)
             else:
                 body = decode_json(raw, self._edit_decoder, CHOICES)
-                if body.strict:
-                    refuse_unknown(raw, EDIT_FIELDS)
                 pictures, mask = pictures_of(body)
+                unknown = unknown_fields(raw, EDIT_FIELDS)
+            if unknown and body.strict:
+                refuse_unknown(unknown, EDIT_FIELDS)
             response_format = response_format_of(body, self._bounds)
-            return to_edit(body, pictures, mask, self._bounds), response_format
+            return with_unknown(to_edit(body, pictures, mask, self._bounds), unknown), response_format
 
         return await asyncio.to_thread(read, raw)
 

@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import msgspec
+from msgspec import inspect
+
+from img_serving.domain.wording import in_words
 
 Kind = TypeVar("Kind", bound=msgspec.Struct)
 
@@ -31,5 +34,14 @@ def read_options(kind: type[Kind], table: Mapping[str, Any]) -> Kind:
         except msgspec.ValidationError as error:
             reason, _, path = str(error).partition(" - at ")
             where = path.strip("`").removeprefix("$.").removeprefix("$") or name
-            raise ValueError(f"{where}: {reason}") from None
+            raise ValueError(f"{where}: {in_words(reason, _words(kind, where))}") from None
     return msgspec.convert(dict(table), kind)
+
+
+def _words(kind: type[msgspec.Struct], name: str) -> list[str]:
+    """The words that an option takes, where it takes certain ones only."""
+    described = inspect.type_info(kind)
+    fields = described.fields if isinstance(described, inspect.StructType) else ()
+    kinds = next((one.type for one in fields if one.encode_name == name), None)
+    some = kinds.types if isinstance(kinds, inspect.UnionType) else (kinds,)
+    return [str(word) for one in some if isinstance(one, inspect.LiteralType) for word in one.values]

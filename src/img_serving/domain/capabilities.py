@@ -115,6 +115,7 @@ class Capabilities:
         honours: the names of `PARAMETERS` that reach the engine.
         honours_in_edits: the same for edits, where that differs; None: it does not.
         sizes: the sizes that it draws.
+        default_size: what it draws where nobody says a size (pixels); None: nobody knows.
         max_steps: inference steps at most.
         max_images: input images that one edit may have.
         masks: whether an edit may have a mask.
@@ -135,6 +136,7 @@ class Capabilities:
     honours: frozenset[str] = field(default_factory=frozenset)
     honours_in_edits: frozenset[str] | None = None
     sizes: SizeRule = ANY_SIZE
+    default_size: tuple[int, int] | None = None
     max_steps: int | None = None
     max_images: int = 1
     masks: bool = False

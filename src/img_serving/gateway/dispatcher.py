@@ -38,8 +38,8 @@ class EndpointLookup(Protocol):
         """The adapter that speaks to this endpoint."""
         ...
 
-    def size_of(self, backend: str) -> tuple[int, int]:
-        """The backend's default size in pixels, for requests that name none."""
+    def size_of(self, backend: str, model: str | None) -> tuple[int, int]:
+        """The default size in pixels of a backend, or of a model there, for requests that name none."""
         ...
 
     def timeout_of(self, backend: str) -> float:
@@ -273,9 +273,9 @@ class Dispatcher:
         if request.width is not None and request.height is not None:
             width, height = request.width, request.height
         else:
-            width, height = self._endpoints.size_of(batch.backend)
+            # an edit keeps the shape of what it starts from
+            width, height = self._endpoints.size_of(batch.backend, None if request.images else batch.model)
             if request.images:
-                # an edit keeps the shape of what it starts from
                 width, height = request.images[0].fitted(width * height)
         return Call(
             request=request,

@@ -14,7 +14,7 @@ from img_serving.gateway.delivery import Answer, Delivery, ResponseFormat
 from img_serving.gateway.dispatcher import Dispatcher
 from img_serving.gateway.identifiers import new_id
 from img_serving.gateway.registry import Registry
-from img_serving.policy.routing import Candidate, RoutingOptions, ignored_by, plan
+from img_serving.policy.routing import Candidate, RoutingOptions, ignored_by, plan, stands_in
 
 MAX_PLANS = 1024
 """Routes remembered at most; past it all are forgotten."""
@@ -82,7 +82,7 @@ class Pipeline:
             request.scheduler,
             len(request.images),
             request.mask is None,
-            request.given if request.strict else None,
+            (request.given, *[(one.width, one.height) for one in request.images[:1]]) if request.strict else None,
         )
         route = self._plans.get(key)
         if route is None:
@@ -96,20 +96,27 @@ class Pipeline:
             GatewayError: how the job failed; `InvalidRequest` also where a strict request was not honoured after all.
         """
         request = job.request
+        # an edit without a size keeps its picture's
+        wanted = request.width, request.height
+        if request.images and request.width is None:
+            wanted = request.images[0].width, request.images[0].height
         try:
             await self._dispatcher.run(job)
         finally:
             if request.images:
                 # jobs and their tasks refer to each other, and so live on for a while: not with megabytes of input
                 job.request = request = structs.replace(request, images=(), mask=None)
-        ignored = self._ignored(job) if request.given else ()
+        ignored = self._ignored(job, wanted) if request.given or request.model or wanted[0] else ()
         if ignored and request.strict:
             reason = f"{job.backend} could not honour {', '.join(ignored)}"
             raise InvalidRequest(reason, code="unsupported", param=ignored[0])
         return await self._delivery.answer(job, response_format, base_url, ignored)
 
-    def _ignored(self, job: Job) -> tuple[str, ...]:
-        """Parameters the client set that were not honoured: the backend cannot, or its engine did otherwise."""
+    def _ignored(self, job: Job, wanted: tuple[int | None, int | None]) -> tuple[str, ...]:
+        """Parameters the client set that were not honoured: the backend cannot, or its engine did otherwise.
+
+        `wanted` is the size that the picture should have; (None, None): any.
+        """
         request = job.request
         lost: frozenset[str] = frozenset()
         for task in job.tasks:
@@ -118,11 +125,13 @@ class Pipeline:
                 continue
             if drawn.ignored:
                 lost |= request.given.intersection(drawn.ignored)
-            if request.width and (drawn.width != request.width or drawn.height != request.height):
+            if wanted[0] and (drawn.width, drawn.height) != wanted:
                 lost |= {"size"}
         for candidate in self._registry.candidates():
             if candidate.name == job.backend:
                 able = candidate.capabilities
+                if candidate.serves_any and stands_in(request, candidate, self._routing):
+                    lost |= {"model"}
                 if able.variants:
                     able = able.of(next((one.model for one in job.route if one.backend == job.backend), None))
                 if lost or not request.given <= able.honoured(request.operation):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
@@ -202,9 +203,11 @@ class Registry:
         """Seconds that one attempt may go without an answer or progress."""
         return self._entries[backend].config.timeout_ms / 1000
 
-    def size_of(self, backend: str) -> tuple[int, int]:
-        """The backend's default size in pixels."""
-        return self._entries[backend].config.default_dimensions()
+    def size_of(self, backend: str, model: str | None = None) -> tuple[int, int]:
+        """The size in pixels of a picture that nobody said a size for: as configured, else the model's own, else 1024x1024."""
+        entry = self._entries[backend]
+        own = None if entry.config.default_size is not None else _capabilities(entry).of(model).default_size
+        return own if own is not None else entry.config.default_dimensions()
 
     def candidates(self) -> tuple[Candidate, ...]:
         """The backends as routing sees them, in file order; kept until something changes."""
@@ -425,4 +428,5 @@ def _candidate(entry: BackendEntry) -> Candidate:
         enabled=config.enabled,
         tier=config.tier,
         serves_any=entry.origin == "builtin",
+        default_pixels=math.prod(config.default_dimensions()),
     )

@@ -19,7 +19,7 @@ class Candidate:
 
     `models` are configured or discovered; empty means nobody knows them, so any name may be meant. `serves_any` is the
     built-in backend where nothing else is configured: it stands in for every model. `endpoints` are its endpoints' own
-    capabilities, by number, where they differ.
+    capabilities, by number, where they differ. An edit without a size is fitted into `default_pixels`.
     """
 
     name: str
@@ -28,6 +28,7 @@ class Candidate:
     enabled: bool = True
     tier: int = 0
     serves_any: bool = False
+    default_pixels: int = 1024 * 1024
     endpoints: tuple[tuple[int, Capabilities], ...] = ()
 
 
@@ -46,7 +47,7 @@ def plan(request: ImageRequest, tenant: Tenant, backends: Sequence[Candidate], o
     An explicit backend comes first, then aliases, then model names, then the default.
 
     Raises:
-        NotFound: no such backend, or nobody has that model.
+        NotFound: no such backend, or nobody has that model (to a `strict` request, no other is an answer).
         Forbidden: this tenant may not use it.
         InvalidRequest: those who have the model cannot do what is asked; the message gives each one's reason.
         NoUsableBackend: there is no enabled backend at all.
@@ -73,6 +74,8 @@ def plan(request: ImageRequest, tenant: Tenant, backends: Sequence[Candidate], o
     fitting: list[Target] = []
     refusals: list[tuple[str, tuple[str, str]]] = []
     for backend, model in allowed:
+        if request.strict and stands_in(request, backend, options):
+            raise _no_such_model(request)
         refusal, only = _fitting(request, backend, model)
         if refusal is None:
             fitting.append(Target(backend.name, model, backend.tier, only))
@@ -80,6 +83,8 @@ def plan(request: ImageRequest, tenant: Tenant, backends: Sequence[Candidate], o
             refusals.append((backend.name, refusal))
     if fitting:
         return tuple(fitting)
+    if all(stands_in(request, backend, options) for backend, _ in allowed):
+        raise _no_such_model(request)
     reasons = "; ".join(f"{name}: {reason}" for name, (reason, _) in refusals)
     raise InvalidRequest(f"no backend can serve this request ({reasons})", code="unsupported", param=refusals[0][1][1])
 
@@ -87,6 +92,13 @@ def plan(request: ImageRequest, tenant: Tenant, backends: Sequence[Candidate], o
 def ignored_by(request: ImageRequest, capabilities: Capabilities) -> tuple[str, ...]:
     """Parameters the client set that a backend of these capabilities cannot honour, sorted."""
     return tuple(sorted(request.given - capabilities.honoured(request.operation)))
+
+
+def stands_in(request: ImageRequest, backend: Candidate, options: RoutingOptions) -> bool:
+    """Whether this backend would draw with something else than the model that was asked for, since nobody has that."""
+    if request.model is None or not backend.serves_any:
+        return False
+    return options.aliases.get(request.model, request.model) not in (*backend.models, backend.name)
 
 
 def _by_backend(
@@ -143,7 +155,11 @@ def _by_model(
     if options.unknown_model == "default":
         default = _default(enabled, options)
         return [(default, _default_model(default))]
-    raise NotFound(
+    raise _no_such_model(request)
+
+
+def _no_such_model(request: ImageRequest) -> NotFound:
+    return NotFound(
         f"the model {request.model!r} does not exist; GET /v1/models lists those that do",
         code="model_not_found",
         param="model",
@@ -167,16 +183,20 @@ def _fitting(
 ) -> tuple[tuple[str, str] | None, tuple[int, ...] | None]:
     """Why a backend cannot serve it (None if it can), and which of its endpoints can, where not all do."""
     if not backend.endpoints:
-        return refusal_of(request, backend.capabilities.of(model)), None
-    refusals = [(number, refusal_of(request, can.of(model))) for number, can in backend.endpoints]
+        return refusal_of(request, backend.capabilities.of(model), backend.default_pixels), None
+    pixels = backend.default_pixels
+    refusals = [(number, refusal_of(request, can.of(model), pixels)) for number, can in backend.endpoints]
     able = tuple(number for number, refusal in refusals if refusal is None)
     if not able:
         return refusals[0][1], None
     return None, None if len(able) == len(refusals) else able
 
 
-def refusal_of(request: ImageRequest, can: Capabilities) -> tuple[str, str] | None:
-    """Why a backend of these capabilities cannot serve it (reason, field at fault), or None."""
+def refusal_of(request: ImageRequest, can: Capabilities, default_pixels: int | None = None) -> tuple[str, str] | None:
+    """Why a backend of these capabilities cannot serve it (reason, field at fault), or None.
+
+    An edit without a size is fitted into `default_pixels`, where they are known.
+    """
     if request.operation not in can.operations:
         return f"it cannot do the operation {request.operation!r}", "model"
     if len(request.images) > can.max_images:
@@ -189,7 +209,7 @@ def refusal_of(request: ImageRequest, can: Capabilities) -> tuple[str, str] | No
             return reason, "size"
     if can.max_steps is not None and request.steps is not None and request.steps > can.max_steps:
         return f"it does at most {can.max_steps} steps", "num_inference_steps"
-    return _unknown_name(request, can) or (_ignored(request, can) if request.strict else None)
+    return _unknown_name(request, can) or (_ignored(request, can, default_pixels) if request.strict else None)
 
 
 def _unknown_name(request: ImageRequest, can: Capabilities) -> tuple[str, str] | None:
@@ -209,13 +229,21 @@ def _unknown_name(request: ImageRequest, can: Capabilities) -> tuple[str, str] |
     return None
 
 
-def _ignored(request: ImageRequest, can: Capabilities) -> tuple[str, str] | None:
+def _ignored(request: ImageRequest, can: Capabilities, default_pixels: int | None) -> tuple[str, str] | None:
     """With `strict`, whatever it cannot honour is a reason to refuse."""
     ignored = ignored_by(request, can)
     if ignored:
         return f"it cannot honour {', '.join(ignored)}", ignored[0]
-    if "size" in request.given and request.width and request.height:
-        wide, high = can.sizes.fit(request.width, request.height)
-        if (wide, high) != (request.width, request.height):
-            return f"it draws multiples of {can.sizes.multiple} pixels: {wide}x{high} would do", "size"
+    if request.width and request.height:
+        wanted = request.width, request.height
+    elif request.images:
+        first = request.images[0]
+        wanted = first.width, first.height
+        if default_pixels is not None and first.fitted(default_pixels) != wanted:
+            return f"without a size it edits pictures of up to {default_pixels} pixels: say a size", "size"
+    else:
+        return None
+    fitting = can.sizes.fit(*wanted)
+    if fitting != wanted:
+        return f"it draws multiples of {can.sizes.multiple} pixels: {fitting[0]}x{fitting[1]} would do", "size"
     return None

@@ -232,6 +232,7 @@ class ComfyUIBackend:
                 honours=workflow.honours,
                 honours_in_edits=workflow.honours_in_edits,
                 sizes=workflow.sizes,
+                default_size=None if workflow.generation is None else workflow.generation.size,
                 max_images=max(1, len(slots.get("image", ()))),
                 masks=bool(slots.get("mask")),
                 formats=(),

@@ -116,6 +116,15 @@ class Template:
         return frozenset(names)
 
     @property
+    def size(self) -> tuple[int, int] | None:
+        """The size in pixels that the graph itself says; None where it says none that is mapped."""
+        sides = []
+        for name in ("width", "height"):
+            held = [self.graph[slot.node]["inputs"][slot.name] for slot in self.slots.get(name, ())]
+            sides += [value for value in held[:1] if type(value) is int and value > 0]
+        return (sides[0], sides[1]) if len(sides) == 2 else None
+
+    @property
     def mask_is_alpha(self) -> bool:
         """The mask is the alpha channel of the picture itself."""
         return bool(self.slots.get("mask")) and self.slots["mask"] == self.slots.get("image")
