@@ -19,12 +19,14 @@ class HealthReport:
     """What a health check found: `detail` says why (safe to show). `models` is None where the server did not tell.
 
     `found` says in one line which program speaks there, and what that rests on, where the adapter knows ("" if not).
+    `faults` say what of its configuration cannot work there, each in one line.
     """
 
     healthy: bool
     detail: str = ""
     models: tuple[str, ...] | None = None
     found: str = ""
+    faults: tuple[str, ...] = ()
 
 
 class Backend(Protocol):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ from typing import Any
 import pybase64
 import pytest
 from PIL import Image
+from tests.support import fake_comfyui
 from tests.support.fake_comfyui import FakeComfyUI
 from tests.support.gateways import Harness, running
 
 from img_serving.backends.comfyui.built_in import built_in
 from img_serving.backends.scripted import picture
+from img_serving.config import toml_of
 from img_serving.media.png import strip_metadata
 
 
@@ -137,5 +140,51 @@ def test_workflows_in_the_configuration_are_models_and_their_faults_stop_the_sta
             with pytest.raises(ValueError, match=r"workflows\.portrait\.inputs\.seed: there is no node '33'"):
                 async with running(backend(server, table + 'inputs = { seed = "33.seed" }\n')):
                     pass
+
+    asyncio.run(main())
+
+
+def test_a_workflow_that_cannot_run_is_no_model_and_the_log_says_why(caplog: pytest.LogCaptureFixture) -> None:
+    good, bad = built_in().filled({"checkpoint": "tiny-a.safetensors"}), built_in().filled({"checkpoint": "gone"})
+    table = "\n".join(
+        f"[backends.comfyui.workflows.{name}]\ngraph = {toml_of(graph)}"
+        for name, graph in (("good", good), ("bad", bad))
+    )
+
+    async def main() -> None:
+        async with FakeComfyUI() as server, running(backend(server, table)) as gateway:
+            await known(gateway)
+            assert [one["id"] for one in (await gateway.client.get("/v1/models")).json()["data"]] == ["good"]
+            assert (await gateway.client.draw(model="bad")).json()["error"]["code"] == "model_not_found"
+            (record,) = (await gateway.client.get("/v1/backends")).json()["data"]
+            assert "4.ckpt_name is gone" in record["endpoints"][0]["health_detail"]
+
+    with caplog.at_level(logging.WARNING):
+        asyncio.run(main())
+    (told,) = [one for one in caplog.records if "workflow" in one.message]
+    assert told.message.startswith("it cannot run the workflow bad: 4.ckpt_name is gone")
+    assert told.fields["backend"] == "comfy"  # type: ignore[attr-defined]
+
+
+def test_one_workflow_that_cannot_run_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = {"checkpoint": "tiny-a.safetensors"}
+    graphs = {"good": built_in().filled(plain), "bad": built_in(clip_skip=True).filled(plain)}
+    table = "\n".join(
+        f"[backends.comfyui.workflows.{name}]\ngraph = {toml_of(graph)}" for name, graph in graphs.items()
+    )
+
+    async def main() -> None:
+        async with FakeComfyUI() as server, running(backend(server, table)) as gateway:
+            await known(gateway)
+            monkeypatch.delitem(fake_comfyui.NODES, "CLIPSetLastLayer")  # somebody has tidied up
+            for _ in range(8):
+                reply = await gateway.client.draw(model="bad", size="64x64")
+                assert (reply.status, reply.headers["x-backend"]) == (502, "comfy")
+                assert "CLIPSetLastLayer" in reply.json()["error"]["message"]
+            assert (await gateway.client.draw(model="good", size="64x64")).status == 200
+            (record,) = (await gateway.client.get("/v1/backends")).json()["data"]
+            (endpoint,) = record["endpoints"]
+            assert (endpoint["breaker"], endpoint["usable"], endpoint["failures"]) == ("closed", True, 0)
+            assert "CLIPSetLastLayer" in endpoint["last_error"]
 
     asyncio.run(main())

@@ -322,9 +322,11 @@ def test_samplers_and_schedules_are_found_by_the_names_that_clients_know(
 @pytest.mark.parametrize("name", ["sampler", "scheduler"])
 def test_an_unknown_name_is_refused_with_the_nearest(name: str) -> None:
     async def act(rig: Rig) -> None:
-        error = await rig.refused(call_of(7, "a quiet harbour", **{name: "eulr"}))
+        error = await rig.refused(
+            call_of(7, "a quiet harbour", **{name: {"sampler": "eulr", "scheduler": "karas"}[name]})
+        )
         assert error.param == name
-        assert "nearest" in error.message
+        assert f"the nearest it has: {'euler' if name == 'sampler' else 'karras'}" in error.message
         assert not rig.server.posts
 
     run(act)
@@ -531,9 +533,44 @@ def test_a_file_that_a_workflow_names_and_the_server_lacks_is_not_the_requests_f
         assert error.outcome is Outcome.NOT_STARTED
         report = await rig.backend.check(2.0)
         assert (report.healthy, report.models) == (True, ())
-        assert "mine wants gone.safetensors" in report.detail
+        reason = "1.ckpt_name is gone.safetensors, which the server does not have (it has: "
+        assert report.faults[0].startswith(f"it cannot run the workflow mine: {reason}")
+        assert report.faults[0] in report.detail
 
     run(act, options=workflow(graph, inputs={"checkpoint": []}))
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_value_that_the_request_left_to_the_graph_is_not_the_requests_fault(told: bool) -> None:
+    sampler = {**SAVING["5"], "inputs": {**SAVING["5"]["inputs"], "sampler_name": "nosampler"}}
+
+    async def act(rig: Rig) -> None:
+        if told:
+            assert (await rig.backend.check(2.0)).models == ()
+        error = await rig.failing(call_of(model="mine"))
+        assert (error.outcome, error.is_blameless) == (Outcome.NOT_STARTED, True)
+        assert "sampler_name" in error.message
+        await rig.draw(call_of(model="mine", sampler="euler", given=frozenset({"sampler"})))
+
+    run(act, options=workflow({**SAVING, "5": sampler}))
+
+
+def test_a_checkpoint_may_be_configured_by_the_name_that_its_model_has_here() -> None:
+    async def act(rig: Rig) -> None:
+        assert (await rig.backend.check(2.0)).models == ("mine",)
+        await rig.draw(call_of(model="mine"))
+        assert rig.server.posts[-1].json["prompt"]["1"]["inputs"]["ckpt_name"] == "sub/tiny-b.safetensors"
+        rig.server.checkpoints.remove("sub/tiny-b.safetensors")
+        rig.backend._server.forget_files()
+        report = await rig.backend.check(2.0)
+        assert (report.models, report.faults) == (
+            (),
+            ("it cannot run the workflow mine: it lacks the checkpoint sub/tiny-b",),
+        )
+        error = await rig.failing(call_of(model="mine"))
+        assert (error.outcome, error.is_blameless) == (Outcome.NOT_STARTED, True)
+
+    run(act, options=workflow(SAVING, checkpoint="sub/tiny-b"))
 
 
 def test_a_complaint_never_quotes_the_prompt() -> None:

@@ -259,7 +259,6 @@ def test_files_are_read_when_the_adapter_is_made(tmp_path: Path) -> None:
     file.write_text(json.dumps({"prompt": PLAIN, "client_id": "x"}))
     workflow = read_workflows({"mine": {"file": str(file), "edit_graph": QWEN_EDIT}})["mine"]
     assert workflow.operations == {"generation", "edit"}
-    assert workflow.checkpoints() == {"sd.safetensors"}
 
 
 def test_a_fault_says_what_where_and_what_would_be_right(tmp_path: Path) -> None:

@@ -246,6 +246,21 @@ def test_the_model_list_speaks_for_health(reply, healthy, models):
     assert "sk-1234567" not in report.detail
 
 
+@pytest.mark.parametrize(
+    ("reply", "preset", "doubted"),
+    [
+        (UpstreamReply(404), "auto", True),
+        (UpstreamReply(200, {}, b"<html>"), "auto", True),
+        (UpstreamReply(200, {}, b'{"data": []}'), "auto", False),
+        (UpstreamReply(404), "generic", False),
+    ],
+)
+def test_that_nothing_shows_what_speaks_there_is_said(reply, preset, doubted):
+    report = check(OpenAIBackend(FakeTransport(reply), options={"preset": preset}))
+    assert (report.healthy, bool(report.faults)) == (True, doubted)
+    assert "address" in "".join(report.faults) or not doubted
+
+
 def test_a_configured_health_path_decides_and_models_are_still_discovered():
     models = UpstreamReply(200, {}, b'{"data": [{"id": "a"}]}')
     transport = FakeTransport(UpstreamReply(204), models)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
 from rich.cells import cell_len
+from rich.console import Console
 
+from img_serving.api.backends import BackendList
 from img_serving.cli import main
+from img_serving.cli.backends import page_of
 
 if TYPE_CHECKING:
     from tests.cli.conftest import StubGateway
@@ -68,8 +73,11 @@ def test_list_shows_what_is_there_and_how_it_is(gateway: StubGateway, capsys: Ou
     )
     assert main(["backends", "list"]) == 0
     out = capsys.readouterr().out
-    for text in ("sd", "http (a1111)", "http://[::1]:7860 up", "http://b:1 down, breaker half open (refused)"):
+    for text in ("sd", "http (a1111)"):
         assert text in out
+    rows = [line.rstrip().split(maxsplit=2) for line in out.splitlines() if "http://" in line]
+    assert ["sd", "http://[::1]:7860", "up"] in rows
+    assert ["sd", "http://b:1", "down, breaker half open (refused)"] in rows
     for text in ("healthy", "unhealthy", "disabled", "sdxl", "2.5", "2/4"):
         assert text in out
     assert gateway.asked[0].path == "/v1/backends"
@@ -78,10 +86,27 @@ def test_list_shows_what_is_there_and_how_it_is(gateway: StubGateway, capsys: Ou
 def test_columns_stay_aligned_with_korean_text(gateway: StubGateway, capsys: Out) -> None:
     gateway.answer(200, listing(backend("a", models=["한국어-모델-하나"]), backend("b", models=["sdxl"])))
     assert main(["backends", "list"]) == 0
-    rows = [line for line in capsys.readouterr().out.splitlines() if line.endswith("1/2")]
+    rows = [line for line in capsys.readouterr().out.splitlines() if "1/2" in line]
     assert len(rows) == 2
     assert len({cell_len(row) for row in rows}) == 1
     assert len({len(row) for row in rows}) == 2
+
+
+def test_a_terminal_of_80_columns_is_wide_enough() -> None:
+    found = "stable-diffusion.cpp (GET /sdcpp/v1/capabilities answers)"
+    records = listing(
+        backend(
+            "stable-diffusion",
+            detected_protocol="comfyui",
+            endpoints=[endpoint(url="http://127.0.0.1:8188", found=found)],
+        )
+    )
+    console = Console(width=80, file=io.StringIO(), highlight=False)
+    console.print(page_of(msgspec.convert(records, BackendList).data))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    for words in (["NAME", "PROTOCOL", "STATE", "WEIGHT", "IN FLIGHT", "MODELS"], ["http (comfyui)", "healthy", "1/2"]):
+        assert any(all(word in line for word in words) for line in lines)
+    assert any("http://127.0.0.1:8188" in line and "up (stable-diffusion.cpp)" in line for line in lines)
 
 
 def test_a_long_row_is_not_cut_in_a_pipe(gateway: StubGateway, capsys: Out) -> None:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
+import os
+import pty
+import subprocess
 import sys
+import termios
+import time
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -226,3 +232,63 @@ def test_the_size_is_one_that_can_be_drawn(probe: Probe) -> None:
     assert code == 0
     assert server.posts[0].json["size"] == "1536x1024"
     assert "1536x1024 image/png" in out
+
+
+def test_few_steps_are_enough_for_a_test_unless_more_are_asked_for(probe: Probe) -> None:
+    with in_a_thread(FakeA1111()) as server:
+        assert "in 8 steps" in probe(server.url, "--draw")[2]
+        probe(server.url, "--draw", "--steps", "3")
+        assert [one.json["steps"] for one in server.posts] == [8, 3]
+
+
+def test_somewhere_that_nothing_is_known_of_is_doubted(probe: Probe) -> None:
+    with in_a_thread(ScriptedServer({"faces": []})) as server:
+        for protocol in ("http", "openai"):
+            code, out, _ = probe(server.url, "--no-draw", "--protocol", protocol)
+            assert code == 0
+            assert "  but         nothing shows that OpenAI's API is spoken there" in out
+        record = json.loads(probe(server.url, "--no-draw", "--json")[1])
+        assert "make sure that the address is right" in record["faults"][0]
+
+
+def test_of_nobody_nothing_is_told_that_it_can_do(probe: Probe) -> None:
+    code, out, _ = probe("http://127.0.0.1:9", "--no-draw", "--json")
+    assert (code, json.loads(out)["capabilities"]) == (1, None)
+
+
+def test_ctrl_c_at_the_question_ends_it_at_once_and_what_was_found_is_told() -> None:
+    with in_a_thread(FakeA1111()) as server:
+        ours, theirs = pty.openpty()
+        environment = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "img_serving", "backends", "probe", server.url],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # noqa: PLW1509 - nothing but the terminal is set
+            env=environment,
+        )
+        os.close(theirs)
+        try:
+            said = _read(ours, until="[y/N]")
+            os.write(ours, b"\x03")
+            said += _read(ours, until="endpoints = ")
+            assert process.wait(10) == 130
+        finally:
+            process.kill()
+            process.wait()
+            os.close(ours)
+        assert "[[backends]]" in said
+        assert not server.posts
+
+
+def _read(terminal: int, until: str) -> str:
+    said = b""
+    deadline = time.monotonic() + 20
+    while until.encode() not in said and time.monotonic() < deadline:
+        try:
+            said += os.read(terminal, 4096)
+        except OSError:
+            break  # the other side is gone
+    return said.decode()

@@ -35,8 +35,9 @@ def test_a_name_that_is_there_wins_over_an_alias():
 
 
 def test_a_slip_is_answered_with_what_may_be_meant():
-    assert SAMPLERS.nearest("eular a")[0] == "Euler a"
-    assert SAMPLERS.nearest("넓은 바다") == ("Euler", "Euler a", "DPM++ 2M")
+    assert SAMPLERS.hint("eular a").startswith("the nearest it has: Euler a")
+    assert SAMPLERS.hint("넓은 바다").startswith("it has: Euler, Euler a, DPM++ 2M")
+    assert Vocabulary([str(number) for number in range(9)]).hint("x") == "it has: 0, 1, 2, 3, 4, 5, …"
 
 
 def test_equal_lists_are_equal_vocabularies():

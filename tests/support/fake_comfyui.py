@@ -53,6 +53,15 @@ NODES: dict[str, dict[str, Any]] = {
     "SaveImage": {"images": list, "filename_prefix": str},
 }  # fmt: skip
 OUTPUTS = ("PreviewImage", "SaveImage")
+SOCKETS = {
+    "model": "MODEL", "clip": "CLIP", "vae": "VAE", "positive": "CONDITIONING", "negative": "CONDITIONING",
+    "latent_image": "LATENT", "samples": "LATENT", "pixels": "IMAGE", "image": "IMAGE", "images": "IMAGE", "mask": "MASK",
+}  # fmt: skip
+CHOICES = {
+    "channel": ("alpha", "red", "green", "blue"),
+    "upscale_method": ("nearest-exact", "bilinear", "area", "bicubic", "lanczos"),
+    "crop": ("disabled", "center"),
+}
 
 
 class Interrupted(Exception):
@@ -389,17 +398,26 @@ class FakeComfyUI(StubServer):
         return Answer(200, data, {"content-type": "image/png"}, manner=self.view_manner)
 
     def _object_info(self, node: str) -> Answer:
-        choices: dict[str, dict[str, Any]] = {
-            "CheckpointLoaderSimple": {"ckpt_name": list(self.checkpoints)},
-            "KSampler": {"sampler_name": list(SAMPLERS), "scheduler": list(SCHEDULERS)},
-        }
-        if node not in choices:
+        if node not in NODES:
             return _json({})
-        required = {
-            name: ["COMBO", {"options": names}] if self.new_choices else [names, {"tooltip": "…"}]
-            for name, names in choices[node].items()
-        }
-        return _json({node: {"input": {"required": required}, "output_node": False}})
+        required = {name: self._described(name, rule) for name, rule in NODES[node].items()}
+        told = {"input": {"required": required}, "python_module": "nodes", "output_node": node in OUTPUTS}
+        return _json({node: told})
+
+    def _described(self, name: str, rule: Any) -> list[Any]:
+        """An input as `/object_info` has it."""
+        if isinstance(rule, tuple):
+            kind = "FLOAT" if isinstance(rule[1], float) else "INT"
+            return [kind, {"min": rule[0], "max": rule[1]}]
+        if rule is list:
+            return [SOCKETS[name]]
+        if rule == "files":
+            return [["example.png"], {"image_upload": True}]
+        choices = {"checkpoints": self.checkpoints, "samplers": SAMPLERS, "schedulers": SCHEDULERS, **CHOICES}
+        names = choices.get(rule if isinstance(rule, str) else name)
+        if names is None:
+            return ["STRING", {"multiline": True}]
+        return ["COMBO", {"options": list(names)}] if self.new_choices else [list(names), {"tooltip": "…"}]
 
     # the websocket
 

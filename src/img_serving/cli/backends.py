@@ -13,7 +13,7 @@ from img_serving.cli.endings import MISUSED, OK, CommandFailed, printable
 from img_serving.cli.usage import Commands, add_gateway_options, number, whole, words
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Group
 
     from img_serving.api.backends import BackendEndpointRecord, BackendRecord
 
@@ -102,7 +102,7 @@ def show(args: argparse.Namespace) -> int:
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 10_000  # nothing is cut or folded for a file or a pipe
-    console.print(table_of(backends))
+    console.print(page_of(backends))
     return OK
 
 
@@ -181,9 +181,10 @@ def settings_of(given: list[str], body: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def table_of(backends: list[BackendRecord]) -> Table:
-    """The backends as a table for people. Texts that come from backends are never read as markup."""
+def page_of(backends: list[BackendRecord]) -> Group:
+    """The backends and their endpoints for people. Texts that come from backends are never read as markup."""
     from rich import box
+    from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
@@ -191,10 +192,13 @@ def table_of(backends: list[BackendRecord]) -> Table:
         return Text(printable(value), style)
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for name in ("NAME", "PROTOCOL", "STATE", "ENDPOINTS", "MODELS"):
-        table.add_column(name, overflow="fold")
-    table.add_column("WEIGHT", justify="right", no_wrap=True)
-    table.add_column("IN FLIGHT", justify="right", no_wrap=True)
+    for name in ("NAME", "PROTOCOL", "STATE", "WEIGHT", "IN FLIGHT"):
+        table.add_column(name, overflow="fold", no_wrap=name != "NAME")
+    table.add_column("MODELS", overflow="fold", min_width=16)
+    endpoints = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    endpoints.add_column("NAME", overflow="fold", max_width=20)
+    endpoints.add_column("ENDPOINT", overflow="fold", min_width=28)
+    endpoints.add_column("STATE", overflow="fold", min_width=24)
     for one in backends:
         detected = f" ({one.detected_protocol})" if one.detected_protocol else ""
         in_flight = sum(endpoint.in_flight for endpoint in one.endpoints)
@@ -203,12 +207,13 @@ def table_of(backends: list[BackendRecord]) -> Table:
             text(one.name, "bold"),
             text(one.protocol + detected),
             text(*_state_of(one)),
-            text("\n".join(f"{endpoint.url} {_state_of_endpoint(endpoint)}" for endpoint in one.endpoints)),
-            text(", ".join(one.models) or "-"),
             text(f"{one.weight:g}"),
             text(f"{in_flight}/{slots}"),
+            text(", ".join(one.models) or "-"),
         )
-    return table
+        for endpoint in one.endpoints:
+            endpoints.add_row(text(one.name, "bold"), text(endpoint.url), text(_state_of_endpoint(endpoint)))
+    return Group(table, Text(), endpoints)
 
 
 def _state_of(backend: BackendRecord) -> tuple[str, str]:

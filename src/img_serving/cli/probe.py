@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -38,7 +39,15 @@ SHOWN = 12
 """Names of a list that are shown; --json has them all."""
 
 SMALL_AREA = 256 * 256
+TEST_STEPS = 8
+USUAL_STEPS = 20
 PREFERRED_SIZES = ((512, 512), (1024, 1024))
+_TOGETHER = {
+    "single": "",
+    "request": "of one request",
+    "seeds": "of one prompt with consecutive seeds",
+    "items": "of different requests",
+}
 _SECRET_KEYS = frozenset({"api_key", "headers", "password"})
 DEFAULT_TIMEOUT_SECONDS = 60
 NAME_CHARS = 64
@@ -61,6 +70,7 @@ class Drawing:
     artifact: Artifact
     seconds: float
     ignored: tuple[str, ...]
+    steps: int | None
 
 
 def register(actions: Any) -> None:
@@ -83,7 +93,9 @@ def register(actions: Any) -> None:
     agreed.add_argument("--no-draw", action="store_true", help="do not draw, do not ask")
     picture.add_argument("--model", type=words, metavar="M", help="the model that draws it (default: the first)")
     picture.add_argument("--size", type=size, metavar="WxH", help="in pixels (default 512x512, or what it can draw)")
-    picture.add_argument("--steps", type=whole(1), metavar="N", help="inference steps (default: the server's)")
+    picture.add_argument(
+        "--steps", type=whole(1), metavar="N", help="inference steps (default 8, where it takes a number of them)"
+    )
     picture.add_argument("--prompt", type=words, default="a lighthouse at dusk", help="what to draw")
     picture.add_argument(
         "-o", "--output", metavar="FILE", help="where to write it (default: it is looked at and dropped)"
@@ -124,22 +136,19 @@ async def _probe(args: argparse.Namespace, config: BackendConfig) -> int:
             if args.json:
                 print(json.dumps(_as_json(args, config, found, None), indent=2))
             return FAILED
-        drawing = failure = None
-        if args.draw or (not args.no_draw and not args.json and _agrees(args, found)):
-            try:
+        drawing = None
+        try:
+            if args.draw or (not args.no_draw and not args.json and _agrees(args, found)):
                 drawing = await _draw(args, adapter, found)
-            except CommandFailed as error:
-                failure = error  # what was found is told all the same
-            else:
                 if not args.json:
                     _tell_drawing(args, drawing)
-        if args.json:
-            print(json.dumps(_as_json(args, config, found, drawing), indent=2))
-        else:
-            print("\nto use it, paste this into your configuration:\n")
-            print(block(args, config, found, drawing))
-        if failure is not None:
-            raise failure
+        finally:
+            # what was found is told whatever became of the picture, also where somebody lost patience with it
+            if args.json:
+                print(json.dumps(_as_json(args, config, found, drawing), indent=2))
+            else:
+                print("\nto use it, paste this into your configuration:\n")
+                print(block(args, config, found, drawing))
         return OK
     finally:
         await adapter.close()
@@ -165,16 +174,19 @@ async def _draw(args: argparse.Namespace, adapter: Backend, found: Probe) -> Dra
 
     model = args.model or (found.report.models[0] if found.report.models else None)
     width, height = _size(args, found)
-    given = {"size", "seed"} | ({"num_inference_steps"} if args.steps else set())
     able = found.capabilities.of(model)
+    steps = _steps(args, able)
+    given = {"size", "seed"} | ({"num_inference_steps"} if steps else set())
     request = ImageRequest(
         args.prompt, model=model, width=width, height=height, seed=42, seed_given="seed" in able.honours,
-        steps=args.steps, given=frozenset(given),
+        steps=steps, given=frozenset(given),
     )  # fmt: skip
     refusal = able.sizes.refusal(width, height)
     if refusal is not None:
         raise CommandFailed(f"{refusal}; choose another one with --size", MISUSED)
     call = Call(request, model, width, height, (Item(args.prompt, None, 42),), float(args.timeout))
+    if not (args.json or sys.stderr.isatty()):
+        say(f"drawing {_described(width, height, steps)}; this may take up to {args.timeout} s without a sign of life")
     started = time.perf_counter()
     with progress("drawing", quiet=args.json, measured=able.progress) as watch:
 
@@ -195,7 +207,7 @@ async def _draw(args: argparse.Namespace, adapter: Backend, found: Probe) -> Dra
     lost = (given - able.honours) | set(drawn.ignored)
     if (drawn.width, drawn.height) != (width, height):
         lost.add("size")
-    return Drawing(drawn, seconds, tuple(sorted(lost & given)))
+    return Drawing(drawn, seconds, tuple(sorted(lost & given)), steps)
 
 
 def _watch(watch: Watch, step: Any) -> None:
@@ -223,18 +235,33 @@ def _size(args: argparse.Namespace, found: Probe) -> tuple[int, int]:
     return next((one for one in (*PREFERRED_SIZES, *sizes.choices) if sizes.refusal(*one) is None), PREFERRED_SIZES[0])
 
 
+def _steps(args: argparse.Namespace, able: Capabilities) -> int | None:
+    """Few, where they can be said: it is a test, and some servers' own number takes minutes."""
+    if args.steps is not None or "num_inference_steps" not in able.honours:
+        return args.steps  # type: ignore[no-any-return] # an int, or None
+    return TEST_STEPS if able.max_steps is None else min(TEST_STEPS, able.max_steps)
+
+
+def _described(width: int, height: int, steps: int | None) -> str:
+    in_steps = "" if steps is None else f" in {steps} step{'s'[: steps != 1]}"
+    return f"one test picture of {width}x{height}{in_steps}"
+
+
 def _agrees(args: argparse.Namespace, found: Probe) -> bool:
     """Ask whether to draw; without a terminal nobody can be asked, so nothing is drawn."""
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         say("no test picture is drawn without a terminal to ask at; --draw agrees beforehand")
         return False
-    wide, high = _size(args, found)
+    model = args.model or next(iter(found.report.models or ()), None)
+    what = _described(*_size(args, found), _steps(args, found.capabilities.of(model)))
+    # inside a loop Ctrl-C only asks its task to end, which does not happen while this waits
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        answer = input(
-            f"\ndraw one test picture of {wide}x{high} there? it takes its time, and hosted ones charge for it [y/N] "
-        )
+        answer = input(f"\ndraw {what} there? it takes its time, and hosted ones charge for it [y/N] ")
     except EOFError:
         return False
+    finally:
+        signal.signal(signal.SIGINT, before)
     return answer.strip().lower() in {"y", "yes", "예", "네", "ㅇ"}
 
 
@@ -246,6 +273,8 @@ def _tell_found(url: str, found: Probe) -> None:
     lines = [f"{url}"]
     if not report.healthy:
         lines.append(f"  cannot be used: {_line(report.detail)}")
+        if "credentials" in report.detail:
+            lines.append("  give a key with --upstream-api-key-env VAR, or --username and --password-env")
         print(printable("\n".join(lines)))
         return
     lines.append(f"  speaks      {found.protocol}" + (f": {_line(report.found)}" if report.found else ""))
@@ -266,7 +295,11 @@ def _tell_found(url: str, found: Probe) -> None:
         lines.append(f"  samplers    {_listed(able.samplers.names)}")
     if able.schedulers is not None:
         lines.append(f"  schedules   {_listed(able.schedulers.names)}")
-    lines.append(f"  one call    up to {able.max_batch_size} picture{'s'[: able.max_batch_size != 1]} ({able.batch})")
+    one_call = (
+        "one picture" if able.max_batch_size == 1 else f"up to {able.max_batch_size} pictures {_TOGETHER[able.batch]}"
+    )
+    lines.append(f"  one call    {one_call}")
+    lines += [f"  but         {_line(fault)}" for fault in report.faults]
     print(printable("\n".join(lines)))
 
 
@@ -313,19 +346,20 @@ def block(args: argparse.Namespace, config: BackendConfig, found: Probe, drawing
 
     lines = ["[[backends]]", f"name = {toml_of(config.name)}", f"protocol = {toml_of(found.protocol)}"]
     lines.append(f"endpoints = {toml_of([_plain(config)])}")
-    if found.report.models and len(found.report.models) > 1:
+    settings = _settings(args)
+    if found.report.models and len(found.report.models) > 1 and "models" not in settings:
         lines.append(f"#models = {toml_of(found.report.models[:SHOWN])}  # to serve these only")
     if args.upstream_api_key_env:
         lines.append(f'api_key = "${{{args.upstream_api_key_env}}}"')
     if args.username:
         lines += [f"username = {toml_of(args.username)}", f'password = "${{{args.password_env}}}"']
-    for key, value in _settings(args).items():
+    for key, value in settings.items():
         if key in _SECRET_KEYS:
             lines.append(f'#{key} = "${{…}}"  # as you gave it; keep secrets in the environment')
         elif value is not None:
             lines.append(f"{key} = {toml_of(value)}")
     wait = _timeout(found, drawing)
-    if wait is not None and "timeout_ms" not in _settings(args):
+    if wait is not None and "timeout_ms" not in settings:
         lines.append(f"timeout_ms = {wait * 1000}  # 1024x1024 would take about {wait // 3} s there")
     return "\n".join(lines)
 
@@ -338,6 +372,8 @@ def _timeout(found: Probe, drawing: Drawing | None) -> int | None:
     if area < SMALL_AREA:
         return None  # most of its time was not spent on pixels
     expected = drawing.seconds * max(1.0, 1024 * 1024 / area)
+    if drawing.steps is not None and "num_inference_steps" not in drawing.ignored:
+        expected *= max(1.0, USUAL_STEPS / drawing.steps)
     return math.ceil(expected) * 3 if expected * 2 > DEFAULT_TIMEOUT_SECONDS else None
 
 
@@ -363,7 +399,8 @@ def _as_json(args: argparse.Namespace, config: BackendConfig, found: Probe, draw
         "found": report.found,
         "models": list(report.models or ()),
         "check_seconds": round(found.check_seconds, 6) if report.healthy else None,
-        "capabilities": msgspec.to_builtins(capabilities_record(found.capabilities)),
+        "faults": list(report.faults),
+        "capabilities": msgspec.to_builtins(capabilities_record(found.capabilities)) if report.healthy else None,
         "backend": {**made, "protocol": found.protocol},
         "picture": None,
     }
@@ -374,6 +411,7 @@ def _as_json(args: argparse.Namespace, config: BackendConfig, found: Probe, draw
             "media_type": drawing.artifact.media_type,
             "seed": drawing.artifact.seed,
             "seconds": round(drawing.seconds, 6),
+            "steps": drawing.steps,
             "ignored": list(drawing.ignored),
             "path": args.output,
         }

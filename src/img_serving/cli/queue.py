@@ -21,6 +21,8 @@ MOST_JOBS = 15
 """Jobs shown at most, those that are next; `--json` has more."""
 
 BAR_CELLS = 10
+WIDE = 120
+"""Columns of a terminal that has room for bars."""
 
 EXAMPLES = """\
 examples:
@@ -70,27 +72,28 @@ def run(args: argparse.Namespace) -> int:
     if not console.is_terminal:
         console.width = 10_000  # nothing is cut or folded for a file or a pipe
     if args.watch is None:
-        console.print(page_of(_look(client)))
+        console.print(page_of(_look(client), wide=console.width >= WIDE))
         return OK
-    page = page_of(_look(client))  # what is wrong at the first look will be at the next
+    wide = console.width >= WIDE
+    page = page_of(_look(client), wide=wide)  # what is wrong at the first look will be at the next
     if not console.is_terminal:
         while True:
             console.print(page)
             time.sleep(args.watch)
-            page = _next_page(client)
+            page = _next_page(client, wide=wide)
     with Live(console=console, auto_refresh=False, screen=True) as live:
         while True:
             live.update(page, refresh=True)
             time.sleep(args.watch)
-            page = _next_page(client)
+            page = _next_page(client, wide=wide)
 
 
-def _next_page(client: Client) -> RenderableType:
+def _next_page(client: Client, *, wide: bool) -> RenderableType:
     """The queue, or what is wrong for the moment: a gateway that is started anew comes back."""
     from rich.text import Text
 
     try:
-        return page_of(_look(client))
+        return page_of(_look(client), wide=wide)
     except CommandFailed as failure:
         return Text(f"{failure} (looking again)", "red")
 
@@ -106,8 +109,8 @@ def _look(client: Client) -> QueueReply:
         raise CommandFailed(f"the answer is not a queue ({error}): is there an img-serving gateway?") from error
 
 
-def page_of(queue: QueueReply) -> RenderableType:
-    """The queue for people. Texts that come from elsewhere are never read as markup."""
+def page_of(queue: QueueReply, *, wide: bool = True) -> RenderableType:
+    """The queue for people; `wide`: there is room for bars. Texts that come from elsewhere are never read as markup."""
     from rich.console import Group
     from rich.text import Text
 
@@ -121,7 +124,12 @@ def page_of(queue: QueueReply) -> RenderableType:
         parts.append(Text("a picture counts for every backend that could draw it", "dim"))
     if queue.tenants:
         parts += [Text(), _tenants(queue)]
-    parts += [Text(), _endpoints(queue.endpoints)]
+    parts += [Text(), _endpoints(queue.endpoints, wide=wide)]
+    parts += [
+        Text(printable(f"{one.backend} {one.url}: {one.last_error[:100]}"), "dim")
+        for one in queue.endpoints
+        if one.last_error
+    ]
     if queue.jobs:
         parts += [Text(), _jobs(queue)]
         more = queue.jobs_total - min(len(queue.jobs), MOST_JOBS)
@@ -154,21 +162,20 @@ def _tenants(queue: QueueReply) -> Table:
     return table
 
 
-def _endpoints(endpoints: list[QueuedEndpointRecord]) -> Table:
-    table = _table("ENDPOINT", "SLOTS", "", "STATE", "S/MP-STEP", "S/CALL", "CALLS", "FAILED", "LAST ERROR")
+def _endpoints(endpoints: list[QueuedEndpointRecord], *, wide: bool) -> Table:
+    table = _table("ENDPOINT", "SLOTS", *[""] * wide, "STATE", "S/MP-STEP", "S/CALL", "CALLS", "FAILED")
     for one in endpoints:
         busy = round(BAR_CELLS * one.in_flight / max(1, one.max_concurrency))
         _row(
             table,
             f"{one.backend} {one.url}",
             f"{one.in_flight}/{one.max_concurrency}",
-            "█" * busy + "░" * (BAR_CELLS - busy),
+            *["█" * busy + "░" * (BAR_CELLS - busy)] * wide,
             _state(one),
             "?" if one.seconds_per_unit is None else f"{one.seconds_per_unit:.3g}",
             "?" if one.overhead_seconds is None else f"{one.overhead_seconds:.2g}",
             f"{one.calls:,}",
             f"{one.failures:,}",
-            (one.last_error or "")[:100],
         )
     return table
 
@@ -204,7 +211,7 @@ def _jobs(queue: QueueReply) -> Table:
     return table
 
 
-_TEXTS = frozenset({"BACKEND", "TENANT", "ENDPOINT", "JOB", "STATE", "LAST ERROR"})
+_TEXTS = frozenset({"BACKEND", "TENANT", "ENDPOINT", "JOB", "STATE"})
 """Columns of words: these are folded where the terminal is narrow, numbers are not."""
 
 

@@ -188,15 +188,19 @@ class AttemptError(Exception):
 
     `outcome` is `NOT_STARTED` (refused, or no connection before anything was sent: a second try is free of risk), `FAILED`
     (a definite error) or `UNKNOWN` (cut or timed out after sending: the engine may have drawn, and been paid, anyway).
-    `busy_seconds` is the endpoint's own Retry-After, where it said one.
+    `busy_seconds` is the endpoint's own Retry-After, where it said one. `is_blameless`: the endpoint did nothing wrong (it
+    lacks what it never promised to have), so that it is not left alone for it.
     """
 
-    def __init__(self, outcome: Outcome, message: str, *, busy_seconds: float | None = None) -> None:
+    def __init__(
+        self, outcome: Outcome, message: str, *, busy_seconds: float | None = None, is_blameless: bool = False
+    ) -> None:
         """`message` is shown to the client: no secret, no prompt."""
         super().__init__(message)
         self.outcome = outcome
         self.message = message
         self.busy_seconds = busy_seconds
+        self.is_blameless = is_blameless
 
 
 class BackendRefusal(Exception):

@@ -153,6 +153,8 @@ class Ended(msgspec.Struct, frozen=True):
     busy_seconds: float | None = None
     timed_out: bool = False
     """The endpoint said nothing for as long as an attempt may take: it may be wedged."""
+    is_blameless: bool = False
+    """It failed, and yet the endpoint is well."""
 
     @property
     def is_cancelled(self) -> bool:

@@ -62,11 +62,14 @@ class Vocabulary:
         """Whether two spellings are of the same name."""
         return _key(name) == _key(other)
 
-    def nearest(self, name: str, count: int = 3) -> tuple[str, ...]:
-        """Names that `name` may be a slip of, the likeliest first; without any, the first of the list."""
+    def hint(self, name: str, count: int = 3) -> str:
+        """For a message about an unknown `name`: what it may be a slip of, the likeliest first, or how the list begins."""
         own = {_key(one): one for one in self.names[:SEARCHED]}  # not the aliases: there can be thousands
         near = difflib.get_close_matches(_key(name)[:80], list(own), count, cutoff=0.5)
-        return tuple(shown(own[key]) for key in near) or tuple(shown(name) for name in self.names[:count])
+        if near:
+            return f"the nearest it has: {', '.join(shown(own[key]) for key in near)}"
+        first = ", ".join(shown(name) for name in self.names[: 2 * count])
+        return f"it has: {first}{', …' if len(self.names) > 2 * count else ''}"
 
 
 def _key(name: str) -> str:

@@ -247,6 +247,7 @@ class Dispatcher:
                 outcome=error.outcome,
                 message=f"{batch.backend}: {error.message}",
                 busy_seconds=error.busy_seconds,
+                is_blameless=error.is_blameless,
                 timed_out=error.outcome is Outcome.UNKNOWN and self._is_overdue(attempt),
             )
         except BackendRefusal as refusal:

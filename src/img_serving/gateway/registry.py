@@ -17,6 +17,7 @@ from img_serving.config import BackendConfig, EndpointConfig, backend_from_mappi
 from img_serving.domain.capabilities import Capabilities
 from img_serving.domain.errors import Conflict, NotFound
 from img_serving.domain.jobs import Batch, Job
+from img_serving.domain.vocabulary import shown
 from img_serving.gateway.tasks import TaskRegistry
 from img_serving.policy.circuit_breaker import BreakerOptions, BreakerState, CircuitBreaker
 from img_serving.policy.endpoint import EndpointSnapshot, EndpointState, ExclusiveGroup
@@ -44,6 +45,8 @@ class Endpoint:
     models: tuple[str, ...] = ()
     found: str = ""
     """Which program speaks there, and how that is known."""
+    faults: tuple[str, ...] = ()
+    """What of its configuration cannot work there, as the log has it."""
     breaker: BreakerState = BreakerState.CLOSED
     """What the log last said of its breaker."""
 
@@ -380,6 +383,12 @@ class Registry:
             endpoint.found = report.found
             fields = {"backend": state.backend, "endpoint": state.url, "protocol": endpoint.adapter.protocol}
             log.info("found %s", report.found, extra={"fields": fields})
+        faults = (*report.faults, *_unlisted(entry.config, report))
+        for fault in faults:
+            if fault not in endpoint.faults:
+                log.warning("%s", fault, extra={"fields": {"backend": state.backend, "endpoint": state.url}})
+        if report.healthy:
+            endpoint.faults = faults
         capabilities = endpoint.adapter.capabilities
         if capabilities is not state.capabilities and capabilities != state.capabilities:
             state.capabilities = capabilities
@@ -392,6 +401,23 @@ class Registry:
 def _in_process(config: BackendConfig) -> EndpointConfig:
     """The one endpoint of a backend that draws by itself."""
     return EndpointConfig(url=f"{config.protocol}:", weight=config.weight, max_concurrency=config.max_concurrency)
+
+
+def _unlisted(config: BackendConfig, report: HealthReport) -> list[str]:
+    """That none of the configured models is in the server's list: it may serve them all the same, but hardly does."""
+    if not (config.models and report.models):
+        return []
+    listed = {_plain(name) for name in report.models}
+    missing = [name for name in config.models if _plain(name) not in listed]
+    few = ", ".join(shown(name) for name in report.models[:5]) + (", …" if len(report.models) > 5 else "")
+    return [f"the server does not list the configured model {name!r} (it lists: {few})" for name in missing[:8]]
+
+
+def _plain(model: str) -> str:
+    """A model's name without what is spelt differently here and there: case, folder, and the extension of its file."""
+    name = model.replace("\\", "/").rpartition("/")[2].casefold()
+    stem, _, suffix = name.rpartition(".")
+    return stem if suffix in {"safetensors", "ckpt", "gguf", "pt", "sft"} else name
 
 
 def _slots(endpoint: EndpointConfig, adapter: Backend) -> int:

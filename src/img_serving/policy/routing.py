@@ -224,8 +224,7 @@ def _unknown_name(request: ImageRequest, can: Capabilities) -> tuple[str, str] |
             and field_name in can.honoured(request.operation)
             and known.find(name) is None
         ):
-            near = ", ".join(known.nearest(name))
-            return f"it has no {field_name} {name[:80]!r} (the nearest it has: {near})", field_name
+            return f"it has no {field_name} {name[:80]!r} ({known.hint(name)})", field_name
     return None
 
 

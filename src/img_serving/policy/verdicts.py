@@ -14,7 +14,7 @@ from img_serving.policy.endpoint import EndpointState
 def judge(endpoint: EndpointState, batch: Batch, ended: Ended, now: float) -> bool:
     """Note how a call went; returns whether the endpoint has recovered by it.
 
-    Cancellations, refusals and "busy" count for nothing.
+    Cancellations, refusals, "busy" and what was not the endpoint's fault count for nothing.
     """
     results = ended.results
     breaker = endpoint.breaker
@@ -33,10 +33,11 @@ def judge(endpoint: EndpointState, batch: Batch, ended: Ended, now: float) -> bo
             endpoint.failures += 1
             endpoint.last_error = failures[-1]
         breaker.end(batch.era, ok=None if refused else False, now=now)
-    elif ended.outcome is None or ended.busy_seconds is not None:
+    elif ended.outcome is None or ended.busy_seconds is not None or ended.is_blameless:
         breaker.end(batch.era, ok=None, now=now)
         if ended.busy_seconds is not None:
             endpoint.busy_until = now + ended.busy_seconds
+        if ended.outcome is not None:
             endpoint.last_error = ended.message
     else:
         endpoint.failures += 1

@@ -317,7 +317,8 @@ class A1111Backend:
         if self._is_known and models != self._server.models:
             self._server = replace(self._server, models=models)
         names = () if models is None else models.names
-        return HealthReport(healthy=True, detail=f"{MODELS_PATH} names {len(names)} models", models=names or None)
+        detail = f"{MODELS_PATH} names {len(names)} model{'s'[: len(names) != 1]}"
+        return HealthReport(healthy=True, detail=detail, models=names or None)
 
     # one call
 

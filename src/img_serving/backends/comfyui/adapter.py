@@ -17,6 +17,7 @@ import pybase64
 from img_serving.backends.comfyui import replies
 from img_serving.backends.comfyui.built_in import MAX_STEPS, built_in
 from img_serving.backends.comfyui.events import News
+from img_serving.backends.comfyui.fitness import checkpoint_file, classes_of, misfit
 from img_serving.backends.comfyui.prompt import MAX_ANSWER_BYTES, PROMPT_PATH, ComfyUIPrompts, Pace
 from img_serving.backends.comfyui.replies import NotComfyUI, not_comfyui
 from img_serving.backends.comfyui.server import MODELS_SECONDS, STATS_PATH, ComfyUIServer
@@ -128,7 +129,8 @@ class ComfyUIBackend:
                 ssl_context=ssl_context,
                 reconnect_seconds=pace.reconnect,
             )
-        self._server = ComfyUIServer(transport, self._headers, self._redactor)
+        classes = frozenset().union(*map(classes_of, self._workflows.values()))
+        self._server = ComfyUIServer(transport, self._headers, self._redactor, classes)
         self._prompts = ComfyUIPrompts(
             transport,
             self._server,
@@ -241,19 +243,13 @@ class ComfyUIBackend:
         return replace(base, variants={name: one for name, one in variants.items() if one != base})
 
     def _report(self, detail: str) -> HealthReport:
-        missing = []
-        models = []
         files = self._server.files
-        for name, workflow in self._workflows.items():
-            lacking = workflow.checkpoints() - set(files.values()) if files is not None else frozenset()
-            if lacking:
-                missing.append(f"{name} wants {', '.join(sorted(lacking))}")
-            else:
-                models.append(name)
+        misfits = {name: misfit(workflow, self._server.nodes) for name, workflow in self._workflows.items()}
+        models = [name for name, reason in misfits.items() if reason is None]
+        faults = tuple(f"it cannot run the workflow {name}: {why}" for name, why in misfits.items() if why is not None)
         if self._built_in:
             models += files or {}
-        if missing:
-            detail += f"; it lacks checkpoints ({'; '.join(missing)})"
+        detail = "; ".join((detail, *faults))
         if not models and self._built_in and files is not None:
             detail += "; it has no checkpoint: put one into its models/checkpoints, or configure workflows"
         is_known = not self._built_in or files is not None
@@ -261,7 +257,11 @@ class ComfyUIBackend:
         if self._server.version is not None:
             found = f"ComfyUI{' ' if self._server.version else ''}{self._server.version} (GET {STATS_PATH} says so)"
         return HealthReport(
-            healthy=True, detail=detail, models=tuple(dict.fromkeys(models)) if is_known else None, found=found
+            healthy=True,
+            detail=detail,
+            models=tuple(dict.fromkeys(models)) if is_known else None,
+            found=found,
+            faults=faults,
         )
 
     async def _check_health(self, timeout_seconds: float) -> HealthReport:
@@ -342,7 +342,11 @@ class ComfyUIBackend:
             if template is None:
                 reason = "it only draws, and takes no picture" if request.images else "it edits, and needs a picture"
                 raise BackendRefusal(InvalidRequest(f"{workflow.name}: {reason}", param="model"))
-            checkpoint: str | None = workflow.checkpoint
+            checkpoint = checkpoint_file(workflow, template, self._server.nodes)
+            if checkpoint is None and workflow.checkpoint is not None:
+                raise AttemptError(
+                    Outcome.NOT_STARTED, f"the server lacks the checkpoint {workflow.checkpoint}", is_blameless=True
+                )
             sizes = workflow.sizes
         else:
             checkpoint = await self._checkpoint(name)
@@ -380,7 +384,7 @@ class ComfyUIBackend:
         if not self._built_in:
             known = ", ".join(self._workflows)
             message = f"there is no workflow for the model {(model or '')[:80]!r} (there is: {known})"
-            raise AttemptError(Outcome.NOT_STARTED, message)
+            raise AttemptError(Outcome.NOT_STARTED, message, is_blameless=True)
         if self._server.files is None:
             await self._learn()
         return await self._server.checkpoint(model)
@@ -393,7 +397,7 @@ class ComfyUIBackend:
         samplers, schedulers = self._server.samplers, self._server.schedulers
         for name, wanted, known in (("sampler", sampler, samplers), ("scheduler", schedule, schedulers)):
             if wanted is not None and known is not None and template.slots.get(name) and known.find(wanted) is None:
-                message = f"the backend has no {name} {wanted[:80]!r} (the nearest it has: {', '.join(known.nearest(wanted))})"
+                message = f"the backend has no {name} {wanted[:80]!r} ({known.hint(wanted)})"
                 raise BackendRefusal(InvalidRequest(message, param=name))
         own = sampler_and_schedule(sampler, schedule, samplers, schedulers)
         return {name: one for name, one in zip(("sampler", "scheduler"), own, strict=True) if one is not None}

@@ -245,10 +245,10 @@ class ComfyUIPrompts:
         accepted = self._take_reply(run, reply)
         if accepted is None:
             if not 200 <= reply.status < 300:
-                raise self._refusal(reply, template, call)
+                raise self._refusal(reply, template, graph, call)
             raise not_comfyui(PROMPT_PATH)
         if template.output in replies.lost_outputs(accepted):
-            raise self._refusal(reply, template, call)
+            raise self._refusal(reply, template, graph, call)
 
     def _take_reply(self, run: _Run, reply: UpstreamReply) -> replies.Accepted | None:
         """What the reply to a prompt means for the run; None where it was not taken in."""
@@ -425,7 +425,9 @@ class ComfyUIPrompts:
             max_body_bytes=MAX_ANSWER_BYTES,
         )
 
-    def _refusal(self, reply: UpstreamReply, template: Template, call: Call) -> AttemptError | BackendRefusal:
+    def _refusal(
+        self, reply: UpstreamReply, template: Template, graph: Mapping[str, Any], call: Call
+    ) -> AttemptError | BackendRefusal:
         """What a prompt was refused for: a value of the request's, or something that this server or workflow lacks."""
         document = None
         if reply.status in {200, 400}:
@@ -438,14 +440,24 @@ class ComfyUIPrompts:
             return error_of(reply, self._redactor, prompts_of(call))
         for fault in faults:
             parameter = template.parameter_at(fault.node, fault.name)
-            if parameter is not None:
-                message = self._redactor.clean(fault.message, prompts_of(call))
-                if parameter == "model":
-                    self._server.forget_files()
-                    return AttemptError(Outcome.NOT_STARTED, f"the server lacks the checkpoint: {message}")
+            message = self._redactor.clean(fault.message, prompts_of(call))
+            if parameter == "model":
+                self._server.forget_files()
+                reason = f"the server lacks the checkpoint: {message}"
+                return AttemptError(Outcome.NOT_STARTED, reason, is_blameless=True)
+            # what the request left out is the graph's own
+            if parameter is not None and not _is_own(template, graph, fault):
                 return BackendRefusal(InvalidRequest(message, param=parameter))
         message = self._redactor.clean(faults[0].message, prompts_of(call))
         if faults[0].node or faults[0].kind in _WORKFLOW_FAULTS:
             # nothing that the request says: another server may have the node or the file
-            return AttemptError(Outcome.NOT_STARTED, f"the server cannot run the workflow: {message}")
+            self._server.forget_files()
+            reason = f"the server cannot run the workflow: {message}"
+            return AttemptError(Outcome.NOT_STARTED, reason, is_blameless=True)
         return BackendRefusal(InvalidRequest(message))
+
+
+def _is_own(template: Template, graph: Mapping[str, Any], fault: replies.Fault) -> bool:
+    """Whether the value at fault is the workflow's own, and not one that was put in."""
+    sent, own = (one.get(fault.node, {}).get("inputs", {}) for one in (graph, template.graph))
+    return fault.name in own and bool(sent.get(fault.name) == own[fault.name])

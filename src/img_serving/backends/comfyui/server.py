@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Final
+from urllib.parse import quote
 
 from img_serving.backends.comfyui import replies
 from img_serving.backends.comfyui.built_in import model_ids, samplers, schedulers
+from img_serving.backends.comfyui.fitness import NodeClass, read_node
 from img_serving.backends.http import Headers, Redactor, error_of, get
 from img_serving.domain.errors import AttemptError, Outcome
 from img_serving.domain.vocabulary import Vocabulary, shown
@@ -24,7 +26,7 @@ MAX_NAMES: Final = 5000
 """Of each list: no server has more, and each is looked at whenever it changes."""
 
 MODELS_SECONDS: Final = 300.0
-"""How old the list of checkpoints may be before a check asks for it again."""
+"""How old the lists of checkpoints and other choices may be before a check asks for them again."""
 
 MODELS_AGAIN_SECONDS: Final = 5.0
 """How soon the list is asked for again where a call names a model that is not in it."""
@@ -37,18 +39,21 @@ class ComfyUIServer:
         files: model id to checkpoint file; None: it does not say, or was not asked.
         samplers: None, likewise.
         schedulers: None, likewise.
+        nodes: what it says of the classes of nodes that workflows need; None: it has none of that name.
         version: "" where it is ComfyUI that does not tell, None where it was not asked or is something else.
         cancels_jobs: whether it has the route that cancels one job; None: nobody tried.
     """
 
-    def __init__(self, transport: Transport, headers: Headers, redactor: Redactor) -> None:
-        """`transport` is somebody else's to close."""
+    def __init__(self, transport: Transport, headers: Headers, redactor: Redactor, classes: Iterable[str] = ()) -> None:
+        """`transport` is somebody else's to close; `classes` are those of the nodes to ask about."""
         self._transport = transport
         self._headers = headers
         self._redactor = redactor
         self.files: dict[str, str] | None = None
         self.samplers: Vocabulary | None = None
         self.schedulers: Vocabulary | None = None
+        self.nodes: dict[str, NodeClass | None] = {}
+        self._classes = tuple(sorted(classes))
         self.version: str | None = None
         self.cancels_jobs: bool | None = None
         self.has_told = False
@@ -88,6 +93,10 @@ class ComfyUIServer:
                 body = (await self._ask(CHECKPOINTS_PATH)).body
                 files = replies.read_choices(body, "CheckpointLoaderSimple", "ckpt_name")
                 self.files = None if files is None else model_ids(files[:MAX_NAMES])
+                nodes: dict[str, NodeClass | None] = {}
+                for name in self._classes:
+                    nodes |= read_node((await self._ask(f"/object_info/{quote(name, safe='')}")).body, name)
+                self.nodes = nodes
                 self._files_at = clock()
 
     async def _ask(self, path: str) -> UpstreamReply:
@@ -113,7 +122,7 @@ class ComfyUIServer:
         if found is None:
             known = ", ".join(shown(name) for name in list(self.files)[:8]) or "none"
             message = f"the server has no checkpoint {shown(model or 'at all')!r} (it has: {known})"
-            raise AttemptError(Outcome.NOT_STARTED, message)
+            raise AttemptError(Outcome.NOT_STARTED, message, is_blameless=True)
         return found
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final
 import msgspec
 from msgspec import Meta
 
-from img_serving.backends.comfyui.graph import Graph, Slot, ancestors, is_link, output_of
+from img_serving.backends.comfyui.graph import Graph, Slot, is_link, output_of
 from img_serving.backends.comfyui.guess import guess
 from img_serving.backends.options import read_options
 from img_serving.domain.capabilities import SizeRule
@@ -162,11 +162,6 @@ class Template:
         node = graph[self.output]
         return {**graph, self.output: {**node, "inputs": {**node["inputs"], RUN_INPUT: run}}}
 
-    def checkpoints(self) -> frozenset[str]:
-        """The checkpoint files that the graph itself names."""
-        loaders = (self.graph[one]["inputs"] for one in ancestors(self.graph, self.output))
-        return frozenset(one["ckpt_name"] for one in loaders if isinstance(one.get("ckpt_name"), str))
-
 
 @dataclass(frozen=True, slots=True)
 class Workflow:
@@ -205,13 +200,6 @@ class Workflow:
         if not any("size" in one.honours for one in self.templates):
             return SizeRule()
         return SizeRule(multiple=self.size_multiple or LATENT_PIXELS, min_side=MIN_SIDE, max_side=MAX_SIDE)
-
-    def checkpoints(self) -> frozenset[str]:
-        """The checkpoint files that a server needs for it."""
-        named = frozenset().union(*(one.checkpoints() for one in self.templates))
-        if self.checkpoint is not None and any(one.slots.get("checkpoint") for one in self.templates):
-            return frozenset({self.checkpoint})
-        return named
 
 
 @dataclass(frozen=True, slots=True)

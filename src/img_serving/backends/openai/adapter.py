@@ -202,7 +202,7 @@ class OpenAIBackend:
         if reply.status in ALIVE_STATUSES:
             detail = f"{path} answered HTTP {reply.status}: there, but it names no models"
             await self._look_at(reply, [], deadline)
-            return HealthReport(healthy=True, detail=detail, found=str(self._found))
+            return HealthReport(healthy=True, detail=detail, found=str(self._found), faults=self._doubts(detail))
         if not 200 <= reply.status < 300:
             self._asked = None
             return unhealthy(reply, path)
@@ -210,11 +210,17 @@ class OpenAIBackend:
         await self._look_at(reply, models or [], deadline)
         if models is None:
             detail = f"{path} answered, but not with a list of models"
-            return HealthReport(healthy=True, detail=detail, found=str(self._found))
+            return HealthReport(healthy=True, detail=detail, found=str(self._found), faults=self._doubts(detail))
         # An empty list is silence rather than a statement: many servers keep the route and never fill it.
         named = self._models
-        detail = f"{path} names {len(named)} models"
+        detail = f"{path} names {len(named)} model{'s'[: len(named) != 1]}"
         return HealthReport(healthy=True, detail=detail, models=named or None, found=str(self._found))
+
+    def _doubts(self, detail: str) -> tuple[str, ...]:
+        """That nothing shows what speaks there: small servers have no list of models, but a wrong address looks the same."""
+        if self._found is None or self._found.family != "generic" or self._fixed is not None:
+            return ()
+        return (f"nothing shows that OpenAI's API is spoken there ({detail}): make sure that the address is right",)
 
     # which dialect
 
