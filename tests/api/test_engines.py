@@ -197,3 +197,18 @@ def test_a_long_drawing_outlives_the_time_out_while_it_makes_progress() -> None:
                 assert (reply.status, reply.headers["x-attempts"]) == (200, "1")
 
     asyncio.run(main())
+
+
+def test_a_configured_model_that_the_server_does_not_list_is_in_the_log_once(caplog: pytest.LogCaptureFixture) -> None:
+    models = 'models = ["nope", "TINY-A.safetensors"]\nhealth_check_interval_secs = 1\n'
+
+    async def main() -> None:
+        async with FakeA1111() as server, running(backend("forge", server) + models) as gateway:
+            await known(gateway, "forge")
+            checks = len(server.exchanges)
+            await until(lambda: len(server.exchanges) > checks)  # one more does not say it again
+
+    with caplog.at_level(logging.WARNING):
+        asyncio.run(main())
+    (told,) = [one.message for one in caplog.records if "does not list" in one.message]
+    assert told == "the server does not list the configured model 'nope' (it lists: tiny-a, tiny-b)"

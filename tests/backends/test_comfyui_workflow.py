@@ -254,6 +254,12 @@ def test_sizes_are_multiples_of_what_the_latent_needs(graph: Any, multiple: int)
     assert one(graph, inputs={"width": []}).sizes.fit(100, 130) == (100, 130)
 
 
+def test_a_workflow_may_have_no_place_for_a_prompt_where_that_is_said() -> None:
+    mapped = one(PLAIN, inputs={"prompt": []})
+    assert mapped.generation is not None
+    assert "prompt" not in mapped.generation.slots
+
+
 def test_files_are_read_when_the_adapter_is_made(tmp_path: Path) -> None:
     file = tmp_path / "w.json"
     file.write_text(json.dumps({"prompt": PLAIN, "client_id": "x"}))

@@ -292,6 +292,12 @@ def test_a_size_that_nobody_asked_for_and_the_model_has_not_is_left_to_it():
     assert "size" not in server.posts[0].json
 
 
+def test_a_size_that_stable_diffusion_cpp_would_round_is_known_before() -> None:
+    sizes = PRESETS["sdcpp"].sizes
+    assert sizes.fit(100, 70) == (128, 128)
+    assert sizes.fit(512, 768) == (512, 768)
+
+
 def test_sizes_are_rounded_before_they_are_sent_where_the_server_would_refuse():
     server = FakeOpenAI("openai")
     (artifact,) = draw(server, call_of(7, model="gpt-image-2", size=(650, 490)), {"preset": "openai"}).artifacts

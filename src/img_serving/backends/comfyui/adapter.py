@@ -108,7 +108,8 @@ class ComfyUIBackend:
         for workflow in self._workflows.values():
             for template in workflow.templates:
                 if template.guessed:
-                    log.info("workflow %s: guessed %s", workflow.name, template.guesses)
+                    does = " (its edits)" if template is workflow.edit and len(workflow.templates) > 1 else ""
+                    log.info("workflow %s%s: guessed %s", workflow.name, does, template.guesses)
         self._transport = transport
         self._headers: Headers = tuple(headers)
         secrets = [api_key, password, *(value for _, value in headers)]

@@ -345,7 +345,7 @@ def _template(place: _Place, graph: Graph, inputs: Mapping[str, Any], output: st
             slots[name] = tuple(_slot(place, graph, name, target) for target in targets)
     guessed = {name: found for name, found in guess(graph, output, slots.get("image")).items() if name not in slots}
     slots |= guessed
-    if not slots.get("prompt"):
+    if "prompt" not in slots:
         raise place.error(
             "inputs", 'no text node was found for the prompt: say where it goes, as in { prompt = "6.text" }'
         )

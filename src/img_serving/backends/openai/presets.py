@@ -243,7 +243,7 @@ SDCPP: Final = Preset(
     batch="seeds",
     max_n=8,
     max_concurrency=1,
-    sizes=SizeRule(max_side=4096),
+    sizes=SizeRule(multiple=64, rounding="up", max_side=4096),
     max_steps=100,
     max_text_bytes=TEXT_BYTES,
     formats=("png", "jpeg"),
