@@ -288,7 +288,7 @@ def _tell_found(url: str, found: Probe) -> None:
         )
         if has
     ]  # fmt: skip
-    lines.append(f"  can         {', '.join(sorted(set(does)) + extras)}")
+    lines.append(f"  does        {', '.join(sorted(set(does)) + extras)}")
     lines.append(f"  honours     {', '.join(sorted(able.honours)) or 'nothing that is known'}")
     lines.append(f"  sizes       {_sizes(able)}")
     if able.samplers is not None:

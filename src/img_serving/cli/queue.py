@@ -221,7 +221,10 @@ def _table(*names: str) -> Table:
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for name in names:
-        table.add_column(name, overflow="fold", no_wrap=name not in _TEXTS)
+        # an address is only folded where it has to be
+        table.add_column(
+            name, overflow="fold", no_wrap=name not in _TEXTS, min_width=28 if name == "ENDPOINT" else None
+        )
     return table
 
 
