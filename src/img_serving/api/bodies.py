@@ -30,11 +30,15 @@ async def read_json(
         PayloadTooLarge: it is over `limit` bytes.
         InvalidRequest: it is not JSON, or of the wrong shape; `param` names the field.
     """
+    raw = await read_raw(exchange, limit)
+    return decode_json(raw, decoder, choices), raw
+
+
+async def read_raw(exchange: Exchange, limit: int) -> bytes:
+    """The bytes of a body that says it is JSON. Raises as `read_json` does, but for what is in them."""
     check_json_type(exchange)
     raw = exchange.body_at_hand(limit)
-    if raw is None:
-        raw = await exchange.body(limit)
-    return decode_json(raw, decoder, choices), raw
+    return await exchange.body(limit) if raw is None else raw
 
 
 def check_json_type(exchange: Exchange) -> None:

@@ -101,6 +101,10 @@ class GenerationBody(msgspec.Struct, kw_only=True, gc=False):
     sample_method: Annotated[str, Meta(max_length=MAX_NAME_CHARS)] | None = None
 
 
+class ClosedGenerationBody(GenerationBody, kw_only=True, gc=False, forbid_unknown_fields=True):
+    """The same without unknown fields: what decodes as this, as nearly all bodies do, need not be searched for any."""
+
+
 KNOWN_FIELDS = frozenset(GenerationBody.__struct_fields__)
 
 

@@ -7,12 +7,13 @@ from collections.abc import Callable
 
 import msgspec
 
-from img_serving.api.bodies import check_json_type, decode_json, read_json
+from img_serving.api.bodies import check_json_type, decode_json, read_raw
 from img_serving.api.edits import EditBody, body_of_form, pictures_of, to_edit
 from img_serving.api.exchange import ClientDisconnected, Exchange, Reply
 from img_serving.api.generation import (
     CHOICES,
     Bounds,
+    ClosedGenerationBody,
     GenerationBody,
     refuse_unknown,
     response_format_of,
@@ -39,6 +40,7 @@ class Images:
     def __init__(self, services: Services) -> None:
         self._services = services
         self._decoder = msgspec.json.Decoder(GenerationBody)
+        self._closed_decoder = msgspec.json.Decoder(ClosedGenerationBody)
         config = services.config
         self._limit = config.server.max_body_bytes
         self._edit_decoder = msgspec.json.Decoder(EditBody)
@@ -56,9 +58,14 @@ class Images:
 
     async def generate(self, exchange: Exchange) -> Reply:
         """`POST /v1/images/generations`."""
-        body, raw = await read_json(exchange, self._decoder, self._limit, CHOICES)
+        raw = await read_raw(exchange, self._limit)
+        unknown: list[str] = []
+        try:
+            body: GenerationBody = self._closed_decoder.decode(raw)
+        except (ValueError, RecursionError):
+            body = decode_json(raw, self._decoder, CHOICES)  # says what is wrong, if anything is
+            unknown = unknown_fields(raw)
         request, response_format = to_request(body, self._bounds), response_format_of(body, self._bounds)
-        unknown = unknown_fields(raw)
         if unknown:
             if body.strict:
                 refuse_unknown(unknown)

@@ -20,6 +20,9 @@ MAX_PLANS = 1024
 """Routes remembered at most; past it all are forgotten."""
 
 
+_NOTHING: frozenset[str] = frozenset()
+
+
 class Pipeline:
     """What happens to a request after it was authenticated, charged, parsed and normalised."""
 
@@ -41,6 +44,7 @@ class Pipeline:
         self._clock = clock
         self._timeout_seconds = timeout_seconds
         self._plans: dict[tuple[object, ...], Route] = {}
+        self._lost: dict[tuple[object, ...], frozenset[str]] = {}
         self._planned_with: tuple[Candidate, ...] = ()
 
     def admit(self, tenant: Tenant, request: ImageRequest, request_id: str, traceparent: str | None = None) -> Job:
@@ -65,8 +69,7 @@ class Pipeline:
         """`plan`, remembered for as long as the backends are what they were: most requests are like one before."""
         candidates = self._registry.candidates()
         if candidates is not self._planned_with or len(self._plans) >= MAX_PLANS:
-            self._plans.clear()
-            self._planned_with = candidates
+            self._forget(candidates)
         key = (
             tenant.name,
             tenant.role,
@@ -88,6 +91,11 @@ class Pipeline:
         if route is None:
             route = self._plans[key] = plan(request, tenant, candidates, self._routing)
         return route
+
+    def _forget(self, candidates: tuple[Candidate, ...]) -> None:
+        self._plans.clear()
+        self._lost.clear()
+        self._planned_with = candidates
 
     async def run(self, job: Job, response_format: ResponseFormat, base_url: Callable[[], str]) -> Answer:
         """Wait for the pictures and make the answer of them; `base_url` is asked for where URLs are made.
@@ -118,7 +126,7 @@ class Pipeline:
         `wanted` is the size that the picture should have; (None, None): any.
         """
         request = job.request
-        lost: frozenset[str] = frozenset()
+        lost = _NOTHING
         for task in job.tasks:
             drawn = task.artifact
             if drawn is None:
@@ -127,14 +135,26 @@ class Pipeline:
                 lost |= request.given.intersection(drawn.ignored)
             if wanted[0] and (drawn.width, drawn.height) != wanted:
                 lost |= {"size"}
-        for candidate in self._registry.candidates():
-            if candidate.name == job.backend:
-                able = candidate.capabilities
-                if candidate.serves_any and stands_in(request, candidate, self._routing):
-                    lost |= {"model"}
-                if able.variants:
-                    able = able.of(next((one.model for one in job.route if one.backend == job.backend), None))
-                if lost or not request.given <= able.honoured(request.operation):
-                    return tuple(sorted(lost.union(ignored_by(request, able))))
-                break
-        return tuple(sorted(lost))
+        lost |= self._not_honoured(job)
+        return tuple(sorted(lost)) if lost else ()
+
+    def _not_honoured(self, job: Job) -> frozenset[str]:
+        """What the backend that drew cannot honour at all; remembered as routes are."""
+        request = job.request
+        candidates = self._registry.candidates()
+        if candidates is not self._planned_with or len(self._lost) >= MAX_PLANS:
+            self._forget(candidates)
+        key = (job.backend, job.route, request.model, request.operation, request.given)
+        found = self._lost.get(key)
+        if found is None:
+            found = self._lost[key] = self._look_up(job, candidates)
+        return found
+
+    def _look_up(self, job: Job, candidates: tuple[Candidate, ...]) -> frozenset[str]:
+        request = job.request
+        backend = next((one for one in candidates if one.name == job.backend), None)
+        if backend is None:
+            return _NOTHING  # removed while it drew
+        model = next((one.model for one in job.route if one.backend == job.backend), None)
+        lost = frozenset(ignored_by(request, backend.capabilities.of(model)))
+        return lost | {"model"} if stands_in(request, backend, self._routing) else lost

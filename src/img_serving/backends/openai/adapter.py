@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, Final
 
 from msgspec.structs import replace as structs_replace
 
@@ -26,7 +26,7 @@ from img_serving.backends.http import (
     prompts_of,
     unhealthy,
 )
-from img_serving.backends.openai.body import Draft, draft
+from img_serving.backends.openai.body import Draft, draft, draft_edit
 from img_serving.backends.openai.detect import (
     NO_NAMES,
     Finding,
@@ -51,6 +51,10 @@ from img_serving.transport.fetch import FetchFailed, UrlFetcher
 STREAM_END_SECONDS = 0.25
 """How long a stream may take to end once its picture is there: an ended one leaves a connection that can be used again."""
 
+MAX_SPOKEN: Final = 256
+"""Models whose dialect is remembered."""
+
+_NOTHING: Final[frozenset[str]] = frozenset()
 _QUALITIES = frozenset({"low", "medium", "high", "xhigh", "max"})
 """Those that a reply may tell apart: `auto`, and the words of older models, become one of them."""
 
@@ -143,14 +147,18 @@ class OpenAIBackend:
         deadline = asyncio.get_running_loop().time() + call.timeout_seconds
         if self._found is None:
             await self._find_out(min(call.timeout_seconds, PROBE_TIMEOUT_SECONDS))
-        preset = self._preset.of(call.model)
+        preset = self._spoken.get(call.model) or self._spoken_to(call.model)
+        edits = preset.edits
         # Only what was routed or batched before the dialect was known is refused here.
         if (lacking := _lacking(call, preset)) is not None:
             raise BackendRefusal(InvalidRequest(lacking, code="unsupported", param="model"))
         if (reason := _unfit(call, preset)) is not None:
             raise AttemptError(Outcome.NOT_STARTED, reason)
         stream = call.previews and preset.stream and len(call.items) == 1
-        letter = await draft(call, preset, self._names, stream=stream)
+        if edits is None or call.request.operation != "edit":
+            letter = draft(call, preset, self._names, stream=stream)
+        else:
+            letter = await draft_edit(call, preset, edits, self._names, stream=stream)
         if stream:
             reply = await self._streamed(call, letter, on_progress)
             deadline = asyncio.get_running_loop().time() + call.timeout_seconds
@@ -165,7 +173,7 @@ class OpenAIBackend:
                 (result.message for result in results if isinstance(result, ItemFailure)), "it holds no picture"
             )
             raise AttemptError(Outcome.FAILED, f"the backend's reply is no use: {reason}")
-        if ignored := letter.ignored | _not_honoured(call, reply):
+        if ignored := letter.ignored.union(_not_honoured(call, reply)):
             names = tuple(sorted(ignored))
             results = [structs_replace(one, ignored=names) if isinstance(one, Artifact) else one for one in results]
         missing = len(call.items) - len(results)
@@ -262,6 +270,7 @@ class OpenAIBackend:
         """Put together what is known: the dialect, the operator's word on top, and the models that differ."""
         family = self._found.family if self._found else "generic"
         self._preset: Preset = self._options.over(PRESETS[family])
+        self._spoken: dict[str | None, Preset] = {}
         usual = self._preset.capabilities()
         if self._found is None:
             # it may be any of them: what it cannot do is known before anything is sent
@@ -276,6 +285,13 @@ class OpenAIBackend:
         )
 
     # one call
+
+    def _spoken_to(self, model: str | None) -> Preset:
+        """The dialect of a model, remembered."""
+        preset = self._preset.of(model)
+        if len(self._spoken) < MAX_SPOKEN:
+            self._spoken[model] = preset
+        return preset
 
     async def _post(
         self, call: Call, letter: Draft, timeout_seconds: float, stream: StreamedReply | None = None
@@ -366,11 +382,13 @@ class OpenAIBackend:
 def _lacking(call: Call, preset: Preset) -> str | None:
     """What is asked for that the dialect does not have at all; None where it has everything."""
     request, edits = call.request, preset.edits
-    if request.operation != "generation" and (request.operation != "edit" or edits is None):
+    if request.operation == "generation":
+        return None
+    if request.operation != "edit" or edits is None:
         return f"this server has no {request.operation}s"
-    if request.mask is not None and not (edits and edits.mask):
+    if request.mask is not None and not edits.mask:
         return "this server does not look at masks"
-    if edits is not None and len(request.images) > edits.max_images:
+    if len(request.images) > edits.max_images:
         return f"this server takes at most {edits.max_images} input pictures"
     return None
 
@@ -406,6 +424,8 @@ def _seed_of(call: Call, preset: Preset, index: int, picture: Picture) -> int | 
 
 def _not_honoured(call: Call, reply: Reply) -> frozenset[str]:
     """What the reply itself says was done otherwise than asked for."""
+    if reply.background is None and reply.quality is None:
+        return _NOTHING
     request = call.request
     lost = set()
     if request.background == "transparent" and reply.background == "opaque":

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
 import msgspec
@@ -40,12 +39,13 @@ ATTRIBUTES: Final = {
 """Parameters that are sent where the client gave them, and the field of `ImageRequest` that holds each."""
 
 
+_encode = msgspec.json.Encoder().encode
+_NOTHING: Final[frozenset[str]] = frozenset()
 _NOT_IN_GIVEN: Final = ("user", "output_format", "output_compression")
 """Whoever is asked for these is never told that they were ignored: the format is made here, and `user` is a note."""
 
 
-@dataclass(frozen=True, slots=True)
-class Draft:
+class Draft(msgspec.Struct, frozen=True, gc=False):
     """A call as it is sent. `ignored`: what the client gave, the preset honours, and this operation has no place for."""
 
     is_edit: bool
@@ -54,19 +54,27 @@ class Draft:
     ignored: frozenset[str] = frozenset()
 
 
-async def draft(call: Call, preset: Preset, names: Names, *, stream: bool = False) -> Draft:
-    """The call in the dialect of `preset`; masks are converted in a thread.
+def draft(call: Call, preset: Preset, names: Names, *, stream: bool = False) -> Draft:
+    """A generation in the dialect of `preset`.
+
+    Raises:
+        BackendRefusal: the dialect cannot say it.
+    """
+    body, ignored = request_fields(call, preset, names, stream=stream)
+    return Draft(False, _encode(body), "application/json", ignored)
+
+
+async def draft_edit(call: Call, preset: Preset, edits: Edits, names: Names, *, stream: bool = False) -> Draft:
+    """An edit in the dialect of `preset`; masks are converted in a thread.
 
     Raises:
         BackendRefusal: the dialect cannot say it, or the mask is no picture.
     """
     body, ignored = request_fields(call, preset, names, stream=stream)
-    request, edits = call.request, preset.edits
-    if request.operation != "edit" or edits is None:
-        return Draft(False, msgspec.json.encode(body), "application/json", ignored)
+    request = call.request
     if edits.shape != "multipart":
         body[edits.shape] = _inline(request.images[0], as_url=edits.shape == "image_url")
-        return Draft(False, msgspec.json.encode(body), "application/json", ignored)
+        return Draft(False, _encode(body), "application/json", ignored)
     files = [*_image_parts(request), *await _mask_parts(request, edits)]
     form, content_type = encode_form([(name, _as_text(value)) for name, value in body.items()], files)
     return Draft(True, form, content_type, ignored)
@@ -107,7 +115,7 @@ def request_fields(
         _put(body if in_body else extras, known[name], _spelt(name, value, names))
     if extras or preset.extra or preset.placement == "prompt_tag":
         _place(preset, body, {**extras, **preset.extra})
-    return body, frozenset(ignored)
+    return body, frozenset(ignored) if ignored else _NOTHING
 
 
 def _given(call: Call, preset: Preset, known: Parameters) -> list[tuple[str, Any]]:
@@ -116,7 +124,10 @@ def _given(call: Call, preset: Preset, known: Parameters) -> list[tuple[str, Any
     found: list[tuple[str, Any]] = []
     if request.seed_given or (preset.always_seed and "seed" in known):
         found.append(("seed", first.seed))
-    for name in (*sorted(request.given), *(one for one in _NOT_IN_GIVEN if one not in request.given)):
+    names: Iterable[str] = request.given
+    if request.output_format is not None or request.user is not None or request.output_compression is not None:
+        names = request.given.union(_NOT_IN_GIVEN)
+    for name in names:
         if name == "negative_prompt":
             value: Any = first.negative_prompt
         elif (attribute := ATTRIBUTES.get(name)) is not None:

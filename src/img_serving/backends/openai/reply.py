@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, Final
 
 import msgspec
@@ -55,12 +54,11 @@ _REPLY = msgspec.json.Decoder(_Reply)
 _STREAMED = msgspec.json.Decoder(_Streamed)
 
 
-@dataclass(slots=True)
-class Reply:
+class Reply(msgspec.Struct):
     """Pictures whose `b64_json` is an index of `payloads`, and what the server says that it really used."""
 
-    pictures: list[Picture] = field(default_factory=list)
-    payloads: list[memoryview] = field(default_factory=list)
+    pictures: list[Picture] = []
+    payloads: list[memoryview] = []
     background: Any = None
     quality: Any = None
 
