@@ -22,9 +22,7 @@ class Engine:
     """Does what the test says, and remembers what it was asked for."""
 
     def __init__(self, draw=None, load=None) -> None:
-        self._draw = draw or (
-            lambda batch, on_step, is_cancelled: [picture("x", one.seed, 16, 16) for one in batch.items]
-        )
+        self._draw = draw or (lambda batch, on_step: [picture("x", one.seed, 16, 16) for one in batch.items])
         self._load = load or (lambda: None)
         self.steps: list[int | None] = []
 
@@ -34,9 +32,9 @@ class Engine:
     def capabilities(self) -> Capabilities:
         return Capabilities()
 
-    def generate(self, batch, on_step, is_cancelled):
+    def generate(self, batch, on_step):
         self.steps.append(batch.request.steps)
-        return self._draw(batch, on_step, is_cancelled)
+        return self._draw(batch, on_step)
 
 
 def call_of(*seeds: int, **request) -> Call:
@@ -61,19 +59,6 @@ def raising(error):
         raise error
 
     return draw
-
-
-@pytest.mark.parametrize(
-    ("request_", "steps"),
-    [
-        ({}, 20), ({"quality": "auto"}, 20), ({"quality": "medium"}, 20), ({"quality": "low"}, 8), ({"quality": "high"}, 40),
-        ({"quality": "high", "steps": 3}, 3),
-    ],
-)  # fmt: skip
-def test_quality_is_a_matter_of_steps_where_none_are_given(request_, steps):
-    engine = Engine()
-    run(engine, lambda backend: backend.generate(call_of(**request_), lambda progress: None))
-    assert engine.steps == [steps]
 
 
 def test_start_up_imports_and_loads_nothing():
@@ -153,7 +138,7 @@ def test_what_the_engine_cannot_draw_is_the_requests_fault():
 
 
 def test_progress_arrives_in_the_loops_own_thread():
-    def draw(batch, on_step, is_cancelled):
+    def draw(batch, on_step):
         for done in range(1, 4):
             on_step(done, 3)
         return [picture("x", 1, 16, 16)]
@@ -173,13 +158,15 @@ def test_progress_arrives_in_the_loops_own_thread():
 def test_an_unwanted_picture_stops_at_the_next_step(how):
     started, stopped = threading.Event(), threading.Event()
 
-    def draw(batch, on_step, is_cancelled):
+    def draw(batch, on_step):
         started.set()
-        while not is_cancelled():
-            time.sleep(0.001)
-            on_step(1, 2)
-        stopped.set()
-        raise GenerationCancelled
+        try:
+            while True:
+                time.sleep(0.001)
+                on_step(1, 2)
+        except GenerationCancelled:
+            stopped.set()
+            raise
 
     async def act(backend):
         drawing = asyncio.create_task(backend.generate(call_of(), lambda progress: None))
@@ -201,7 +188,7 @@ def test_threads_bound_how_many_run_at_once():
     running, most = [0], [0]
     lock = threading.Lock()
 
-    def draw(batch, on_step, is_cancelled):
+    def draw(batch, on_step):
         with lock:
             running[0] += 1
             most[0] = max(most[0], running[0])
@@ -221,7 +208,7 @@ def test_threads_bound_how_many_run_at_once():
 def test_the_procedural_engine_draws_through_it_and_can_do_what_is_declared():
     procedural = pytest.importorskip("img_serving.engines.procedural")
     own = procedural.ProceduralEngine().capabilities()
-    assert CAPABILITIES.honours - {"quality"} == own.honours
+    assert CAPABILITIES.honours == own.honours
     assert (CAPABILITIES.sizes, CAPABILITIES.formats) == (own.sizes, own.formats)
 
     async def act(backend):

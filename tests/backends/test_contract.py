@@ -53,14 +53,14 @@ class FakeEngine:
     def capabilities(self) -> Capabilities:
         return Capabilities()
 
-    def generate(self, batch, on_step, is_cancelled) -> list[bytes]:
+    def generate(self, batch, on_step) -> list[bytes]:
         errors = {"fail": RuntimeError("CUDA"), "memory": MemoryError(), "refuse": ValueError("the size is odd")}
         if self.mishap in errors:
             raise errors[self.mishap]
         if self.mishap == "stop":
             raise GenerationCancelled
         if self.mishap == "hang":
-            while not is_cancelled():
+            while not on_step.is_cancelled():
                 time.sleep(0.001)
             self.stopped.append(time.monotonic())
             raise GenerationCancelled

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from img_serving.domain.capabilities import SizeRule
 from img_serving.domain.images import SEED_LIMIT, Call, ImageRequest, Item
-from img_serving.engines.engine import Engine, GenerationCancelled
+from img_serving.engines.engine import Engine, GenerationCancelled, OnStep, load_fully
 from img_serving.engines.procedural import ProceduralEngine, compose, paint
 from img_serving.engines.procedural.words import senses
 from img_serving.media.png import encode_png, read_header
@@ -411,40 +412,54 @@ def call(*items: Item, steps: int | None = 3, guidance: float | None = None, siz
 ITEMS = (Item("붉은 산", None, 1), Item("blue sea", "stars", SEED_LIMIT - 1), Item("붉은 산", None, 2))
 
 
-def ignore(done: int, total: int) -> None:
-    """Somebody who does not watch."""
-
-
 def test_a_batch_is_its_pictures_alone() -> None:
     engine: Engine = ProceduralEngine()
-    engine.load()
-    together = engine.generate(call(*ITEMS), ignore, lambda: False)
-    assert together == [engine.generate(call(item), ignore, lambda: False)[0] for item in ITEMS]
+    load_fully(engine)
+    together = [one for one in engine.generate(call(*ITEMS), OnStep()) if isinstance(one, bytes)]
+    assert together == [engine.generate(call(item), OnStep())[0] for item in ITEMS]
     assert len(set(together)) == 3
     assert {read_header(data) for data in together} == {(48, 32)}
 
 
 def test_the_engine_writes_what_the_painter_draws() -> None:
-    (data,) = ProceduralEngine().generate(call(ITEMS[1], guidance=4.0), ignore, lambda: False)
+    (data,) = ProceduralEngine().generate(call(ITEMS[1], guidance=4.0), OnStep())
     assert data == encode_png(paint("blue sea", "stars", SEED_LIMIT - 1, 4.0, 3, 48, 32))
 
 
 def test_progress_counts_through_the_batch() -> None:
     steps: list[tuple[int, int]] = []
-    ProceduralEngine().generate(call(*ITEMS), lambda done, total: steps.append((done, total)), lambda: False)
+    ProceduralEngine().generate(call(*ITEMS), OnStep(lambda done, total, _: steps.append((done, total))))
     assert steps == [(done, 9) for done in range(1, 10)]
 
 
 def test_a_cancelled_batch_stops_at_the_next_step() -> None:
     done: list[int] = []
+    on_step = OnStep(lambda step, *_: done.append(step), lambda: len(done) >= 4)
     with pytest.raises(GenerationCancelled):
-        ProceduralEngine().generate(call(*ITEMS), lambda step, _: done.append(step), lambda: len(done) >= 4)
+        ProceduralEngine().generate(call(*ITEMS), on_step)
     assert done == [1, 2, 3, 4]
+
+
+def test_a_batch_shows_each_picture_as_it_grows() -> None:
+    shown: list[tuple[int, int]] = []
+    watched = structs.replace(call(*ITEMS), previews=True)
+    on_step = OnStep(lambda done, _, previews: shown.extend((done, one.index) for one in previews))
+    assert ProceduralEngine().generate(watched, on_step) == ProceduralEngine().generate(call(*ITEMS), OnStep())
+    assert shown == [(done, (done - 1) // 3) for done in range(1, 10)]
+
+
+@pytest.mark.parametrize(("quality", "steps"), [("low", 8), ("medium", 20), ("high", 40)])
+def test_quality_is_a_number_of_steps_where_none_is_said(quality: str, steps: int) -> None:
+    asked = call(ITEMS[0], steps=None)
+    asked = structs.replace(asked, request=structs.replace(asked.request, quality=quality))
+    totals: set[int] = set()
+    ProceduralEngine().generate(asked, OnStep(lambda _, total, __: totals.add(total)))
+    assert totals == {steps}
 
 
 def test_the_engine_says_what_it_can() -> None:
     can = ProceduralEngine().capabilities()
     assert can.batch == "items"
     assert can.progress
-    assert can.honours == {"negative_prompt", "seed", "num_inference_steps", "guidance_scale", "size"}
+    assert can.honours == {"negative_prompt", "seed", "num_inference_steps", "guidance_scale", "size", "quality"}
     assert can.sizes == SizeRule(min_side=16, max_side=4096, max_pixels=2048 * 2048)

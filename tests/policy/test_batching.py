@@ -13,7 +13,15 @@ from tests.policy.virtual_fleet import endpoint
 from img_serving.domain.images import SEED_LIMIT, ImageRequest, InputImage
 from img_serving.domain.jobs import Job, Target, Task
 from img_serving.domain.tenants import ANONYMOUS
-from img_serving.policy.batching import LOOK_AHEAD, able_for, company_limit, fill, may_share, shared_part
+from img_serving.policy.batching import (
+    LOOK_AHEAD,
+    MAX_INPUT_BYTES,
+    able_for,
+    company_limit,
+    fill,
+    may_share,
+    shared_part,
+)
 
 steady = settings(deadline=None, derandomize=True)
 
@@ -81,6 +89,33 @@ def test_seeds_that_wrap_around_are_not_consecutive():
 def test_the_items_shape_takes_any_prompt_and_seed():
     (first,) = tasks(seed=5)
     assert may_share("items", [first], tasks("dog", seed=99, negative_prompt="blur")[0])
+
+
+def picture(data: bytes = b"png", side: int = 8) -> InputImage:
+    return InputImage(data, "image/png", side, side)
+
+
+def test_the_items_shape_takes_any_input_image_of_the_same_kind():
+    (first,) = tasks(operation="edit", images=(picture(),))
+    (other,) = tasks("dog", operation="edit", images=(picture(b"other"),))
+    assert may_share("items", [first], other)
+    assert not may_share("seeds", [first], tasks(operation="edit", images=(picture(b"other"),), seed=1)[0])
+    assert not may_share("items", [first], tasks(operation="edit", images=(picture(), picture()))[0])
+    assert not may_share("items", [first], tasks(operation="edit", images=(picture(),), mask=picture())[0])
+
+
+def test_pictures_that_keep_their_size_share_only_with_those_of_the_same_size():
+    small, large = ((picture(side=side),) for side in (8, 16))
+    assert not may_share("items", tasks(operation="edit", images=small), tasks(operation="edit", images=large)[0])
+    given: dict[str, Any] = {"operation": "edit", "width": 64, "height": 64}
+    assert may_share("items", tasks(**given, images=small), tasks(**given, images=large)[0])
+
+
+def test_input_images_of_one_call_are_bounded_together():
+    half = picture(bytes(MAX_INPUT_BYTES // 2))
+    first, second, third = (tasks(operation="edit", images=(half,))[0] for _ in range(3))
+    assert may_share("items", [first], second)
+    assert not may_share("items", [first, second], third)
 
 
 def test_every_field_of_a_request_is_shared_per_item_or_not_drawn():

@@ -10,17 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Final
 
-from msgspec import structs
-
 from img_serving.domain.capabilities import Capabilities, SizeRule
 from img_serving.domain.errors import AttemptError, BackendRefusal, InvalidRequest, Outcome
-from img_serving.domain.images import Artifact, Call, ItemFailure, Progress
-from img_serving.engines.engine import Engine, GenerationCancelled
-from img_serving.media.payload import artifact_from_bytes
+from img_serving.domain.images import Artifact, Call, ItemFailure, Preview, Progress
+from img_serving.engines.engine import Engine, GenerationCancelled, OnStep, load_fully
+from img_serving.engines.pictures import artifact_of
 from img_serving.ports import HealthReport, OnProgress
 
-STEPS_OF_QUALITY: Final = {"low": 8, "high": 40}
-DEFAULT_STEPS: Final = 20
 MAX_THREADS: Final = 4
 
 CAPABILITIES: Final = Capabilities(
@@ -30,6 +26,7 @@ CAPABILITIES: Final = Capabilities(
     sizes=SizeRule(min_side=16, max_side=4096, max_pixels=2048 * 2048),
     formats=("png",),
     progress=True,
+    previews=True,
     cancels=True,
 )
 """Those of the procedural engine, written down here so that nothing has to be imported to know them."""
@@ -84,13 +81,13 @@ class BuiltinBackend:
         loop = asyncio.get_running_loop()
         cancelled = threading.Event()
 
-        def report(done: int, total: int) -> None:
-            if not cancelled.is_set():  # the loop may be gone with the call
-                loop.call_soon_threadsafe(on_progress, Progress(done, total))
+        def report(done: int, total: int, previews: Sequence[Preview]) -> None:
+            for preview in previews or (None,):
+                loop.call_soon_threadsafe(on_progress, Progress(done, total, preview))
 
         self._running.add(cancelled)
         try:
-            return await loop.run_in_executor(self._executor, self._draw, _with_steps(call), report, cancelled.is_set)
+            return await loop.run_in_executor(self._executor, self._draw, call, OnStep(report, cancelled.is_set))
         except GenerationCancelled:
             raise AttemptError(Outcome.FAILED, "the engine stopped although nobody asked it to") from None
         except (AttemptError, BackendRefusal):
@@ -117,22 +114,19 @@ class BuiltinBackend:
             cancelled.set()
         self._executor.shutdown(wait=False, cancel_futures=True)
 
-    def _draw(
-        self, call: Call, on_step: Callable[[int, int], None], is_cancelled: Callable[[], bool]
-    ) -> list[Artifact]:
+    def _draw(self, call: Call, on_step: OnStep) -> list[Artifact | ItemFailure]:
         """In a thread: load if need be, draw, and prove that pictures came out."""
         engine = self._loaded()
-        if is_cancelled():
-            raise GenerationCancelled
+        on_step.check()
         try:
-            pictures = engine.generate(call, on_step, is_cancelled)
+            pictures = engine.generate(call, on_step)
         except ValueError as error:
             # the engine's word for "not what I can draw"; any other mistake of its own has another type
             raise BackendRefusal(InvalidRequest(str(error)[:300])) from error
         if len(pictures) != len(call.items):
             raise AttemptError(Outcome.FAILED, f"the engine drew {len(pictures)} of {len(call.items)} pictures")
         try:
-            return [artifact_from_bytes(png, item.seed) for png, item in zip(pictures, call.items, strict=True)]
+            return [artifact_of(one, item.seed) for one, item in zip(pictures, call.items, strict=True)]
         except ValueError as error:
             raise AttemptError(Outcome.FAILED, f"the engine's picture is no use: {error}") from None
 
@@ -141,17 +135,9 @@ class BuiltinBackend:
             if self._engine is None:
                 try:
                     engine = self._engine_factory()
-                    engine.load()
+                    load_fully(engine)
                 except Exception as error:
                     self._load_error = f"the engine could not be loaded: {str(error) or type(error).__name__}"[:300]
                     raise AttemptError(Outcome.FAILED, self._load_error) from error
                 self._engine, self._load_error = engine, ""
             return self._engine
-
-
-def _with_steps(call: Call) -> Call:
-    """Quality is a matter of steps here, where the client did not say how many."""
-    if call.request.steps is not None:
-        return call
-    steps = STEPS_OF_QUALITY.get(call.request.quality or "", DEFAULT_STEPS)
-    return structs.replace(call, request=structs.replace(call.request, steps=steps))

@@ -82,19 +82,24 @@ class ImageRequest(msgspec.Struct, frozen=True, gc=False):
 
 
 class Item(msgspec.Struct, frozen=True, gc=False):
-    """One picture of a call: what may differ between the members of a batch."""
+    """One picture of a call: what may differ between the members of a batch.
+
+    `images` and `mask` are what an edit starts from, as in `ImageRequest`.
+    """
 
     prompt: str
     negative_prompt: str | None
     seed: int
+    images: tuple[InputImage, ...] = ()
+    mask: InputImage | None = None
 
 
 class Call(msgspec.Struct, frozen=True):
     """One call of a batch to one endpoint.
 
-    `request` carries what all members share (size, steps, guidance …); its prompt, negative prompt and seed are those of
-    the first member. `model` is the name to use upstream (None: whatever the engine has). `width` × `height` in pixels.
-    `timeout_seconds` is how long one attempt may go without an answer or progress. `previews`: unfinished pictures are wanted.
+    `request` carries what all members share (size, steps, guidance …); its prompt, negative prompt, seed and input images are
+    those of the first member. `model` is the name to use upstream (None: whatever the engine has). `width` × `height` in
+    pixels. `timeout_seconds` is how long one attempt may go without an answer or progress. `previews`: unfinished pictures are wanted.
     """
 
     request: ImageRequest

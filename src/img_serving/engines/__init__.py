@@ -1,1 +1,1 @@
-"""What draws: the engine protocol and the procedural painter."""
+"""What draws: the engine protocol, the procedural painter and diffusers pipelines."""

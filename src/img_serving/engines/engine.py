@@ -1,29 +1,79 @@
-"""What an engine is: something in this process that draws a batch of pictures, step by step."""
+"""What an engine is: something in this process that draws a batch of pictures, step by step.
+
+Your own model is a class with three methods; `img-serving worker --engine my_module:MyEngine` serves it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from img_serving.domain.capabilities import Capabilities
-from img_serving.domain.images import Call
+from img_serving.domain.images import Call, ItemFailure, Preview
 
-OnStep = Callable[[int, int], None]
-"""Told (done, total) after every step of a batch."""
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    from PIL.Image import Image as PILImage
+
+Picture: TypeAlias = "bytes | npt.NDArray[Any] | PILImage"
+"""A finished picture: the bytes of a PNG, JPEG or WebP file, a uint8 array [height, width, 3], or a Pillow image."""
 
 IsCancelled = Callable[[], bool]
-"""Asked at every step, and where a step is long within it: whether nobody wants the pictures any more."""
+"""Whether nobody wants the pictures any more."""
+
+Report = Callable[[int, int, Sequence[Preview]], None]
+"""Told (done, total, previews) after every step of a batch."""
 
 
 class GenerationCancelled(Exception):
     """The pictures are not wanted any more: the engine stopped at the next point where it asked."""
 
 
+class OnStep:
+    """What an engine calls after every step: so it tells how far it is, and hears whether to go on.
+
+    `on_step(3, 20)` says that 3 of 20 steps of the batch are done; where nobody wants the pictures any more it raises
+    `GenerationCancelled`, which the engine lets through. Where a step is long, `check()` asks in between.
+    """
+
+    __slots__ = ("_is_cancelled", "_report")
+
+    def __init__(self, report: Report | None = None, is_cancelled: IsCancelled | None = None) -> None:
+        """Without arguments: nobody listens and nobody cancels, as in a test of an engine."""
+        self._report = report
+        self._is_cancelled = is_cancelled
+
+    def __call__(self, done: int, total: int, previews: Sequence[Preview] = ()) -> None:
+        """Tell that `done` of `total` steps of the whole batch are done, and how it looks by now.
+
+        Raises:
+            GenerationCancelled: nobody wants the pictures any more.
+        """
+        self.check()
+        if self._report is not None:
+            self._report(done, total, previews)
+
+    def check(self) -> None:
+        """Ask without telling.
+
+        Raises:
+            GenerationCancelled: nobody wants the pictures any more.
+        """
+        if self.is_cancelled():
+            raise GenerationCancelled
+
+    def is_cancelled(self) -> bool:
+        """Whether nobody wants the pictures any more."""
+        return self._is_cancelled is not None and self._is_cancelled()
+
+
 class Engine(Protocol):
     """Draws pictures in this process. Its methods block: the caller gives them a thread."""
 
-    def load(self) -> None:
-        """Make ready (import, read weights, warm up), once, before the first picture.
+    def load(self) -> Iterable[tuple[float, str]] | None:
+        """Make ready (import, read weights), once, before the first picture.
+
+        It may be a generator that yields (share done from 0 to 1, what it does next), for people who wait.
 
         Raises:
             Exception: whatever keeps it from drawing; the message says what is missing.
@@ -31,14 +81,28 @@ class Engine(Protocol):
         ...
 
     def capabilities(self) -> Capabilities:
-        """What it can do; known without loading."""
+        """What it can do; known without loading, and better known after."""
         ...
 
-    def generate(self, batch: Call, on_step: OnStep, is_cancelled: IsCancelled) -> list[bytes]:
-        """Draw `batch.items`: one PNG each, in order. A picture is the same alone and in a batch.
+    def generate(self, batch: Call, on_step: OnStep) -> Sequence[Picture | ItemFailure]:
+        """Draw `batch.items`: one picture each, in order. A picture is the same alone and in a batch.
+
+        `batch.previews` says whether unfinished pictures are wanted. One item's failure (`ItemFailure`) spares the others.
 
         Raises:
-            GenerationCancelled: `is_cancelled()` was true.
+            GenerationCancelled: by `on_step`.
             ValueError: the engine cannot draw what is asked for (its size, its number of steps …).
+            MemoryError: there is not enough memory for the batch.
         """
         ...
+
+
+def load_fully(engine: Engine, on_load: Callable[[float, str], None] | None = None) -> None:
+    """Load to the end, told of each part before it begins.
+
+    Raises:
+        Exception: what `load` raises.
+    """
+    for share, doing in engine.load() or ():
+        if on_load is not None:
+            on_load(share, doing)

@@ -284,7 +284,11 @@ class Dispatcher:
             width=width,
             height=height,
             items=tuple(
-                [Item(task.job.request.prompt, task.job.request.negative_prompt, task.seed) for task in batch.tasks]
+                [
+                    Item(one.prompt, one.negative_prompt, task.seed, one.images, one.mask)
+                    for task in batch.tasks
+                    for one in (task.job.request,)
+                ]
             ),
             # an engine draws a batch's pictures one after the other, more or less
             timeout_seconds=self._endpoints.timeout_of(batch.backend) * len(batch.tasks),

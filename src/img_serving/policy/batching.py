@@ -14,8 +14,15 @@ LOOK_AHEAD = 64
 """Waiting tasks looked at when a batch is filled: bounds the cost of a decision, whatever the queue's length."""
 
 
+MAX_INPUT_BYTES = 64 * 1024 * 1024
+"""Input images of one call, all members of several requests together: calls must fit into one message."""
+
+
 def shared_part(request: ImageRequest) -> tuple[object, ...]:
-    """What all members of any batch have in common: one call carries one of each."""
+    """What all members of any batch have in common: one call carries one of each.
+
+    Of input images that is how many there are, and their size where the picture keeps it.
+    """
     return (
         request.operation,
         request.model,
@@ -33,9 +40,10 @@ def shared_part(request: ImageRequest) -> tuple[object, ...]:
         request.output_format,
         request.output_compression,
         request.user,
-        request.images,
-        request.mask,
         request.strength,
+        len(request.images),
+        request.mask is None,
+        None if request.width is not None else [(one.width, one.height) for one in request.images[:1]],
     )
 
 
@@ -51,11 +59,19 @@ def may_share(shape: BatchShape, members: list[Task], other: Task) -> bool:
         return False
     if shape == "seeds":
         return (
-            theirs.prompt == ours.prompt
+            theirs.images == ours.images
+            and theirs.mask == ours.mask
+            and theirs.prompt == ours.prompt
             and theirs.negative_prompt == ours.negative_prompt
             and other.seed == members[-1].seed + 1
         )
-    return True
+    return not theirs.images or sum(map(_input_bytes, members)) + _input_bytes(other) <= MAX_INPUT_BYTES
+
+
+def _input_bytes(task: Task) -> int:
+    request = task.job.request
+    mask = 0 if request.mask is None else len(request.mask.data)
+    return mask + sum(len(one.data) for one in request.images)
 
 
 def able_for(endpoint: EndpointState, task: Task) -> Capabilities:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from img_serving.domain.capabilities import Capabilities, SizeRule
-from img_serving.domain.images import Call
-from img_serving.engines.engine import IsCancelled, OnStep
-from img_serving.engines.procedural.limits import DEFAULT_STEPS, MAX_PIXELS, MAX_SIDE, MIN_SIDE
+from img_serving.domain.images import Call, Preview
+from img_serving.engines.engine import OnStep
+from img_serving.engines.procedural.fields import Array
+from img_serving.engines.procedural.limits import DEFAULT_STEPS, MAX_PIXELS, MAX_SIDE, MIN_SIDE, STEPS_OF_QUALITY
 from img_serving.engines.procedural.painter import paint
 from img_serving.media.png import encode_png
 
@@ -25,25 +24,28 @@ class ProceduralEngine:
             batch="items",
             max_batch_size=8,
             max_concurrency=2,
-            honours=frozenset({"negative_prompt", "seed", "num_inference_steps", "guidance_scale", "size"}),
+            honours=frozenset({"negative_prompt", "seed", "num_inference_steps", "guidance_scale", "size", "quality"}),
             sizes=SizeRule(min_side=MIN_SIDE, max_side=MAX_SIDE, max_pixels=MAX_PIXELS),
             formats=("png",),
             progress=True,
+            previews=True,
         )
 
-    def generate(self, batch: Call, on_step: OnStep, is_cancelled: IsCancelled) -> list[bytes]:
+    def generate(self, batch: Call, on_step: OnStep) -> list[bytes]:
         """Draw `batch.items` one after the other: PNG bytes, in order. Progress counts the steps of all of them.
 
         Raises:
-            GenerationCancelled: `is_cancelled()` was true at a step, or while a picture was drawn at full size.
+            GenerationCancelled: at a step, or while a picture was drawn at full size.
             ValueError: size, seed, guidance or steps out of range.
         """
         request = batch.request
-        steps = DEFAULT_STEPS if request.steps is None else request.steps
+        steps = request.steps
+        if steps is None:
+            steps = STEPS_OF_QUALITY.get(request.quality or "", DEFAULT_STEPS)
         total = steps * len(batch.items)
         pictures: list[bytes] = []
         for number, item in enumerate(batch.items):
-            before = number * steps
+            progress = _Progress(number, number * steps, total, on_step)
             pixels = paint(
                 item.prompt,
                 item.negative_prompt,
@@ -52,13 +54,26 @@ class ProceduralEngine:
                 steps,
                 batch.width,
                 batch.height,
-                on_step=partial(_count_from, before, total, on_step),
-                is_cancelled=is_cancelled,
+                on_step=progress.stepped,
+                is_cancelled=on_step.is_cancelled,
+                preview=progress.show if batch.previews else None,
             )
             pictures.append(encode_png(pixels))
         return pictures
 
 
-def _count_from(before: int, total: int, on_step: OnStep, done: int, _: int) -> None:
-    """Report one picture's step as a step of its batch."""
-    on_step(before + done, total)
+class _Progress:
+    """One picture's steps, told as steps of its batch, with what it looked like."""
+
+    def __init__(self, index: int, before: int, total: int, on_step: OnStep) -> None:
+        self._index, self._before, self._total, self._on_step = index, before, total, on_step
+        self._previews: tuple[Preview, ...] = ()
+
+    def show(self, _: int, pixels: Array) -> None:
+        """How it looks; told with the step that comes next."""
+        self._previews = (Preview(encode_png(pixels), "image/png", self._index),)
+
+    def stepped(self, done: int, _: int) -> None:
+        """One step of this picture is done."""
+        previews, self._previews = self._previews, ()
+        self._on_step(self._before + done, self._total, previews)

@@ -7,6 +7,8 @@ from img_serving.domain.images import SEED_LIMIT
 MODEL = "procedural"
 MIN_SIDE, MAX_SIDE, MAX_PIXELS = 16, 4096, 2048 * 2048
 DEFAULT_STEPS, MAX_STEPS = 20, 1000
+STEPS_OF_QUALITY = {"low": 8, "high": 40}
+"""Quality is a matter of steps here, where nobody says how many."""
 DEFAULT_GUIDANCE = 7.0
 
 

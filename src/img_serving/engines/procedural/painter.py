@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from img_serving.engines.engine import GenerationCancelled, IsCancelled, OnStep
+from img_serving.engines.engine import GenerationCancelled, IsCancelled
 from img_serving.engines.procedural.canvas import draw
 from img_serving.engines.procedural.fields import Array
 from img_serving.engines.procedural.frame import Frame
 from img_serving.engines.procedural.limits import DEFAULT_GUIDANCE, DEFAULT_STEPS, check
 from img_serving.engines.procedural.scene import compose
 from img_serving.engines.procedural.steps import Latent
+
+Stepped = Callable[[int, int], None]
+"""Told (done, total) after every step."""
 
 Preview = Callable[[int, Array], None]
 """Given the number of steps done and a small uint8 picture [h, w, 3] of how it looks by then."""
@@ -27,7 +30,7 @@ def paint(  # noqa: PLR0917 - a picture's arguments in the order in which people
     steps: int | None,
     width: int,
     height: int,
-    on_step: OnStep | None = None,
+    on_step: Stepped | None = None,
     is_cancelled: IsCancelled | None = None,
     preview: Preview | None = None,
 ) -> Array:
