@@ -39,7 +39,13 @@ FORBIDDEN_IN_PURE = {"asyncio", "logging", "time", "socket", "os", "threading", 
 LATE = {"numpy", "PIL", "grpc", "isal", "rich"}
 PAINTER = SOURCE / "engines" / "procedural"
 """Its rooms are arithmetic on arrays and may import numpy as they load: main.py imports them with the first picture."""
-SPEAK_GRPC = [SOURCE / "wire", SOURCE / "backends" / "grpc", SOURCE / "backends" / "kserve", SOURCE / "worker"]
+SPEAK_GRPC = [
+    SOURCE / "wire",
+    SOURCE / "backends" / "rpc.py",
+    SOURCE / "backends" / "grpc",
+    SOURCE / "backends" / "kserve",
+    SOURCE / "worker",
+]
 """main.py imports an adapter when a backend of its protocol is configured; the worker is another program."""
 
 

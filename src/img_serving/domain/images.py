@@ -99,7 +99,8 @@ class Call(msgspec.Struct, frozen=True):
 
     `request` carries what all members share (size, steps, guidance …); its prompt, negative prompt, seed and input images are
     those of the first member. `model` is the name to use upstream (None: whatever the engine has). `width` × `height` in
-    pixels. `timeout_seconds` is how long one attempt may go without an answer or progress. `previews`: unfinished pictures are wanted.
+    pixels. `timeout_seconds` is how long one attempt may go without an answer or progress. `previews`: unfinished pictures
+    are wanted.
     """
 
     request: ImageRequest
