@@ -96,7 +96,7 @@ def ignored_by(request: ImageRequest, capabilities: Capabilities) -> tuple[str, 
 
 def stands_in(request: ImageRequest, backend: Candidate, options: RoutingOptions) -> bool:
     """Whether this backend would draw with something else than the model that was asked for, since nobody has that."""
-    if request.model is None or not backend.serves_any:
+    if request.model is None or not (backend.serves_any or backend.capabilities.any_model):
         return False
     return options.aliases.get(request.model, request.model) not in (*backend.models, backend.name)
 
