@@ -497,11 +497,12 @@ class TestBackends:
     def test_a_protocol_that_is_not_built_yet_says_so_and_lists_those_that_are(self, protocol):
         found = backend_problems(protocol=protocol)
         assert "does not speak it yet" in found["protocol"]
-        assert "a1111, builtin, comfyui, http, openai, scripted" in found["protocol"]
+        assert "a1111, builtin, comfyui, grpc, http, openai, scripted" in found["protocol"]
 
     def test_grpc_addresses_have_schemes_of_their_own(self):
         for url in ("grpc://a:1", "grpcs://a:1", "http://a:1"):
-            assert list(backend_problems(protocol="grpc", endpoints=[url])) == ["protocol"]
+            assert backend_from_mapping({"name": "own", "protocol": "grpc", "endpoints": [url]}).endpoints == (url,)
+        assert list(backend_problems(protocol="openai", endpoints=["grpc://a:1"])) == ["endpoints[0]"]
 
     def test_an_unknown_protocol_gets_the_nearest(self):
         assert "did you mean `openai`?" in backend_problems(protocol="open-ai")["protocol"]

@@ -14,12 +14,14 @@ import msgspec
 import pytest
 from tests.support.fake_a1111 import FakeA1111, Flavour
 from tests.support.fake_comfyui import FakeComfyUI
+from tests.support.fake_worker import FakeWorker
 
 from img_serving.backends.a1111 import A1111Backend
 from img_serving.backends.builtin import BuiltinBackend
 from img_serving.backends.comfyui import ComfyUIBackend
 from img_serving.backends.comfyui.prompt import Pace
 from img_serving.backends.detection import DetectingBackend
+from img_serving.backends.grpc import GrpcBackend
 from img_serving.backends.openai import OpenAIBackend
 from img_serving.backends.scripted import ScriptedBackend, picture
 from img_serving.backends.scripted_server import HUGE_BYTES, STEPS, ScriptedServer
@@ -77,7 +79,7 @@ class Rig:
     """An adapter, and what stands behind it for the test to look at."""
 
     backend: Backend
-    server: ScriptedServer | FakeComfyUI | None = None
+    server: ScriptedServer | FakeComfyUI | FakeWorker | None = None
     engine: FakeEngine | None = None
 
     def is_working(self) -> bool:
@@ -86,6 +88,8 @@ class Rig:
             return bool(self.server.drawn)
         if isinstance(self.server, ScriptedServer):
             return bool(self.server.posts)
+        if isinstance(self.server, FakeWorker):
+            return bool(self.server.requests)
         if self.engine is not None:
             return self.engine.loads > 0
         return isinstance(self.backend, ScriptedBackend) and self.backend.in_flight > 0
@@ -96,6 +100,8 @@ class Rig:
             return bool(self.server.stopped) and self.server.in_flight == 0
         if isinstance(self.server, ScriptedServer):
             return self.server.posts[0].disconnected_at is not None and self.server.in_flight == 0
+        if isinstance(self.server, FakeWorker):
+            return self.server.cancelled > 0
         if self.engine is not None:
             return bool(self.engine.stopped)
         return isinstance(self.backend, ScriptedBackend) and self.backend.cancelled > 0
@@ -206,6 +212,16 @@ def comfyui_refusal(node: str, kind: str, name: str) -> Answer:
     return Answer(400, msgspec.json.encode(document))
 
 
+@asynccontextmanager
+async def grpc_rig(step: str) -> AsyncIterator[Rig]:
+    async with FakeWorker(step) as worker:
+        backend = GrpcBackend(worker.url, api_key=KEY, headers=HEADERS)
+        try:
+            yield Rig(backend, worker)
+        finally:
+            await backend.close()
+
+
 def forge_rig(step: str) -> AbstractAsyncContextManager[Rig]:
     return a1111_at("forge", step)
 
@@ -235,6 +251,7 @@ RIGS = {
     "forge": forge_rig,
     "sdcpp": sdcpp_rig,
     "comfyui": comfyui_rig,
+    "grpc": grpc_rig,
     "http": detecting_rig,
     "builtin": builtin_rig,
     "scripted": scripted_rig,
