@@ -49,6 +49,7 @@ from img_serving.telemetry.metrics import Metrics
 from img_serving.transport.fetch import FetchFailed, SafeFetcher
 from img_serving.transport.http import HttpTransport, make_ssl_context
 from img_serving.transport.proxy import proxy_from_environment
+from img_serving.wire import hush_grpc
 
 log = logging.getLogger("img_serving")
 
@@ -262,6 +263,7 @@ def make_adapter(config: BackendConfig, endpoint: EndpointConfig) -> Backend:
 
 
 def _grpc(config: BackendConfig, endpoint: EndpointConfig) -> Backend:
+    hush_grpc()
     try:
         # imported late: gRPC takes a tenth of a second and some megabytes
         from img_serving.backends.grpc import GrpcBackend  # noqa: PLC0415

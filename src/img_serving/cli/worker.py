@@ -23,16 +23,17 @@ if TYPE_CHECKING:
 TOKEN_VARIABLE = "IMG_SERVING_WORKER_TOKEN"  # noqa: S105 - where it is, not what it is
 
 EXAMPLES = f"""\
-The engine is `procedural` (the built-in painter), `diffusers` (needs the extra: pip install 'img-serving[diffusers]'), or a
-class of your own: module:Class or file.py:Class. The gateway's side is a backend with protocol = "grpc" and
-endpoints = ["http://localhost:50051"].
-Callers must know the token in ${TOKEN_VARIABLE}, if there is one; the gateway's side of it is `api_key`.
+The engine is `procedural` (the built-in painter), `diffusers` (needs the extra:
+pip install 'img-serving[diffusers]'), or a class of your own: module:Class or
+file.py:Class. The gateway's side is a backend with protocol = "grpc" and
+endpoints = ["http://localhost:50051"]. Callers must know the token in
+${TOKEN_VARIABLE}, if there is one; the gateway's side is `api_key`.
 
 examples:
   img-serving worker --engine procedural
-  img-serving worker --engine diffusers --model ./stable-diffusion-v1-5 --port 50051
-  img-serving worker --engine examples/custom_worker/gradient.py:Gradient
-  img-serving worker --engine examples/custom_worker/gradient.py:Gradient --try "a red fox" -o fox.png
+  img-serving worker --engine diffusers --model ./stable-diffusion-v1-5
+  img-serving worker --engine my_model.py:MyModel --port 50052
+  img-serving worker --engine my_model.py:MyModel --try "a red fox" -o fox.png
 """
 
 
@@ -91,6 +92,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _serve(args: argparse.Namespace, factory: Callable[[], Engine]) -> int:
+    from img_serving.wire import hush_grpc
+
+    hush_grpc()
     try:
         import grpc  # noqa: F401 - is it there?
     except ImportError:
