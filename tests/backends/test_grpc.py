@@ -336,7 +336,7 @@ def test_silence_is_an_unknown_outcome_and_ends_the_call() -> None:
 
 def test_a_connection_that_does_not_come_about_is_given_up() -> None:
     async def main() -> AttemptError:
-        silent = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)  # listens, and says nothing
+        silent = await asyncio.start_server(lambda _, writer: writers.append(writer), "127.0.0.1", 0)
         backend = GrpcBackend(
             f"http://127.0.0.1:{silent.sockets[0].getsockname()[1]}", options={"connect_timeout_ms": 100}
         )
@@ -345,7 +345,10 @@ def test_a_connection_that_does_not_come_about_is_given_up() -> None:
         finally:
             await backend.close()
             silent.close()
+            for writer in writers:
+                writer.close()
 
+    writers: list[asyncio.StreamWriter] = []  # it listens, and says nothing
     error = asyncio.run(main())
     assert error.outcome is Outcome.NOT_STARTED
     assert "within 0.1 s" in error.message
