@@ -192,6 +192,19 @@ def test_only_what_the_worker_honours_is_sent() -> None:
     assert run(act) == [(True, True), (False, True)]
 
 
+def test_an_edit_is_sent_what_edits_honour() -> None:
+    worker = FakeWorker()
+    worker.told.models[0].honours_in_edits.append("strength")
+    image = InputImage(picture("start", 1, 64, 48), "image/png", 64, 48)
+
+    async def act(backend: GrpcBackend, _: FakeWorker) -> Any:
+        await backend.check(2.0)
+        await backend.generate(call_of(7, operation="edit", strength=0.5, steps=5, images=(image,)), nothing)
+        return worker.requests[0].HasField("strength"), worker.requests[0].HasField("steps")
+
+    assert run(act, worker) == (True, False)
+
+
 def test_what_the_worker_says_of_a_picture_is_kept() -> None:
     (drawn,) = run(lambda backend, _: backend.generate(call_of(7), nothing), FakeWorker("told"))
     assert (drawn.seed, drawn.revised_prompt, drawn.ignored) == (107, "a better one", ("guidance_scale",))

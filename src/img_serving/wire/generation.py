@@ -236,6 +236,7 @@ def model_message(model: str, can: Capabilities) -> pb.Model:
         schedulers=can.schedulers.spellings if can.schedulers is not None else (),
         formats=can.formats,
         previews=can.previews,
+        honours_in_edits=sorted(can.honours_in_edits or ()),
     )
 
 
@@ -253,6 +254,7 @@ def capabilities_of(message: pb.Model, *, slots: int, any_model: bool = False) -
         max_batch_size=max(1, message.max_batch_size),
         max_concurrency=max(1, slots),
         honours=frozenset(message.honours) & PARAMETERS,
+        honours_in_edits=frozenset(message.honours_in_edits) & PARAMETERS if message.honours_in_edits else None,
         sizes=SizeRule(
             multiple=max(1, sizes.multiple),
             rounding=roundings.get(sizes.rounding, "down"),

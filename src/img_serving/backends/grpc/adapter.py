@@ -101,7 +101,7 @@ class GrpcBackend:
         able = self._capabilities.of(call.model)
         # no deserializer: pictures are read where they are
         generate: Any = self._line.channel.unary_stream(GENERATE, pb.GenerateRequest.SerializeToString, None)
-        message = message_of(_spelt(call, able), able.honours)
+        message = message_of(_spelt(call, able), able.honoured(call.request.operation))
         assembly = Assembly(call.items)
         async with patience(call.timeout_seconds) as heard:
             stream = generate(message, metadata=self._line.metadata_of(call))
