@@ -142,12 +142,15 @@ def test_sigterm_ends_a_worker_whose_engine_hears_nothing(tmp_path: Path, when: 
         with working(*arguments, "--model", "x", until=" listens on ", cwd=tmp_path) as worker:
             assert worker.stop() == 0
         return
-    with working(*arguments, cwd=tmp_path) as worker, serving(tmp_path / "g", config_for(worker.port)) as gateway:
-        with ThreadPoolExecutor(1) as pool:
-            drawing = pool.submit(draw, gateway, size="64x64")
-            await_metric(worker, "drawing", 1)
-            assert worker.stop() == 0
-            assert drawing.result()[0] == 502
+    with (
+        working(*arguments, cwd=tmp_path) as worker,
+        serving(tmp_path / "g", config_for(worker.port)) as gateway,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        drawing = pool.submit(draw, gateway, size="64x64")
+        await_metric(worker, "drawing", 1)
+        assert worker.stop() == 0
+        assert drawing.result()[0] == 502
 
 
 def test_a_token_and_the_wrong_one(tmp_path: Path) -> None:
