@@ -1,0 +1,81 @@
+"""Pixels in and out: the picture that an edit starts from, where it may paint, and what a pipeline drew."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING, Any
+
+from img_serving.domain.images import InputImage
+from img_serving.media.masks import white_where_painted
+from img_serving.media.transcode import MAX_PIXELS
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    from PIL.Image import Image as PILImage
+
+
+def start_of(picture: InputImage, width: int, height: int) -> PILImage:
+    """The picture as RGB, upright, on white where it is transparent, stretched to `width` x `height`.
+
+    Raises:
+        ValueError: it is none, or over `MAX_PIXELS`.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(io.BytesIO(picture.data)) as opened:
+            wide, high = opened.size
+            if wide * high > MAX_PIXELS:
+                raise ValueError(f"a picture of {wide}x{high} is over {MAX_PIXELS} pixels and is not decoded")
+            opened.load()
+            upright = ImageOps.exif_transpose(opened)
+            if upright.mode in {"RGBA", "LA", "PA"} or "transparency" in upright.info:
+                upright = upright.convert("RGBA")
+                upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
+            rgb = upright.convert("RGB")
+    except ValueError:
+        raise
+    except Exception as error:
+        # a broken picture makes Pillow raise nearly anything
+        raise ValueError(f"the picture could not be decoded ({type(error).__name__})") from error
+    return rgb if rgb.size == (width, height) else rgb.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def painted_of(mask: InputImage, width: int, height: int) -> PILImage:
+    """Where may be painted, as pipelines want it: 8-bit grey, white there; stretched to `width` x `height`.
+
+    Raises:
+        ValueError: it is not a picture, too large, or leaves nothing to paint.
+    """
+    from PIL import Image
+
+    with Image.open(io.BytesIO(white_where_painted(mask.data, needs_area=True))) as opened:
+        area = opened.convert("L")
+    return area if area.size == (width, height) else area.resize((width, height), Image.Resampling.BILINEAR)
+
+
+def drawn(pixels: Any) -> npt.NDArray[Any]:
+    """One picture of a pipeline, floats from 0 to 1 of [height, width, 3], as uint8.
+
+    Raises:
+        ArithmeticError: there are values in it that are no numbers.
+    """
+    import numpy as np
+
+    if not np.isfinite(pixels).all():
+        raise ArithmeticError(
+            "the arithmetic left the range of its numbers, so the picture would be black: use dtype bfloat16 or float32"
+        )
+    eight_bits: npt.NDArray[Any] = (np.clip(pixels, 0.0, 1.0) * 255.0).round().astype(np.uint8)
+    return np.ascontiguousarray(eight_bits)
+
+
+def kept_outside(pixels: npt.NDArray[Any], start: PILImage, painted: PILImage) -> npt.NDArray[Any]:
+    """What was drawn where it may be painted, and the start, to the last bit, where not.
+
+    Pipelines send the whole picture through their VAE, which changes it everywhere a little.
+    """
+    import numpy as np
+    from PIL import Image
+
+    return np.asarray(Image.composite(Image.fromarray(pixels), start, painted))
