@@ -36,7 +36,7 @@ FLOORS = {
 NEIGHBOURS = {"backends", "storage", "state", "gateway"}
 PURE = {"domain", "policy", "simulation"}
 FORBIDDEN_IN_PURE = {"asyncio", "logging", "time", "socket", "os", "threading", "subprocess", "uvloop", "httptools"}
-LATE = {"numpy", "PIL", "grpc", "isal", "rich"}
+LATE = {"numpy", "PIL", "grpc", "isal", "rich", "torch", "diffusers", "transformers", "peft"}
 PAINTER = SOURCE / "engines" / "procedural"
 """Its rooms are arithmetic on arrays and may import numpy as they load: main.py imports them with the first picture."""
 SPEAK_GRPC = [

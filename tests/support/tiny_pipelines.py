@@ -52,7 +52,9 @@ def make_lora(pipe: Any, path: Path, *, seed: int = 1, size: float = 0.5) -> Pat
 def _letters() -> Any:
     """A tokenizer of CLIP's kind without merges: each letter is a token, ended or not."""
     letters = list(_byte_letters())
-    vocabulary = {token: number for number, token in enumerate([*letters, *(f"{one}</w>" for one in letters), _BEGIN, _END])}
+    vocabulary = {
+        token: number for number, token in enumerate([*letters, *(f"{one}</w>" for one in letters), _BEGIN, _END])
+    }
     with tempfile.TemporaryDirectory() as folder:
         vocab, merges = Path(folder) / "vocab.json", Path(folder) / "merges.txt"
         vocab.write_text(json.dumps(vocabulary), encoding="utf-8")
@@ -67,7 +69,13 @@ def _byte_letters() -> list[str]:
 
 def _words() -> Any:
     """A tokenizer of T5's kind: letters of printable ASCII."""
-    pieces = [("<pad>", 0.0), (_T5_END, 0.0), ("<unk>", -9.0), ("▁", -2.0), *((chr(code), -3.0) for code in range(33, 127))]
+    pieces = [
+        ("<pad>", 0.0),
+        (_T5_END, 0.0),
+        ("<unk>", -9.0),
+        ("▁", -2.0),
+        *((chr(code), -3.0) for code in range(33, 127)),
+    ]
     made = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=2, byte_fallback=False))
     made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
     made.decoder = tokenizers.decoders.Metaspace()

@@ -413,10 +413,10 @@ class DiffusersEngine:
             raise ValueError(f"the model does {' and '.join(sorted(can.operations))}, not {request.operation}")
         if not 1 <= len(batch.items) <= self.options.most:
             raise ValueError(f"a call has from 1 to {self.options.most} pictures, not {len(batch.items)}")
-        if can.sizes.fit(width, height) != (width, height):
-            raise ValueError(f"width and height must be multiples of {can.sizes.multiple}, not {width}x{height}")
         if (refusal := can.sizes.refusal(width, height)) is not None:
             raise ValueError(f"the size cannot be drawn: {refusal}")
+        if can.sizes.fit(width, height) != (width, height):
+            raise ValueError(f"width and height must be multiples of {can.sizes.multiple}, not {width}x{height}")
         if request.steps is not None and not 1 <= request.steps <= self.options.max_steps:
             raise ValueError(f"the number of steps must be from 1 to {self.options.max_steps}, not {request.steps}")
         if request.guidance_scale is not None and not 0.0 <= request.guidance_scale <= 100.0:
@@ -440,7 +440,7 @@ class DiffusersEngine:
             self._check_strength(batch)
         if not can.samplers:
             return Choice()
-        return self._samplers.choose(request.sampler, request.scheduler)
+        return self._samplers.choose(request.sampler, request.scheduler, edits=request.operation != "generation")
 
     def _check_strength(self, batch: Call) -> None:
         """Enough steps for so little change."""
@@ -491,6 +491,8 @@ class DiffusersEngine:
             arguments["num_inference_steps"] = count
         if {"width", "height"} <= takes:
             arguments |= {"width": batch.width, "height": batch.height}
+        if "max_area" in takes:  # a pipeline that would choose another size of the same shape
+            arguments |= {"max_area": batch.width * batch.height, "_auto_resize": False}
         scale = options.default_guidance_scale if request.guidance_scale is None else request.guidance_scale
         if scale is not None and pipeline.guidance is not None:
             arguments[pipeline.guidance] = scale
@@ -499,7 +501,7 @@ class DiffusersEngine:
                 arguments["true_cfg_scale"] = options.true_cfg_scale
             if not (pipeline.zeros and not works[0].negative):
                 arguments["negative_prompt"] = [work.negative or _nothing(pipeline) for work in works]
-        if request.clip_skip is not None and request.clip_skip > 1 and "clip_skip" in takes:
+        if request.clip_skip is not None and request.clip_skip > 1 and pipeline.skips:
             arguments["clip_skip"] = request.clip_skip - 1  # A1111 counts from the last layer, diffusers what it skips
         if works[0].start is not None:
             arguments["image"] = [work.start for work in works]

@@ -24,6 +24,7 @@ class Pipeline:
         guidance: the argument that a guidance scale goes to; None: it has none that acts.
         negative: whether a negative prompt acts.
         zeros: without a negative prompt it does something else than with an empty one (SDXL).
+        skips: it can leave out the last layers of its text encoder.
     """
 
     pipe: Any
@@ -32,6 +33,7 @@ class Pipeline:
     guidance: str | None
     negative: bool
     zeros: bool
+    skips: bool
 
     @property
     def has_strength(self) -> bool:
@@ -47,16 +49,16 @@ class Pipeline:
             found.add("guidance_scale")
         if self.negative:
             found.add("negative_prompt")
-        return frozenset(found | (self.takes & {"strength", "clip_skip"}))
+        if self.skips:
+            found.add("clip_skip")
+        return frozenset(found | (self.takes & {"strength"}))
 
 
 def described(pipe: Any, *, true_cfg_scale: float) -> Pipeline:
     """Read a pipeline's arguments. `true_cfg_scale` above 1 makes negative prompts act on guidance-distilled models."""
     parameters = inspect.signature(type(pipe).__call__).parameters
     takes = frozenset(parameters)
-    defaults = {
-        name: one.default for name, one in parameters.items() if one.default is not inspect.Parameter.empty
-    }
+    defaults = {name: one.default for name, one in parameters.items() if one.default is not inspect.Parameter.empty}
     return Pipeline(
         pipe,
         takes,
@@ -64,7 +66,13 @@ def described(pipe: Any, *, true_cfg_scale: float) -> Pipeline:
         _guidance(pipe, takes, defaults),
         _negative(takes, defaults, true_cfg_scale),
         bool(pipe.config.get("force_zeros_for_empty_prompt", False)),
+        "clip_skip" in takes and _has_layers_to_skip(pipe),
     )
+
+
+def _has_layers_to_skip(pipe: Any) -> bool:
+    """Stable Diffusion 1 and 2 reach into their encoder for it, and not every version of transformers has it there."""
+    return hasattr(pipe, "text_encoder_2") or hasattr(getattr(pipe, "text_encoder", None), "text_model")
 
 
 def _is_distilled(takes: frozenset[str], defaults: dict[str, Any]) -> bool:

@@ -72,7 +72,9 @@ def _pretrained(model: str, described: dict[str, Any], options: DiffusersOptions
         more = {"safety_checker": None, "requires_safety_checker": False}
     auto = _auto_class(name)
     if auto is None:
-        raise StartError(f"model: {name} is no pipeline that AutoPipelineForText2Image of diffusers {diffusers.__version__} knows")
+        raise StartError(
+            f"model: {name} is no pipeline that AutoPipelineForText2Image of diffusers {diffusers.__version__} knows"
+        )
     return auto.from_pretrained(
         model,
         dtype=dtype,

@@ -129,7 +129,11 @@ class LoraShelf:
         adapter = f"lora_{self._made}"
         try:
             self._pipeline.load_lora_weights(
-                str(path.parent), weight_name=path.name, adapter_name=adapter, use_safetensors=True, local_files_only=True
+                str(path.parent),
+                weight_name=path.name,
+                adapter_name=adapter,
+                use_safetensors=True,
+                local_files_only=True,
             )
             fits = any(adapter in names for names in self._pipeline.get_list_adapters().values())
         except MemoryError:

@@ -112,8 +112,8 @@ class Samplers:
         schedules = [name for name in _SCHEDULES if any(self._fits(sampler, name) for sampler in self._table)]
         self.schedules = Vocabulary([OWN, *schedules], {"sgm_uniform": "SGM Uniform", "default": OWN})
 
-    def choose(self, sampler: str | None, schedule: str | None) -> Choice:
-        """What is meant by these names, however spelled.
+    def choose(self, sampler: str | None, schedule: str | None, *, edits: bool = False) -> Choice:
+        """What is meant by these names, however spelled. `edits`: it is for a picture that is there already.
 
         Raises:
             ValueError: the model has none of that name, or the two do not go together.
@@ -124,6 +124,9 @@ class Samplers:
             if found is None:
                 raise ValueError(f"the model has no such sampler; {self.samplers.hint(sampler)}")
             choice = self._choices[found]
+            if edits and choice.sampler is not None and not self._edits(choice.sampler):
+                fitting = ", ".join(name for name in self._table if self._edits(name))
+                raise ValueError(f"sampler {found} cannot start from a picture; those that can: {fitting}")
         if schedule is None:
             return choice
         own_schedule = self.schedules.find(schedule)
@@ -150,6 +153,10 @@ class Samplers:
         if change.keys() & set(_SIGMAS):  # at most one of them may be set
             change = {name: False for name in _SIGMAS if name in _parameters(made)} | change
         return made.from_config(self._own.config, **change)
+
+    def _edits(self, sampler: str) -> bool:
+        """Pipelines of flow models lay noise on a picture through their scheduler; solvers made for noise cannot do it."""
+        return not self._table[sampler].change.get("use_flow_sigmas")
 
     def _fits(self, sampler: str | None, schedule: str) -> bool:
         import diffusers
