@@ -23,6 +23,12 @@ def engine_of(model: Any, **options: Any) -> DiffusersEngine:
     return engine
 
 
+def pipe_of(engine: DiffusersEngine) -> Any:
+    """The pipeline that draws from words."""
+    assert engine._words is not None
+    return engine._words.pipe
+
+
 def call(*items: Item, previews: bool = False, width: int = SIDE, height: int = SIDE, **request: Any) -> Call:
     """A batch of these items; an edit if the first one has a picture."""
     operation = "edit" if items and items[0].images else "generation"

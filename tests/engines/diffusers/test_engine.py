@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.support.drawing import SIDE, STEPS, call, draw, item, mask_of_right_half, most_different, picture
+from tests.support.drawing import SIDE, STEPS, call, draw, item, mask_of_right_half, most_different, picture, pipe_of
 
 from img_serving.domain.images import SEED_LIMIT, InputImage, ItemFailure
 from img_serving.engines.engine import GenerationCancelled, OnStep
@@ -282,7 +282,7 @@ class _Short:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, one: Any, room: int, error: BaseException) -> None:
         self.batches: list[int] = []
-        kind = type(one._words.pipe)
+        kind = type(pipe_of(one))
         whole = kind.__call__
 
         def short(pipe: Any, **arguments: Any) -> Any:
@@ -297,13 +297,14 @@ class _Short:
 def _out_of_memory(kind: str) -> BaseException:
     import torch
 
-    return {
+    kinds: dict[str, BaseException] = {
         "cuda": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
         "cublas": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         "mps": RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"),
         "cpu": RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
         "python": MemoryError(),
-    }[kind]
+    }
+    return kinds[kind]
 
 
 @pytest.mark.parametrize("kind", ["cuda", "cublas", "mps", "cpu", "python"])
@@ -354,7 +355,7 @@ def test_memory_that_ends_while_a_vae_is_in_other_numbers_leaves_it_usable(model
 
     one = engine_of(model("sdxl"), dtype="float16")
     expected = draw(one, item(1), steps=1)[0]
-    vae = one._words.pipe.vae
+    vae = pipe_of(one).vae
     whole, failed = vae.decode, []
 
     def short(latents: Any, *arguments: Any, **more: Any) -> Any:
@@ -460,13 +461,13 @@ def test_numbers_that_overflow_are_an_error_and_no_black_picture(
     engine: Engines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = engine("sd")
-    whole = one._words.pipe.vae.decode
+    whole = pipe_of(one).vae.decode
 
     def overflowing(*arguments: Any, **more: Any) -> Any:
         (result,) = whole(*arguments, **more)
         return (result * float("nan"),)
 
-    monkeypatch.setattr(one._words.pipe.vae, "decode", overflowing)
+    monkeypatch.setattr(pipe_of(one).vae, "decode", overflowing)
     with pytest.raises(ArithmeticError, match="use dtype bfloat16 or float32"):
         draw(one, item(1))
 
@@ -475,7 +476,7 @@ def test_what_a_safety_checker_withholds_is_refused_and_not_black(
     engine: Engines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = engine("sd")
-    monkeypatch.setattr(one._words.pipe, "run_safety_checker", lambda image, *_: (image, [True, False]))
+    monkeypatch.setattr(pipe_of(one), "run_safety_checker", lambda image, *_: (image, [True, False]))
     withheld, shown = one.generate(call(item(1), item(2)), OnStep())
     assert withheld == ItemFailure("the model's safety checker withheld the picture", refused=True)
     assert isinstance(shown, np.ndarray)

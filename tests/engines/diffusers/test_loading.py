@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.support.drawing import draw, engine_of, item
+from tests.support.drawing import draw, engine_of, item, pipe_of
 
 from img_serving.domain.errors import StartError
 from img_serving.engines.diffusers import DiffusersEngine, DiffusersOptions
@@ -142,9 +142,9 @@ def test_other_numbers_draw_nearly_the_same_picture(model: Models, dtype: str) -
 
 
 def test_tiles_and_slices_are_turned_on(model: Models) -> None:
-    vae = engine_of(model("sd"), vae_tiling=True)._words.pipe.vae
+    vae = pipe_of(engine_of(model("sd"), vae_tiling=True)).vae
     assert (vae.use_slicing, vae.use_tiling) == (True, True)
-    vae = engine_of(model("sd"), vae_slicing=False)._words.pipe.vae
+    vae = pipe_of(engine_of(model("sd"), vae_slicing=False)).vae
     assert (vae.use_slicing, vae.use_tiling) == (False, False)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.support.drawing import draw, item, most_different
+from tests.support.drawing import draw, item, most_different, pipe_of
 
 pytest.importorskip("torch", reason="NO TORCH: make test-diffusers runs this in an environment that has it")
 pytest.importorskip("diffusers", reason="NO DIFFUSERS: make test-diffusers runs this in an environment that has it")
@@ -80,6 +80,6 @@ def test_a_schedule_in_a_samplers_name_or_beside_it_is_the_same(engine: Engines)
 
 def test_the_models_own_scheduler_is_back_after_a_call(engine: Engines) -> None:
     one = engine("sd")
-    own = one._words.pipe.scheduler
+    own = pipe_of(one).scheduler
     draw(one, item(1), sampler="Heun")
-    assert one._words.pipe.scheduler is own
+    assert pipe_of(one).scheduler is own

@@ -8,7 +8,8 @@ they are not installed. The rooms:
     batches    who is drawn with whom; learned limits    loras      LoRA in prompts, adapters on the pipeline
     pictures   pixels in and out, masks                  previews   how unfinished latents look
     device     the processor, its memory and its pace    quiet      libraries that keep their words to themselves
-    steps      progress over all parts of a call         engine     the engine itself
+    steps      progress over all parts of a call         watch      what a part tells while it is drawn
+    asked      calls and items, checked and translated   engine     the engine itself
 """
 
 from __future__ import annotations

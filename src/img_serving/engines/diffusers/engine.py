@@ -8,26 +8,28 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from img_serving.domain.capabilities import Capabilities
 from img_serving.domain.errors import StartError
-from img_serving.domain.images import SEED_LIMIT, Call, Item, ItemFailure
+from img_serving.domain.images import Call, ItemFailure
+from img_serving.engines.diffusers import asked, family, loading
 from img_serving.engines.diffusers import device as devices
-from img_serving.engines.diffusers import family, loading
+from img_serving.engines.diffusers.asked import Work
 from img_serving.engines.diffusers.batches import Limits, Part, plan
-from img_serving.engines.diffusers.loras import LoraRefused, LoraShelf, LoraUse, take_out
+from img_serving.engines.diffusers.loras import LoraRefused, LoraShelf
 from img_serving.engines.diffusers.options import DiffusersOptions
-from img_serving.engines.diffusers.pictures import drawn, kept_outside, painted_of, start_of
+from img_serving.engines.diffusers.pictures import drawn, kept_outside
 from img_serving.engines.diffusers.previews import Looks, Previewer, fitted
 from img_serving.engines.diffusers.quiet import hushed, import_libraries
-from img_serving.engines.diffusers.samplers import Choice, Samplers
+from img_serving.engines.diffusers.samplers import Samplers
 from img_serving.engines.diffusers.steps import Steps
+from img_serving.engines.diffusers.watch import Watch
 from img_serving.engines.engine import GenerationCancelled, OnStep
 
 if TYPE_CHECKING:
     import numpy.typing as npt
-    from PIL.Image import Image as PILImage
 
 _LOG: Final = logging.getLogger(__name__)
 _TURN_SECONDS: Final = 0.2
@@ -57,16 +59,14 @@ class DiffusersStatistics:
 
 
 @dataclass(frozen=True, slots=True)
-class _Work:
-    """One picture to draw, checked: `index` in the call; the prompt without its LoRAs."""
+class _Drawing:
+    """One call that is drawn: what all its parts share, and where their pictures go."""
 
-    index: int
-    prompt: str
-    negative: str
-    seed: int
-    loras: tuple[LoraUse, ...]
-    start: PILImage | None
-    painted: PILImage | None
+    batch: Call
+    scheduler: Callable[[], Any]
+    steps: Steps
+    previewer: Previewer | None
+    found: dict[int, npt.NDArray[Any] | ItemFailure]
 
 
 class DiffusersEngine:
@@ -208,10 +208,9 @@ class DiffusersEngine:
         from diffusers.pipelines import auto_pipeline
 
         options = self.options
-        is_of = lambda mapping: type(pipe) in mapping.values()  # noqa: E731 - said once, asked once
-        if is_of(auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING) and family.draws_from_words(pipe):
-            self._words = self._described(pipe)
         if family.draws_from_words(pipe):
+            if type(pipe) in auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values():
+                self._words = self._described(pipe)
             self._image = self._edits_like(diffusers.AutoPipelineForImage2Image, pipe)
         self._inpaint = self._edits_like(diffusers.AutoPipelineForInpainting, pipe)
         if self._inpaint is not None and not self._inpaint.has_strength and "mask_image" not in self._inpaint.takes:
@@ -235,9 +234,12 @@ class DiffusersEngine:
             return None
         return made if "image" in made.takes else None
 
+    def _edits(self) -> list[family.Pipeline]:
+        return [one for one in (self._image, self._inpaint) if one is not None]
+
     def _known(self, pipe: Any) -> Capabilities:
         words, samplers = self._words, self._samplers
-        edits = [one for one in (self._image, self._inpaint) if one is not None]
+        edits = self._edits()
         operations = {"generation"} if words is not None else set()
         if edits:
             operations.add("edit")
@@ -271,12 +273,16 @@ class DiffusersEngine:
 
     def _draw(self, batch: Call, steps: Steps) -> list[npt.NDArray[Any] | ItemFailure]:
         """Check, group by what a whole drawing shares, draw each group, and put the pictures in order."""
-        choice = self._checked(batch)
+        if self._samplers is None or self._shelf is None:
+            raise RuntimeError("the engine was not loaded: call load() first")
+        request = batch.request
+        asked.check(batch, self._capabilities, self.options, self._edits())
+        choice = self._samplers.choose(request.sampler, request.scheduler, edits=request.operation != "generation")
         found: dict[int, npt.NDArray[Any] | ItemFailure] = {}
-        groups: dict[tuple[Any, ...], list[_Work]] = {}
+        groups: dict[tuple[Any, ...], list[Work]] = {}
         for index, item in enumerate(batch.items):
             try:
-                work = self._work_of(index, item, batch)
+                work = asked.work_of(index, item, batch, self.options)
             except LoraRefused as error:
                 found[index] = ItemFailure(str(error), refused=True)
                 continue
@@ -286,37 +292,29 @@ class DiffusersEngine:
             pipeline = self._pipeline_for(work)
             key = (pipeline is self._inpaint, work.loras, pipeline.zeros and not work.negative)
             groups.setdefault(key, []).append(work)
-        shelf = self._shelf
         previewer = Previewer(self._looks, self._clock) if batch.previews else None
+        drawing = _Drawing(batch, partial(self._samplers.make, choice), steps, previewer, found)
         waiting = list(groups.values())
         while waiting:
             group = waiting.pop(0)
             try:
-                with shelf.wearing(group[0].loras) if shelf is not None else contextlib.nullcontext():
-                    self._draw_group(batch, group, waiting, choice, steps, previewer, found)
+                with self._shelf.wearing(group[0].loras):
+                    self._draw_group(drawing, group, waiting)
             except LoraRefused as error:
                 found.update((work.index, ItemFailure(str(error), refused=True)) for work in group)
         return [found[index] for index in range(len(batch.items))]
 
-    def _draw_group(
-        self,
-        batch: Call,
-        group: Sequence[_Work],
-        waiting: Sequence[Sequence[_Work]],
-        choice: Choice,
-        steps: Steps,
-        previewer: Previewer | None,
-        found: dict[int, npt.NDArray[Any] | ItemFailure],
-    ) -> None:
+    def _draw_group(self, drawing: _Drawing, group: Sequence[Work], waiting: Sequence[Sequence[Work]]) -> None:
         """Draw one group in as many parts as there has to be; where the memory does not do, in smaller ones."""
+        batch = drawing.batch
         pixels = batch.width * batch.height
         left = list(group)
         while left:
             parts = self._plan(len(left), pixels, self._pipeline_for(left[0]))
             later = sum(len(self._plan(len(one), pixels, self._pipeline_for(one[0]))) for one in waiting)
-            steps.begin(len(parts) + later)
+            drawing.steps.begin(len(parts) + later)
             part = parts[0]
-            if self._draw_part(batch, left[: part.take], part, choice, steps, previewer, found):
+            if self._draw_part(drawing, left[: part.take], part):
                 del left[: part.take]
                 continue
             devices.free(self._device)
@@ -339,30 +337,29 @@ class DiffusersEngine:
             return [Part(1, 1)] * count  # its pictures are references, for all prompts of a drawing together
         return plan(count, self.options.sizes, self._limits.most(pixels, self.options.most))
 
-    def _draw_part(
-        self,
-        batch: Call,
-        works: Sequence[_Work],
-        part: Part,
-        choice: Choice,
-        steps: Steps,
-        previewer: Previewer | None,
-        found: dict[int, npt.NDArray[Any] | ItemFailure],
-    ) -> bool:
+    def _draw_part(self, drawing: _Drawing, works: Sequence[Work], part: Part) -> bool:
         """Draw one part into `found`; False: the memory did not do, and nothing was drawn."""
         pipeline = self._pipeline_for(works[0])
         pipe = pipeline.pipe
         self._offload(pipe)
         own = pipe.scheduler
         filled = [*works, *[works[-1]] * (part.size - part.take)]
-        watch = _Watch(self, pipe, batch, [work.index for work in works], steps, previewer)
+        watch = Watch(
+            pipe,
+            drawing.batch,
+            [work.index for work in works],
+            steps=drawing.steps,
+            previewer=drawing.previewer,
+            pace=devices.Pace(self._device),
+            clock=self._clock,
+        )
         is_whole = False
         try:
-            if self._samplers is not None:
-                pipe.scheduler = self._samplers.make(choice)
-            steps.check()
-            result = pipe(**self._arguments(batch, filled, pipeline), **watch.arguments(pipeline.takes))
-            steps.check()
+            pipe.scheduler = drawing.scheduler()
+            drawing.steps.check()
+            arguments = asked.arguments(drawing.batch, filled, pipeline, self.options)
+            result = pipe(**arguments, **watch.arguments(pipeline.takes))
+            drawing.steps.check()
             pictures = [drawn(pixels) for pixels in result.images[: part.take]]
             withheld = getattr(result, "nsfw_content_detected", None) or [False] * part.size
             is_whole = True
@@ -378,6 +375,7 @@ class DiffusersEngine:
                 self._mend(pipe)
         self._seconds_per_step = watch.seconds_per_step() or self._seconds_per_step
         self._pictures += part.take
+        found = drawing.found
         for work, picture, is_withheld in zip(works, pictures, withheld, strict=False):
             if is_withheld:
                 found[work.index] = ItemFailure("the model's safety checker withheld the picture", refused=True)
@@ -397,177 +395,9 @@ class DiffusersEngine:
             pipe.maybe_free_model_hooks()
         devices.free(self._device)
 
-    # What is asked
-
-    def _checked(self, batch: Call) -> Choice:
-        """Refuse what cannot be drawn.
-
-        Raises:
-            ValueError: what it is, and what would be right.
-            RuntimeError: the engine was not loaded.
-        """
-        if self._samplers is None:
-            raise RuntimeError("the engine was not loaded: call load() first")
-        request, can, width, height = batch.request, self._capabilities, batch.width, batch.height
-        if request.operation not in can.operations:
-            raise ValueError(f"the model does {' and '.join(sorted(can.operations))}, not {request.operation}")
-        if not 1 <= len(batch.items) <= self.options.most:
-            raise ValueError(f"a call has from 1 to {self.options.most} pictures, not {len(batch.items)}")
-        if (refusal := can.sizes.refusal(width, height)) is not None:
-            raise ValueError(f"the size cannot be drawn: {refusal}")
-        if can.sizes.fit(width, height) != (width, height):
-            raise ValueError(f"width and height must be multiples of {can.sizes.multiple}, not {width}x{height}")
-        if request.steps is not None and not 1 <= request.steps <= self.options.max_steps:
-            raise ValueError(f"the number of steps must be from 1 to {self.options.max_steps}, not {request.steps}")
-        if request.guidance_scale is not None and not 0.0 <= request.guidance_scale <= 100.0:
-            raise ValueError(f"the guidance scale must be from 0 to 100, not {request.guidance_scale}")
-        if request.clip_skip is not None and not 1 <= request.clip_skip <= 12:
-            raise ValueError(f"clip skip must be from 1 (none) to 12, not {request.clip_skip}")
-        if request.strength is not None and not 0.0 < request.strength <= 1.0:
-            raise ValueError(f"the strength must be over 0 and at most 1, not {request.strength}")
-        for item in batch.items:
-            if not 0 <= item.seed < SEED_LIMIT:
-                raise ValueError(f"the seed must be from 0 to 2**63 - 1, not {item.seed}")
-            if request.operation == "generation":
-                continue
-            if not item.images:
-                raise ValueError("an edit needs a picture to start from")
-            if len(item.images) > can.max_images:
-                raise ValueError(f"an edit starts from one picture, not {len(item.images)}")
-            if item.mask is not None and not can.masks:
-                raise ValueError("the model edits without a mask only")
-        if request.operation != "generation":
-            self._check_strength(batch)
-        if not can.samplers:
-            return Choice()
-        return self._samplers.choose(request.sampler, request.scheduler, edits=request.operation != "generation")
-
-    def _check_strength(self, batch: Call) -> None:
-        """Enough steps for so little change."""
-        for one in (self._image, self._inpaint):
-            if one is None or not one.has_strength:
-                continue
-            count = self._step_count(batch, one)
-            strength = batch.request.strength or one.defaults.get("strength")
-            if count is not None and strength is not None and int(count * strength) < 1:
-                raise ValueError(
-                    f"{count} steps at strength {strength} are less than one: ask for more steps or a higher strength"
-                )
-
-    def _work_of(self, index: int, item: Item, batch: Call) -> _Work:
-        """Raises LoraRefused and ValueError: this item cannot be drawn."""
-        prompt, loras = take_out(item.prompt, self.options.lora_dir)
-        start = painted = None
-        if batch.request.operation != "generation":
-            start = start_of(item.images[0], batch.width, batch.height)
-            if item.mask is not None:
-                painted = painted_of(item.mask, batch.width, batch.height)
-        return _Work(index, prompt, item.negative_prompt or "", item.seed, loras, start, painted)
-
-    def _pipeline_for(self, work: _Work) -> family.Pipeline:
+    def _pipeline_for(self, work: Work) -> family.Pipeline:
         wanted = self._words if work.start is None else self._inpaint if work.painted is not None else self._image
         found = wanted or self._inpaint
         if found is None:
             raise RuntimeError("no pipeline does this, although the call was checked")
         return found
-
-    def _step_count(self, batch: Call, pipeline: family.Pipeline) -> int | None:
-        own = pipeline.defaults.get("num_inference_steps")
-        return batch.request.steps or self.options.default_steps or (own if isinstance(own, int) else None)
-
-    def _arguments(self, batch: Call, works: Sequence[_Work], pipeline: family.Pipeline) -> dict[str, Any]:
-        """What the pipeline is called with, but for its callbacks."""
-        import torch
-
-        request, options, takes = batch.request, self.options, pipeline.takes
-        arguments: dict[str, Any] = {
-            "prompt": [work.prompt for work in works],
-            # on the CPU: the same noise whatever draws
-            "generator": [torch.Generator("cpu").manual_seed(work.seed) for work in works],
-            "output_type": "np",
-        }
-        count = request.steps or options.default_steps
-        if count is not None and "num_inference_steps" in takes:
-            arguments["num_inference_steps"] = count
-        if {"width", "height"} <= takes:
-            arguments |= {"width": batch.width, "height": batch.height}
-        if "max_area" in takes:  # a pipeline that would choose another size of the same shape
-            arguments |= {"max_area": batch.width * batch.height, "_auto_resize": False}
-        scale = options.default_guidance_scale if request.guidance_scale is None else request.guidance_scale
-        if scale is not None and pipeline.guidance is not None:
-            arguments[pipeline.guidance] = scale
-        if pipeline.negative:
-            if "true_cfg_scale" in takes and pipeline.guidance != "true_cfg_scale":
-                arguments["true_cfg_scale"] = options.true_cfg_scale
-            if not (pipeline.zeros and not works[0].negative):
-                arguments["negative_prompt"] = [work.negative or _nothing(pipeline) for work in works]
-        if request.clip_skip is not None and request.clip_skip > 1 and pipeline.skips:
-            arguments["clip_skip"] = request.clip_skip - 1  # A1111 counts from the last layer, diffusers what it skips
-        if works[0].start is not None:
-            arguments["image"] = [work.start for work in works]
-            if request.strength is not None and pipeline.has_strength:
-                arguments["strength"] = request.strength
-        if pipeline is self._inpaint and works[0].start is not None:
-            arguments["mask_image"] = [work.painted or _everywhere(batch.width, batch.height) for work in works]
-        return arguments
-
-
-class _Watch:
-    """What one part tells while it is drawn: steps, previews, how long a step takes; and where it may be stopped."""
-
-    def __init__(
-        self,
-        engine: DiffusersEngine,
-        pipe: Any,
-        batch: Call,
-        indices: Sequence[int],
-        steps: Steps,
-        previewer: Previewer | None,
-    ) -> None:
-        self._pipe, self._batch, self._indices = pipe, batch, indices
-        self._steps, self._previewer, self._clock = steps, previewer, engine._clock
-        self._pace = devices.Pace(engine._device)
-        self._expected = batch.request.steps or engine.options.default_steps or 1
-        self._first: float | None = None
-        self._last = 0.0
-        self._count = 0
-
-    def arguments(self, takes: frozenset[str]) -> dict[str, Any]:
-        """The pipeline's callbacks."""
-        if "callback_on_step_end" in takes:
-            return {"callback_on_step_end": self._ended, "callback_on_step_end_tensor_inputs": ["latents"]}
-        if "callback" in takes:
-            return {"callback": lambda step, _, latents: self._ended(None, step, None, {"latents": latents})}
-        return {}
-
-    def seconds_per_step(self) -> float | None:
-        """The mean from the end of the first step to that of the last; None of a single one."""
-        return None if self._first is None or self._count < 2 else (self._last - self._first) / (self._count - 1)
-
-    def _ended(self, _: Any, step: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        self._pace.step()
-        self._count += 1
-        self._last = self._clock()
-        if self._first is None:
-            self._first = self._last
-        total = getattr(self._pipe, "_num_timesteps", None) or max(self._expected, step + 1)
-        previews = ()
-        if self._previewer is not None and step + 1 < total and tensors.get("latents") is not None:
-            previews = self._previewer.show(tensors["latents"], self._batch.width, self._batch.height, self._indices)
-        self._steps.stepped(min(step + 1, total), total, previews)
-        return {}
-
-
-def _nothing(pipeline: family.Pipeline) -> str:
-    """The negative prompt of a picture that has none: what the pipeline itself would take, or nothing."""
-    own = pipeline.defaults.get("negative_prompt")
-    if isinstance(own, str):
-        return own
-    return " " if pipeline.guidance == "true_cfg_scale" else ""
-
-
-def _everywhere(width: int, height: int) -> PILImage:
-    """A mask that lets all of the picture be painted."""
-    from PIL import Image
-
-    return Image.new("L", (width, height), 255)

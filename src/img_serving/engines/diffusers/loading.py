@@ -102,7 +102,7 @@ def _auto_class(name: str) -> Any:
 
 
 def _from_file(path: Path, options: DiffusersOptions, dtype: Any) -> Any:
-    """One file has the weights only: configuration and tokenizers come from `config`, else from where the weights' kind says."""
+    """One file has weights only: all else comes from `config`, or from the hub by the kind of the weights."""
     import diffusers
 
     if path.suffix != ".safetensors" and not options.allow_pickle:
