@@ -13,7 +13,7 @@ TEST_ARGS ?=
 BENCH_ARGS ?=
 FAULTS_ARGS ?=
 
-.PHONY: install serve test lint fmt bench bench-scheduling bench-faults clean help
+.PHONY: install serve test test-diffusers lint fmt bench bench-scheduling bench-faults clean help
 .DEFAULT_GOAL := help
 
 help: ## list the commands
@@ -30,6 +30,9 @@ serve: $(STAMP) ## start the gateway on :8080 with the built-in backend
 
 test: $(STAMP) ## run the whole suite
 	@$(BIN)/python -m pytest -n auto $(TEST_ARGS)
+
+test-diffusers: ## the diffusers engine's tests, in .venv-diffusers with PyTorch (TORCH=torch==… for another wheel)
+	@scripts/test-diffusers "$(PYTHON)" .venv-diffusers -n 2 tests/engines/diffusers $(TEST_ARGS)
 
 lint: $(STAMP) ## style, format and strict types
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -49,12 +49,11 @@ def make_lora(pipe: Any, path: Path, *, seed: int = 1, size: float = 0.5) -> Pat
     return path
 
 
-def _letters() -> Any:
+def letter_tokenizer() -> Any:
     """A tokenizer of CLIP's kind without merges: each letter is a token, ended or not."""
-    letters = list(_byte_letters())
-    vocabulary = {
-        token: number for number, token in enumerate([*letters, *(f"{one}</w>" for one in letters), _BEGIN, _END])
-    }
+    known = list(_byte_letters())
+    tokens = [*known, *(f"{one}</w>" for one in known), _BEGIN, _END]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
     with tempfile.TemporaryDirectory() as folder:
         vocab, merges = Path(folder) / "vocab.json", Path(folder) / "merges.txt"
         vocab.write_text(json.dumps(vocabulary), encoding="utf-8")
@@ -67,7 +66,7 @@ def _byte_letters() -> list[str]:
     return sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
 
 
-def _words() -> Any:
+def word_tokenizer() -> Any:
     """A tokenizer of T5's kind: letters of printable ASCII."""
     pieces = [
         ("<pad>", 0.0),
@@ -140,7 +139,7 @@ _UNET = {
 
 
 def _sd(change: dict[str, Any]) -> Any:
-    letters = _letters()
+    letters = letter_tokenizer()
     return diffusers.StableDiffusionPipeline(
         vae=_vae(),
         text_encoder=_clip(letters),
@@ -159,7 +158,7 @@ def _inpaint(change: dict[str, Any]) -> Any:
 
 
 def _sdxl(change: dict[str, Any]) -> Any:
-    letters = _letters()
+    letters = letter_tokenizer()
     own = {
         "cross_attention_dim": 64,
         "attention_head_dim": (2, 4),
@@ -182,7 +181,7 @@ def _sdxl(change: dict[str, Any]) -> Any:
 
 
 def _sd3(change: dict[str, Any]) -> Any:
-    letters = _letters()
+    letters = letter_tokenizer()
     own = {
         "sample_size": 16,
         "patch_size": 2,
@@ -206,12 +205,12 @@ def _sd3(change: dict[str, Any]) -> Any:
         text_encoder_2=_clip(letters, with_projection),
         tokenizer_2=letters,
         text_encoder_3=_t5(64),
-        tokenizer_3=_words(),
+        tokenizer_3=word_tokenizer(),
     )
 
 
 def _flux(change: dict[str, Any]) -> Any:
-    letters = _letters()
+    letters = letter_tokenizer()
     own = {
         "patch_size": 1,
         "in_channels": 64,
@@ -231,5 +230,5 @@ def _flux(change: dict[str, Any]) -> Any:
         text_encoder=_clip(letters),
         tokenizer=letters,
         text_encoder_2=_t5(32),
-        tokenizer_2=_words(),
+        tokenizer_2=word_tokenizer(),
     )

@@ -117,7 +117,7 @@ class DiffusersEngine:
             raise StartError("cpu_offload: there is no GPU to take work off; leave it out")
         yield 0.1, f"read the weights of {options.model}"
         with hushed():
-            pipe = loading.load_pipeline(options, self._dtype)
+            pipe = self.read(self._dtype)
             yield 0.7, f"put them on {self._device}"
             try:
                 self._put_on_device(pipe)
@@ -132,6 +132,14 @@ class DiffusersEngine:
             self._looks = fitted(pipe)
             self._offload(pipe)
             self._describe(pipe)
+
+    def read(self, dtype: Any) -> Any:
+        """The pipeline, its weights of this torch dtype, on any device: for whoever has one that is in no folder.
+
+        Raises:
+            StartError: there is no such model, or it may not be read.
+        """
+        return loading.load_pipeline(self.options, dtype)
 
     def capabilities(self) -> Capabilities:
         """What the model can do. Before `load` only that batches may be of anything."""

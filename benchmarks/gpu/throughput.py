@@ -1,0 +1,454 @@
+"""Pictures a second through gateway and worker, beside the same pipeline called in a loop at its best batch size.
+
+Both draw with random weights, made here from configurations, so nothing is downloaded: SDXL and a Flux of FLUX.1-dev's size.
+What they draw is noise, but the work is that of the real models. `--tiny` makes networks of a few megabytes, for a CPU.
+
+    python benchmarks/gpu/throughput.py                          # SDXL and Flux at 1024x1024: about 40 GB of GPU memory
+    python benchmarks/gpu/throughput.py --tiny --size 64         # sees that it works, anywhere
+
+It needs the extras `grpc` and `diffusers`. The worker is `img-serving worker --engine THIS_FILE:RandomEngine`, a process of its
+own, as is the gateway.
+
+What was run so far: `--tiny` on a CPU, from end to end. The true sizes have not been run on a GPU yet, so there is no figure of
+them, and the memory above is computed, not measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "src")]
+
+from img_serving.engines.diffusers import DiffusersEngine, DiffusersOptions  # noqa: E402 - the path had to be set
+
+MODELS = ("sdxl", "flux")
+KEY = "throughput-key"
+READY_SECONDS = 900.0
+PROMPT = "a lighthouse at dusk, number {}"
+
+
+@dataclass(frozen=True)
+class Served:
+    """One model: pictures a second in a loop and through the gateway, and how full the worker's batches were."""
+
+    model: str
+    size: str
+    steps: int
+    device: str
+    offline: dict[int, float]
+    best_batch: int
+    offline_per_second: float
+    served_per_second: float
+    ratio: float
+    batches: dict[str, int]
+
+
+class RandomEngine(DiffusersEngine):
+    """The diffusers engine, its weights made up instead of read. `model` is of `MODELS`, with `-tiny` behind it or without."""
+
+    def __init__(self, model: str) -> None:
+        self._kind, _, self._tiny = model.partition("-")
+        super().__init__(DiffusersOptions(model=model, offline=True, buckets=(1, 2, 4, 8, 16)))
+
+    def read(self, dtype: Any) -> Any:
+        """Make the pipeline on its device: a true one would take minutes and twice its memory on the CPU."""
+        import torch
+
+        kept = torch.get_default_dtype()
+        torch.manual_seed(0)
+        try:
+            torch.set_default_dtype(dtype)
+            with torch.device(self._device):
+                pipe = {"sdxl": _sdxl, "flux": _flux}[self._kind](tiny=bool(self._tiny))
+        finally:
+            torch.set_default_dtype(kept)
+        # the schedulers' own numbers are float32 and on the CPU, as they are in a pipeline that was read
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+        return pipe
+
+
+def _sdxl(*, tiny: bool) -> Any:
+    """Shapes of stabilityai/stable-diffusion-xl-base-1.0, from the configurations that it publishes."""
+    import diffusers
+    import transformers
+    from tests.support import tiny_pipelines
+
+    letters = tiny_pipelines.letter_tokenizer()
+    clip: dict[str, Any] = {
+        "vocab_size": 49408,
+        "num_attention_heads": 12,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+    }
+    big: dict[str, Any] = {
+        "vocab_size": 49408,
+        "num_attention_heads": 20,
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+    }
+    clip |= {"num_hidden_layers": 12, "projection_dim": 768}
+    big |= {"num_hidden_layers": 32, "projection_dim": 1280, "hidden_act": "gelu"}
+    unet: dict[str, Any] = {
+        "sample_size": 128,
+        "layers_per_block": 2,
+        "block_out_channels": (320, 640, 1280),
+        "attention_head_dim": (5, 10, 20),
+        "transformer_layers_per_block": (1, 2, 10),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "cross_attention_dim": 2048,
+        "projection_class_embeddings_input_dim": 6 * 256 + 1280,
+        "addition_time_embed_dim": 256,
+    }
+    if tiny:
+        small = {"num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+        clip |= small | {"projection_dim": 32}
+        big |= small | {"projection_dim": 32}
+        unet |= {
+            "sample_size": 8,
+            "layers_per_block": 1,
+            "block_out_channels": (32, 64, 64),
+            "attention_head_dim": (2, 4, 4),
+            "transformer_layers_per_block": (1, 1, 1),
+            "cross_attention_dim": 64,
+            "projection_class_embeddings_input_dim": 6 * 8 + 32,
+            "addition_time_embed_dim": 8,
+        }
+    ends = {"bos_token_id": len(letters) - 2, "eos_token_id": len(letters) - 1}
+    return diffusers.StableDiffusionXLPipeline(
+        vae=_vae(4, tiny=tiny, force_upcast=False),
+        text_encoder=transformers.CLIPTextModel(transformers.CLIPTextConfig(**clip, **ends)).eval(),
+        text_encoder_2=transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(**big, **ends)).eval(),
+        tokenizer=letters,
+        tokenizer_2=letters,
+        unet=diffusers.UNet2DConditionModel(use_linear_projection=True, addition_embed_type="text_time", **unet).eval(),
+        scheduler=diffusers.EulerDiscreteScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            steps_offset=1,
+            timestep_spacing="leading",
+        ),
+        add_watermarker=False,
+    )
+
+
+def _flux(*, tiny: bool) -> Any:
+    """Shapes of black-forest-labs/FLUX.1-dev: 12 billion parameters, and a T5 encoder of 4.8 billion."""
+    import diffusers
+    import transformers
+    from tests.support import tiny_pipelines
+
+    letters, words = tiny_pipelines.letter_tokenizer(), tiny_pipelines.word_tokenizer()
+    clip: dict[str, Any] = {
+        "num_attention_heads": 12,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+    }
+    t5: dict[str, Any] = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
+    flux: dict[str, Any] = {
+        "num_layers": 19,
+        "num_single_layers": 38,
+        "attention_head_dim": 128,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 4096,
+        "pooled_projection_dim": 768,
+        "axes_dims_rope": (16, 56, 56),
+    }
+    if tiny:
+        clip = {"num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+        t5 = {"d_model": 32, "d_kv": 8, "d_ff": 40, "num_layers": 2, "num_heads": 4}
+        flux |= {
+            "num_layers": 1,
+            "num_single_layers": 1,
+            "attention_head_dim": 16,
+            "num_attention_heads": 2,
+            "joint_attention_dim": 32,
+            "pooled_projection_dim": 32,
+            "axes_dims_rope": (4, 4, 8),
+        }
+    ends = {"bos_token_id": len(letters) - 2, "eos_token_id": len(letters) - 1, "vocab_size": 49408}
+    return diffusers.FluxPipeline(
+        transformer=diffusers.FluxTransformer2DModel(patch_size=1, in_channels=64, guidance_embeds=True, **flux).eval(),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=_vae(
+            16, tiny=tiny, shift_factor=0.1159, scaling_factor=0.3611, use_quant_conv=False, use_post_quant_conv=False
+        ),
+        text_encoder=transformers.CLIPTextModel(transformers.CLIPTextConfig(**clip, **ends)).eval(),
+        tokenizer=letters,
+        text_encoder_2=transformers.T5EncoderModel(
+            transformers.T5Config(vocab_size=32128, feed_forward_proj="gated-gelu", **t5)
+        ).eval(),
+        tokenizer_2=words,
+    )
+
+
+def _vae(channels: int, *, tiny: bool, **more: Any) -> Any:
+    import diffusers
+
+    widths = [16, 32, 32, 32] if tiny else [128, 256, 512, 512]
+    return diffusers.AutoencoderKL(
+        block_out_channels=widths,
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        latent_channels=channels,
+        norm_num_groups=8 if tiny else 32,
+        layers_per_block=1 if tiny else 2,
+        sample_size=1024,
+        **more,
+    ).eval()
+
+
+def offline(model: str, side: int, steps: int, sizes: Sequence[int], seconds: float) -> dict[str, Any]:
+    """In this process: pictures a second of the bare pipeline at each batch size, until the memory ends."""
+    import torch
+
+    from img_serving.engines.diffusers.device import free, is_out_of_memory
+    from img_serving.engines.diffusers.quiet import hushed
+    from img_serving.engines.engine import load_fully
+
+    engine = RandomEngine(model)
+    load_fully(engine)
+    pipe = engine._words.pipe if engine._words is not None else None
+    assert pipe is not None
+    device = engine.statistics().device
+    found: dict[int, float] = {}
+
+    def draw(size: int) -> None:
+        pipe(
+            prompt=[PROMPT.format(number) for number in range(size)],
+            generator=[torch.Generator("cpu").manual_seed(number) for number in range(size)],
+            width=side,
+            height=side,
+            num_inference_steps=steps,
+            output_type="np",
+        )
+
+    with hushed():
+        for size in sizes:
+            try:
+                draw(size)
+                began, drawn = time.perf_counter(), 0
+                while drawn == 0 or time.perf_counter() - began < seconds:
+                    draw(size)  # it ends with a copy to the CPU, so the time is that of the whole work
+                    drawn += size
+                found[size] = drawn / (time.perf_counter() - began)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                break
+            finally:
+                free(device)
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else device
+    return {"device": name, "per_second": found}
+
+
+def served(model: str, batch: int, options: argparse.Namespace) -> tuple[float, dict[str, int]]:
+    """Pictures a second of requests for one picture each, twice a batch of them at once; and pictures by batch size."""
+    requests = max(options.requests, 4 * batch)
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        worker_port, metrics_port, port = (_free_port() for _ in range(3))
+        stack.enter_context(
+            _program(
+                folder / "worker.log",
+                *("worker", "--engine", f"{Path(__file__).resolve()}:RandomEngine", "--model", model),
+                *("--port", str(worker_port), "--metrics-port", str(metrics_port), "--no-warm-up"),
+                *("--max-batch-size", str(batch), "--slots", str(options.slots)),
+            )
+        )
+        (folder / "gateway.toml").write_text(
+            f"""
+[server]
+data_dir = "{folder / "data"}"
+[auth]
+api_keys = ["{KEY}"]
+[storage]
+dir = "{folder / "pictures"}"
+[rate_limit]
+enabled = false
+[queue]
+request_timeout_seconds = 3600
+[[backends]]
+name = "throughput"
+protocol = "grpc"
+endpoints = ["http://127.0.0.1:{worker_port}"]
+models = ["{model}"]
+timeout_ms = 600000
+health_check_interval_secs = 1
+""",
+            encoding="utf-8",
+        )
+        stack.enter_context(
+            _program(
+                folder / "gateway.log",
+                *("serve", "--config", str(folder / "gateway.toml"), "--host", "127.0.0.1", "--port", str(port)),
+            )
+        )
+        size = f"{options.size}x{options.size}"
+        body = {"model": model, "size": size, "num_inference_steps": options.steps, "response_format": "url"}
+
+        def ask(number: int) -> None:
+            _post(
+                f"http://127.0.0.1:{port}/v1/images/generations",
+                body | {"prompt": PROMPT.format(number), "seed": number},
+            )
+
+        _until_ready(metrics_port, folder)
+        _until(lambda: ask(0), folder)
+        with ThreadPoolExecutor(2 * batch) as clients:
+            list(clients.map(ask, range(2 * batch)))  # every batch size once, unmeasured
+            before = _batches(metrics_port)
+            began = time.perf_counter()
+            list(clients.map(ask, range(requests)))
+            took = time.perf_counter() - began
+        after = _batches(metrics_port)
+        return requests / took, {
+            size: count - before.get(size, 0) for size, count in after.items() if count > before.get(size, 0)
+        }
+
+
+def _batches(metrics_port: int) -> dict[str, int]:
+    """Pictures by the size of the batch they came in."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{metrics_port}/metrics", timeout=10) as reply:
+        text = reply.read().decode()
+    return {size: int(float(count)) for size, count in re.findall(r'pictures_total\{[^}]*="(\d+)"[^}]*\} (\S+)', text)}
+
+
+def _post(url: str, body: dict[str, Any]) -> None:
+    request = urllib.request.Request(
+        url,
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"},
+    )
+    with urllib.request.urlopen(request, timeout=3600) as reply:
+        answer = json.load(reply)
+    assert len(answer["data"]) == 1
+
+
+def _until_ready(metrics_port: int, folder: Path) -> None:
+    def ready() -> None:
+        with urllib.request.urlopen(f"http://127.0.0.1:{metrics_port}/metrics", timeout=10) as reply:
+            if not re.search(r"worker_ready\S* 1", reply.read().decode()):
+                raise OSError("the worker is loading")
+
+    _until(ready, folder)
+
+
+def _until(act: Any, folder: Path) -> None:
+    """Try until it works: programs that start say nothing of when they are ready to one who has no business with them."""
+    deadline = time.monotonic() + READY_SECONDS
+    while True:
+        try:
+            act()
+        except OSError as error:
+            if time.monotonic() > deadline:
+                logs = "\n".join(f"--- {log.name}\n{log.read_text()[-3000:]}" for log in folder.glob("*.log"))
+                raise SystemExit(f"not ready after {READY_SECONDS:.0f} s ({error})\n{logs}") from None
+            time.sleep(0.2)
+        else:
+            return
+
+
+@contextlib.contextmanager
+def _program(log: Path, *arguments: str) -> Iterator[None]:
+    """img-serving with these arguments, its words in a file, until the end of the block."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    with log.open("wb") as out:
+        program = subprocess.Popen(
+            [sys.executable, "-m", "img_serving", *arguments], stdout=out, stderr=out, env=environment
+        )
+        try:
+            yield
+        finally:
+            program.terminate()
+            try:
+                program.wait(30)
+            except subprocess.TimeoutExpired:
+                program.kill()
+                program.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def measured(model: str, options: argparse.Namespace) -> Served:
+    """Both ways of one model; the loop runs in a process of its own, so that its memory is free for the worker."""
+    shared = ["--size", str(options.size), "--steps", str(options.steps), "--seconds", str(options.seconds)]
+    done = subprocess.run(
+        [sys.executable, __file__, "--loop", model, *shared, "--batch-sizes", *map(str, options.batch_sizes)],
+        stdout=subprocess.PIPE,
+        check=True,
+        text=True,
+    )
+    told = json.loads(done.stdout.splitlines()[-1])
+    loop = {int(size): rate for size, rate in told["per_second"].items()}
+    if not loop:
+        raise SystemExit(f"{model}: not even one picture of {options.size}x{options.size} fits into the memory")
+    best = max(loop, key=lambda size: loop[size])
+    rate, batches = served(model, best, options)
+    size = f"{options.size}x{options.size}"
+    return Served(model, size, options.steps, told["device"], loop, best, loop[best], rate, rate / loop[best], batches)
+
+
+def table(results: Sequence[Served]) -> str:
+    """For people."""
+    lines = [
+        f"{'model':12} {'size':>10} {'steps':>5} {'batch':>5} {'loop/s':>8} {'served/s':>8} {'ratio':>6}  in batches of"
+    ]
+    lines += [
+        f"{one.model:12} {one.size:>10} {one.steps:>5} {one.best_batch:>5} {one.offline_per_second:>8.3f} "
+        f"{one.served_per_second:>8.3f} {one.ratio:>6.2f}  {one.batches}"
+        for one in results
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--tiny", action="store_true", help="networks of a few megabytes")
+    parser.add_argument("--size", type=int, default=1024, help="side in pixels (default 1024)")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="of the loop")
+    parser.add_argument("--requests", type=int, default=32, help="through the gateway, at least four batches")
+    parser.add_argument(
+        "--slots", type=int, default=2, help="of the worker: while one call is drawn, another is at hand"
+    )
+    parser.add_argument("--seconds", type=float, default=20.0, help="of the loop at each batch size")
+    parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--loop", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.loop:
+        print(json.dumps(offline(options.loop, options.size, options.steps, options.batch_sizes, options.seconds)))
+        return
+    results = [measured(f"{model}-tiny" if options.tiny else model, options) for model in options.models]
+    print(f"on {results[0].device}\n{table(results)}")
+    if options.json is not None:
+        options.json.write_text(json.dumps([asdict(one) for one in results], indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
