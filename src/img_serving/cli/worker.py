@@ -65,6 +65,7 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument("--no-warm-up", action="store_true", help="draw nothing before the first request")
     parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     parser.add_argument("--log-format", choices=("console", "json"), help="default: console on a terminal, else json")
+    _add_diffusers_options(parser.add_argument_group("the diffusers engine"))
     trying = parser.add_argument_group("trying it without a gateway")
     trying.add_argument("--try", dest="prompt", type=words, help="draw this, and end", metavar="PROMPT")
     trying.add_argument("-o", "--output", default="picture.png", help="where to (default picture.png)", metavar="FILE")
@@ -72,6 +73,41 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
     trying.add_argument("--seed", type=whole(0, 2**63 - 1), default=0, help="default 0")
     trying.add_argument("--steps", type=whole(1, 1000), help="default: the model's own")
     parser.set_defaults(run=run)
+
+
+def _add_diffusers_options(group: Any) -> None:
+    """Each named as its field of `DiffusersOptions`; what is not said is left to that record (SUPPRESS)."""
+
+    def add(flag: str, **more: Any) -> None:
+        group.add_argument(flag, default=argparse.SUPPRESS, **more)
+
+    add("--device", type=words, help="auto (default), cpu, mps, xpu, cuda, cuda:1 …")
+    add("--dtype", choices=("auto", "float32", "float16", "bfloat16"), help="of weights and arithmetic (default auto)")
+    add("--offline", action="store_true", help="no network: everything is on disk or in the hub's cache")
+    add("--revision", type=words, help="a branch, tag or commit of a model of the hub")
+    add("--variant", type=words, help="which set of weights, such as fp16")
+    add("--config", type=words, help="for a single file: the folder or id that has its configuration")
+    add("--lora-dir", type=Path, help="the folder whose *.safetensors prompts may name: <lora:name:0.8>", metavar="DIR")
+    add("--max-loras", type=whole(1), help="LoRAs that stay loaded (default 8)", metavar="N")
+    add("--buckets", type=_buckets, help="batch sizes that are drawn (default 1,2,4,8)", metavar="N,…")
+    add("--no-padding", dest="padding", action="store_false", help="do not fill a batch up to its bucket")
+    add("--allow-pickle", action="store_true", help="also read weights that can run code as they load (.bin, .ckpt)")
+    add("--safety-checker", action="store_true", help="keep the model's safety checker, if it has one")
+    add("--no-vae-slicing", dest="vae_slicing", action="store_false", help="decode a batch's pictures all at once")
+    add("--vae-tiling", action="store_true", help="decode in tiles: less memory for large pictures")
+    add("--cpu-offload", choices=("none", "model", "sequential"), help="keep what is not in use in main memory")
+    add("--max-pixels", type=whole(1), help="of a picture (default 4194304)", metavar="N")
+    add("--max-steps", type=whole(1), help="inference steps at most (default 200)", metavar="N")
+    add("--default-steps", type=whole(1), help="where a request says none", metavar="N")
+    add("--default-guidance-scale", type=number, help="where a request says none", metavar="X")
+    add("--true-cfg-scale", type=number, help="above 1, negative prompts act on Flux (default 1)", metavar="X")
+
+
+def _buckets(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of batch sizes such as 1,2,4,8") from None
 
 
 def run(args: argparse.Namespace) -> int:
@@ -195,6 +231,12 @@ def _call(args: argparse.Namespace, can: Capabilities) -> Call:
 def _engine(args: argparse.Namespace) -> Callable[[], Engine]:
     from img_serving.worker.engines import own_engine
 
+    given = _diffusers_given(args)
+    if args.engine == "diffusers":
+        return _diffusers(args, given)
+    if given:
+        flags = ", ".join(sorted(given))
+        raise CommandFailed(f"{flags}: only for --engine diffusers", exit_code=2)
     if args.engine == "procedural":
         from img_serving.engines.procedural import ProceduralEngine
 
@@ -202,6 +244,30 @@ def _engine(args: argparse.Namespace) -> Callable[[], Engine]:
             raise CommandFailed("--model is not for the procedural engine, which has no weights", exit_code=2)
         return ProceduralEngine
     return own_engine(args.engine, args.model)
+
+
+def _diffusers_given(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of the diffusers engine that were said, by their fields."""
+    from dataclasses import fields
+
+    from img_serving.engines.diffusers.options import DiffusersOptions
+
+    names = {field.name for field in fields(DiffusersOptions)} - {"model", "max_batch_size"}
+    return {name: value for name, value in vars(args).items() if name in names}
+
+
+def _diffusers(args: argparse.Namespace, given: dict[str, Any]) -> Callable[[], Engine]:
+    from img_serving.engines.diffusers import DiffusersEngine, DiffusersOptions
+
+    if args.model is None:
+        raise CommandFailed("--engine diffusers needs --model: a folder, a .safetensors file or a hub id", exit_code=2)
+    if args.slots not in {None, 1}:
+        raise CommandFailed("--slots: a diffusers pipeline draws one call at a time; batches are what fills a GPU", 2)
+    try:
+        options = DiffusersOptions(model=args.model, max_batch_size=args.max_batch_size, **given)
+    except ValueError as error:
+        raise CommandFailed(str(error), exit_code=2) from None
+    return lambda: DiffusersEngine(options)
 
 
 def _model_name(args: argparse.Namespace) -> str:

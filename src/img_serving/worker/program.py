@@ -89,15 +89,15 @@ async def serve(
             page = MetricsPage(options.host, options.metrics_port, workshop.render_metrics, loop)
             stack.push_async_callback(asyncio.to_thread, page.close)
             announce(f"metrics: http://{_shown(options.host)}:{page.port}/metrics")
+        stack.enter_context(_Signals(stop))  # before anybody can know that there is somebody to stop
         announce(f"img-serving worker {__version__} listens on {_shown(options.host)}:{port} and loads {options.model}")
         _warn_if_open(options)
-        with _Signals(stop):
-            if not await _load(workshop, on_loading, stop):
-                return
-            await _say_health(health_service, _SERVING)
-            announce(f"ready after {workshop.counts.load_seconds:.1f} s: {_summary(workshop)}")
-            await stop.wait()
-            await _drain(server, service, health_service, workshop)
+        if not await _load(workshop, on_loading, stop):
+            return
+        await _say_health(health_service, _SERVING)
+        announce(f"ready after {workshop.counts.load_seconds:.1f} s: {_summary(workshop)}")
+        await stop.wait()
+        await _drain(server, service, health_service, workshop)
 
 
 async def _load(workshop: Workshop, on_loading: Callable[[Loading | None], None] | None, stop: asyncio.Event) -> bool:
