@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
@@ -19,6 +20,7 @@ from img_serving.domain.errors import (
     InvalidRequest,
     NotFound,
     Outcome,
+    PayloadTooLarge,
 )
 from img_serving.domain.images import Call
 
@@ -31,6 +33,18 @@ PORTS: Final = {"http": 80, "grpc": 80, "https": 443, "grpcs": 443}
 NOT_STARTED_KEY: Final = "img-serving-not-started"
 
 Metadata = tuple[tuple[str, str], ...]
+
+_OUR_SIDE: Final = re.compile(
+    r"failed to connect|stream removed|socket closed|connection (?:reset|refused|closed)|broken pipe|recvmsg|rst_stream|goaway|"
+    r"(?:transport|channel|endpoint|stream) (?:is )?clos|keepalive|ping timeout|too_many_pings|name resolution|dns |address list|"
+    r"http/?2|http1|handshake|CLIENT: |"
+    # a server that ends takes this leave of calls that it had begun
+    r"cancelling all calls",
+    re.IGNORECASE,
+)
+"""What gRPC itself says (1.85) of a connection that was lost or never made."""
+
+_TOO_LARGE: Final = re.compile(r"(?:SERVER: Received|CLIENT: Sent) message larger than max")
 
 _OPTIONS: Final = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -177,6 +191,8 @@ def error_of(
     if code is kind.NOT_FOUND:
         message = message or "the backend does not have this model"
         return BackendRefusal(NotFound(message, code="model_not_found", param="model"))
+    if code is kind.RESOURCE_EXHAUSTED and _TOO_LARGE.search(error.details() or ""):
+        return BackendRefusal(PayloadTooLarge("the request is too large for the backend"))
     if code is kind.RESOURCE_EXHAUSTED and is_from_server(error):
         return AttemptError(Outcome.NOT_STARTED, f"the backend is busy{said}", busy_seconds=busy_seconds(trailers))
     if code in {kind.UNAUTHENTICATED, kind.PERMISSION_DENIED}:
@@ -191,9 +207,10 @@ def error_of(
 def is_from_server(error: grpc.aio.AioRpcError) -> bool:
     """Whether the server said so itself; otherwise gRPC on our side did, for a connection that broke or a message too large.
 
-    gRPC tells the two apart only in words meant for its developers.
+    gRPC tells the two apart only in words: it marked what a peer had sent up to 1.7x, and now only what is its own differs.
     """
-    return "received from peer" in (error.debug_error_string() or "")
+    said = error.debug_error_string() or ""
+    return "received from peer" in said or _OUR_SIDE.search(error.details() or said) is None
 
 
 def busy_seconds(trailers: dict[str, str]) -> float:
