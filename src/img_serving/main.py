@@ -194,6 +194,8 @@ def make_adapter(config: BackendConfig, endpoint: EndpointConfig) -> Backend:
         return BuiltinBackend(_procedural, models=tuple(config.models) or ("procedural",))
     if config.protocol == "scripted":
         return ScriptedBackend(config.options())
+    if config.protocol == "kserve":
+        return _kserve(config, endpoint)
     tls = make_ssl_context(config.ca_file, config.tls_verify) if endpoint.url.startswith("https:") else None
     # as many connections are kept as calls may be in flight: a burst must not end in a storm of reconnecting
     transport = HttpTransport(
@@ -257,6 +259,28 @@ def make_adapter(config: BackendConfig, endpoint: EndpointConfig) -> Backend:
         return comfyui
     adapters: dict[str, Backend] = {"openai": openai, "a1111": a1111, "comfyui": comfyui}
     return DetectingBackend(adapters, transport, headers=(*headers, *basic, *bearer))
+
+
+def _kserve(config: BackendConfig, endpoint: EndpointConfig) -> Backend:
+    # imported late: gRPC is not needed where nobody speaks it, and need not be installed there
+    try:
+        from img_serving.backends.kserve import KServeBackend  # noqa: PLC0415
+        from img_serving.backends.rpc import Line  # noqa: PLC0415
+    except ImportError as error:
+        raise ValueError(f'protocol: "kserve" needs gRPC ({error}): pip install "img-serving[grpc]"') from None
+    if config.health_check_path is not None:
+        raise ValueError("health_check_path: gRPC has no paths; the protocol's own check asks whether the models are ready")
+    proxy = proxy_from_environment(endpoint.url)
+    basic = (_basic(config.username, config.password or ""),) if config.username is not None else ()
+    line = Line(
+        endpoint.url,
+        ca_file=config.ca_file,
+        tls_verify=config.tls_verify,
+        api_key=config.api_key,
+        headers=(*config.headers.items(), *basic),
+        proxy=None if proxy is None else proxy.url,
+    )
+    return KServeBackend(line, options=config.options(), models=config.models, max_batch_size=config.max_batch_size)
 
 
 def _basic(username: str, password: str) -> tuple[str, str]:

@@ -36,8 +36,8 @@ Metadata = tuple[tuple[str, str], ...]
 
 _OUR_SIDE: Final = re.compile(
     r"failed to connect|stream removed|socket closed|connection (?:reset|refused|closed)|broken pipe|recvmsg|rst_stream|goaway|"
-    r"(?:transport|channel|endpoint|stream) (?:is )?clos|keepalive|ping timeout|too_many_pings|name resolution|dns |address list|"
-    r"http/?2|http1|handshake|CLIENT: |"
+    r"(?:transport|channel|endpoint|stream) (?:is )?clos|keepalive|ping timeout|too_many_pings|name resolution|dns |"
+    r"address list|http/?2|http1|handshake|CLIENT: |"
     # a server that ends takes this leave of calls that it had begun
     r"cancelling all calls",
     re.IGNORECASE,

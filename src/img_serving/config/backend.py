@@ -20,7 +20,7 @@ Protocol = Literal["builtin", "openai", "a1111", "comfyui", "grpc", "kserve", "s
 PROTOCOLS: Final = tuple(str(name) for name in get_args(Protocol))
 """Every protocol that the interface names."""
 
-PROTOCOLS_BUILT: Final = frozenset({"builtin", "openai", "a1111", "comfyui", "http", "scripted"})
+PROTOCOLS_BUILT: Final = frozenset({"builtin", "openai", "a1111", "comfyui", "http", "kserve", "scripted"})
 """Those that this version speaks."""
 
 WITHOUT_ENDPOINTS: Final = frozenset({"builtin", "scripted"})
