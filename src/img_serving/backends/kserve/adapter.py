@@ -102,12 +102,11 @@ class KServeBackend:
                 the model failed or gave no picture; `UNKNOWN` where the call was cut or too slow.
             BackendRefusal: the request is at fault.
         """
-        model = call.model or self._server.default_model
-        if model is None:
-            raise BackendRefusal(InvalidRequest("the backend does not tell its models: name one", param="model"))
+        model = call.model or self._server.default_model or ""
         await self._line.connect(min(PROBE_TIMEOUT_SECONDS, call.timeout_seconds))
         async with patience(call.timeout_seconds) as heard:
             try:
+                model = model or await self._first_model(call.timeout_seconds)
                 return await self._draw(call, model, on_progress, heard)
             except grpc.aio.AioRpcError as error:
                 raise self._mapped(error, call, model) from None
@@ -158,6 +157,14 @@ class KServeBackend:
         return HealthReport(healthy=False, detail=detail)
 
     # drawing
+
+    async def _first_model(self, timeout_seconds: float) -> str:
+        """The model of a call that names none, before anybody has asked what there is."""
+        await self._server.look(timeout_seconds, afresh=False)
+        model = self._server.default_model
+        if model is None:
+            raise BackendRefusal(InvalidRequest("the backend does not tell its models: name one", param="model"))
+        return model
 
     async def _draw(
         self, call: Call, model: str, on_progress: OnProgress, heard: Callable[[], None]
