@@ -49,6 +49,7 @@ from img_serving.telemetry.metrics import Metrics
 from img_serving.transport.fetch import FetchFailed, SafeFetcher
 from img_serving.transport.http import HttpTransport, make_ssl_context
 from img_serving.transport.proxy import proxy_from_environment
+from img_serving.wire import hush_grpc
 
 log = logging.getLogger("img_serving")
 
@@ -194,8 +195,8 @@ def make_adapter(config: BackendConfig, endpoint: EndpointConfig) -> Backend:
         return BuiltinBackend(_procedural, models=tuple(config.models) or ("procedural",))
     if config.protocol == "scripted":
         return ScriptedBackend(config.options())
-    if config.protocol == "kserve":
-        return _kserve(config, endpoint)
+    if config.protocol in {"grpc", "kserve"}:
+        return _over_grpc(config, endpoint)
     tls = make_ssl_context(config.ca_file, config.tls_verify) if endpoint.url.startswith("https:") else None
     # as many connections are kept as calls may be in flight: a burst must not end in a storm of reconnecting
     transport = HttpTransport(
@@ -261,26 +262,32 @@ def make_adapter(config: BackendConfig, endpoint: EndpointConfig) -> Backend:
     return DetectingBackend(adapters, transport, headers=(*headers, *basic, *bearer))
 
 
-def _kserve(config: BackendConfig, endpoint: EndpointConfig) -> Backend:
-    # imported late: gRPC is not needed where nobody speaks it, and need not be installed there
+def _over_grpc(config: BackendConfig, endpoint: EndpointConfig) -> Backend:
+    hush_grpc()
     try:
+        # imported late: gRPC takes a tenth of a second and some megabytes
+        from img_serving.backends.grpc import GrpcBackend  # noqa: PLC0415
         from img_serving.backends.kserve import KServeBackend  # noqa: PLC0415
         from img_serving.backends.rpc import Line  # noqa: PLC0415
     except ImportError as error:
-        raise ValueError(f'protocol: "kserve" needs gRPC ({error}): pip install "img-serving[grpc]"') from None
-    if config.health_check_path is not None:
-        raise ValueError("health_check_path: gRPC has no paths; the protocol's own check asks whether the models are ready")
-    proxy = proxy_from_environment(endpoint.url)
+        raise ValueError(f"protocol: gRPC is not installed ({error.name}): pip install 'img-serving[grpc]'") from None
     basic = (_basic(config.username, config.password or ""),) if config.username is not None else ()
-    line = Line(
-        endpoint.url,
-        ca_file=config.ca_file,
-        tls_verify=config.tls_verify,
-        api_key=config.api_key,
-        headers=(*config.headers.items(), *basic),
-        proxy=None if proxy is None else proxy.url,
+    proxy = proxy_from_environment(f"http{endpoint.url.removeprefix('grpc').removeprefix('http')}")
+    way: dict[str, Any] = {
+        "ca_file": config.ca_file,
+        "tls_verify": config.tls_verify,
+        "api_key": config.api_key,
+        "headers": (*config.headers.items(), *basic),
+        "proxy": proxy.url if proxy is not None else None,
+    }
+    if config.protocol == "grpc":
+        return GrpcBackend(endpoint.url, options=config.options(), models=config.models, **way)
+    return KServeBackend(
+        Line(endpoint.url, **way),
+        options=config.options(),
+        models=config.models,
+        max_batch_size=config.max_batch_size,
     )
-    return KServeBackend(line, options=config.options(), models=config.models, max_batch_size=config.max_batch_size)
 
 
 def _basic(username: str, password: str) -> tuple[str, str]:

@@ -16,12 +16,14 @@ from tests.support.fake_a1111 import FakeA1111, Flavour
 from tests.support.fake_comfyui import FakeComfyUI
 from tests.support.fake_kserve import FakeKServe
 from tests.support.fake_kserve import Flavour as KServeFlavour
+from tests.support.fake_worker import FakeWorker
 
 from img_serving.backends.a1111 import A1111Backend
 from img_serving.backends.builtin import BuiltinBackend
 from img_serving.backends.comfyui import ComfyUIBackend
 from img_serving.backends.comfyui.prompt import Pace
 from img_serving.backends.detection import DetectingBackend
+from img_serving.backends.grpc import GrpcBackend
 from img_serving.backends.kserve import KServeBackend
 from img_serving.backends.openai import OpenAIBackend
 from img_serving.backends.rpc import Line
@@ -81,7 +83,7 @@ class Rig:
     """An adapter, and what stands behind it for the test to look at."""
 
     backend: Backend
-    server: ScriptedServer | FakeComfyUI | FakeKServe | None = None
+    server: ScriptedServer | FakeComfyUI | FakeWorker | FakeKServe | None = None
     engine: FakeEngine | None = None
 
     def is_working(self) -> bool:
@@ -92,6 +94,8 @@ class Rig:
             return bool(self.server.seen)
         if isinstance(self.server, ScriptedServer):
             return bool(self.server.posts)
+        if isinstance(self.server, FakeWorker):
+            return bool(self.server.requests)
         if self.engine is not None:
             return self.engine.loads > 0
         return isinstance(self.backend, ScriptedBackend) and self.backend.in_flight > 0
@@ -104,6 +108,8 @@ class Rig:
             return self.server.cancelled > 0 and self.server.in_flight == 0
         if isinstance(self.server, ScriptedServer):
             return self.server.posts[0].disconnected_at is not None and self.server.in_flight == 0
+        if isinstance(self.server, FakeWorker):
+            return self.server.cancelled > 0
         if self.engine is not None:
             return bool(self.engine.stopped)
         return isinstance(self.backend, ScriptedBackend) and self.backend.cancelled > 0
@@ -234,6 +240,16 @@ def comfyui_refusal(node: str, kind: str, name: str) -> Answer:
     return Answer(400, msgspec.json.encode(document))
 
 
+@asynccontextmanager
+async def grpc_rig(step: str) -> AsyncIterator[Rig]:
+    async with FakeWorker(step) as worker:
+        backend = GrpcBackend(worker.url, api_key=KEY, headers=HEADERS)
+        try:
+            yield Rig(backend, worker)
+        finally:
+            await backend.close()
+
+
 def forge_rig(step: str) -> AbstractAsyncContextManager[Rig]:
     return a1111_at("forge", step)
 
@@ -263,6 +279,7 @@ RIGS = {
     "forge": forge_rig,
     "sdcpp": sdcpp_rig,
     "comfyui": comfyui_rig,
+    "grpc": grpc_rig,
     "http": detecting_rig,
     "kserve": kserve_rig,
     "triton": triton_rig,
@@ -632,7 +649,7 @@ def test_an_answer_without_a_good_picture_is_failed(rig_of, step):
     ("step", "outcome"),
     [
         ("500", Outcome.FAILED), ("unknown", Outcome.FAILED), ("401", Outcome.FAILED), ("403", Outcome.FAILED),
-        ("busy", Outcome.NOT_STARTED), ("503", Outcome.NOT_STARTED), ("late", Outcome.UNKNOWN),
+        ("busy", Outcome.NOT_STARTED), ("not_ready", Outcome.NOT_STARTED), ("503", Outcome.UNKNOWN), ("late", Outcome.UNKNOWN),
         ("unimplemented", Outcome.FAILED),
     ],
 )  # fmt: skip

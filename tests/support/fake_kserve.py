@@ -133,6 +133,9 @@ class FakeKServe(GRPCInferenceServiceServicer):
 
     # questions
 
+    async def ServerLive(self, request, context):
+        return wire.ServerLiveResponse(live=True)
+
     async def ServerReady(self, request, context):
         self.asked.append("ServerReady")
         return wire.ServerReadyResponse(ready=self.is_ready)
@@ -158,8 +161,8 @@ class FakeKServe(GRPCInferenceServiceServicer):
         answer = wire.ModelMetadataResponse(name=request.name, versions=["1"], platform="python")
         for one in model.inputs:
             answer.inputs.add(name=one.name, datatype=one.datatype, shape=model.shape(one.dims))
-        for one in model.outputs:
-            answer.outputs.add(name=one.name, datatype=one.datatype, shape=model.shape(one.dims))
+        for out in model.outputs:
+            answer.outputs.add(name=out.name, datatype=out.datatype, shape=model.shape(out.dims))
         return answer
 
     async def ModelConfig(self, request, context):
@@ -322,11 +325,13 @@ class FakeKServe(GRPCInferenceServiceServicer):
         codes = {
             "500": grpc.StatusCode.INTERNAL, "unknown": grpc.StatusCode.UNKNOWN, "401": grpc.StatusCode.UNAUTHENTICATED,
             "403": grpc.StatusCode.PERMISSION_DENIED, "busy": grpc.StatusCode.RESOURCE_EXHAUSTED,
-            "503": grpc.StatusCode.UNAVAILABLE, "late": grpc.StatusCode.DEADLINE_EXCEEDED,
+            "503": grpc.StatusCode.UNAVAILABLE, "not_ready": grpc.StatusCode.UNAVAILABLE,
+            "late": grpc.StatusCode.DEADLINE_EXCEEDED,
             "unimplemented": grpc.StatusCode.UNIMPLEMENTED, "invalid": grpc.StatusCode.INVALID_ARGUMENT,
         }  # fmt: skip
         if self.step in codes:
-            await context.abort(codes[self.step], self._broken() if self.step == "500" else f"as told {self.echo}")
+            words = {"500": self._broken(), "not_ready": f"Model with name txt2img is not ready. {self.echo}"}
+            await context.abort(codes[self.step], words.get(self.step, f"as told {self.echo}"))
         if self.step in {"hang", "cut"}:
             await asyncio.Event().wait()
 

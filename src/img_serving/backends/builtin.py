@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Final
 
 from img_serving.domain.capabilities import Capabilities, SizeRule
-from img_serving.domain.errors import AttemptError, BackendRefusal, InvalidRequest, Outcome
-from img_serving.domain.images import Artifact, Call, ItemFailure, Preview, Progress
-from img_serving.engines.engine import Engine, GenerationCancelled, OnStep, load_fully
-from img_serving.engines.pictures import artifact_of
+from img_serving.domain.images import Artifact, Call, ItemFailure
+from img_serving.engines.engine import Engine
+from img_serving.engines.runner import EngineRunner
 from img_serving.ports import HealthReport, OnProgress
 
 MAX_THREADS: Final = 4
@@ -48,18 +44,14 @@ class BuiltinBackend:
     ) -> None:
         """`threads` calls can run at once; None means one a processor, `MAX_THREADS` at most."""
         threads = threads or min(MAX_THREADS, os.cpu_count() or 1)
-        self._engine_factory = engine_factory
         self._models = models
         self._capabilities = replace(capabilities, max_concurrency=threads)
-        self._executor = ThreadPoolExecutor(threads, thread_name_prefix="engine")
-        self._loading = threading.Lock()
-        self._engine: Engine | None = None
-        self._load_error = ""
-        self._running: set[threading.Event] = set()
+        self._runner = EngineRunner(engine_factory, threads=threads)
 
     def __repr__(self) -> str:
-        state = "loaded" if self._engine else self._load_error or "not loaded yet"
-        return f"<BuiltinBackend {', '.join(self._models)}: {len(self._running)} running, {state}>"
+        runner = self._runner
+        state = "loaded" if runner.engine else runner.load_error or "not loaded yet"
+        return f"<BuiltinBackend {', '.join(self._models)}: {runner.in_flight} running, {state}>"
 
     @property
     def protocol(self) -> str:
@@ -78,66 +70,15 @@ class BuiltinBackend:
             AttemptError: `FAILED`: the engine broke, or could not be loaded.
             BackendRefusal: the engine cannot draw what is asked for.
         """
-        loop = asyncio.get_running_loop()
-        cancelled = threading.Event()
-
-        def report(done: int, total: int, previews: Sequence[Preview]) -> None:
-            for preview in previews or (None,):
-                loop.call_soon_threadsafe(on_progress, Progress(done, total, preview))
-
-        self._running.add(cancelled)
-        try:
-            return await loop.run_in_executor(self._executor, self._draw, call, OnStep(report, cancelled.is_set))
-        except GenerationCancelled:
-            raise AttemptError(Outcome.FAILED, "the engine stopped although nobody asked it to") from None
-        except (AttemptError, BackendRefusal):
-            raise
-        except MemoryError:
-            raise AttemptError(Outcome.FAILED, "there is not enough memory for the picture") from None
-        except Exception as error:
-            # Its message may quote anything, a prompt included: the log of the engine has it, the client does not.
-            raise AttemptError(Outcome.FAILED, f"the engine failed ({type(error).__name__})") from error
-        finally:
-            cancelled.set()
-            self._running.discard(cancelled)
+        return await self._runner.draw(call, on_progress)
 
     async def check(self, timeout_seconds: float) -> HealthReport:  # noqa: ARG002 - nobody has to be asked
         """Healthy unless the last try to load the engine failed; the next call tries again."""
-        if self._load_error:
-            return HealthReport(healthy=False, detail=self._load_error, models=self._models)
-        detail = "loaded" if self._engine is not None else "loads at the first picture"
+        if self._runner.load_error:
+            return HealthReport(healthy=False, detail=self._runner.load_error, models=self._models)
+        detail = "loaded" if self._runner.engine is not None else "loads at the first picture"
         return HealthReport(healthy=True, detail=detail, models=self._models)
 
     async def close(self) -> None:
         """Stop what still draws at its next step, and end the threads."""
-        for cancelled in self._running:
-            cancelled.set()
-        self._executor.shutdown(wait=False, cancel_futures=True)
-
-    def _draw(self, call: Call, on_step: OnStep) -> list[Artifact | ItemFailure]:
-        """In a thread: load if need be, draw, and prove that pictures came out."""
-        engine = self._loaded()
-        on_step.check()
-        try:
-            pictures = engine.generate(call, on_step)
-        except ValueError as error:
-            # the engine's word for "not what I can draw"; any other mistake of its own has another type
-            raise BackendRefusal(InvalidRequest(str(error)[:300])) from error
-        if len(pictures) != len(call.items):
-            raise AttemptError(Outcome.FAILED, f"the engine drew {len(pictures)} of {len(call.items)} pictures")
-        try:
-            return [artifact_of(one, item.seed) for one, item in zip(pictures, call.items, strict=True)]
-        except ValueError as error:
-            raise AttemptError(Outcome.FAILED, f"the engine's picture is no use: {error}") from None
-
-    def _loaded(self) -> Engine:
-        with self._loading:
-            if self._engine is None:
-                try:
-                    engine = self._engine_factory()
-                    load_fully(engine)
-                except Exception as error:
-                    self._load_error = f"the engine could not be loaded: {str(error) or type(error).__name__}"[:300]
-                    raise AttemptError(Outcome.FAILED, self._load_error) from error
-                self._engine, self._load_error = engine, ""
-            return self._engine
+        self._runner.close()

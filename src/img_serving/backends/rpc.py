@@ -28,31 +28,19 @@ MAX_MESSAGE_BYTES: Final = 256 * 1024 * 1024
 """One message, either way. gRPC's own 4 MiB break on the first large picture."""
 
 CONNECT_TIMEOUT_SECONDS: Final = 10.0
-KEEPALIVE_SECONDS: Final = 30
 PORTS: Final = {"http": 80, "grpc": 80, "https": 443, "grpcs": 443}
 NOT_STARTED_KEY: Final = "img-serving-not-started"
 
+_TOO_LARGE: Final = "message larger than max"
+_OUR_REQUEST: Final = re.compile("SERVER: Received|CLIENT: Sent|Sent message")
+_NOT_CONNECTED: Final = "failed to connect to all addresses"
+"""gRPC's own words, as grpcio 1.85 has them."""
+
 Metadata = tuple[tuple[str, str], ...]
-
-_OUR_SIDE: Final = re.compile(
-    r"failed to connect|stream removed|socket closed|connection (?:reset|refused|closed)|broken pipe|recvmsg|rst_stream|goaway|"
-    r"(?:transport|channel|endpoint|stream) (?:is )?clos|keepalive|ping timeout|too_many_pings|name resolution|dns |"
-    r"address list|http/?2|http1|handshake|CLIENT: |"
-    # a server that ends takes this leave of calls that it had begun
-    r"cancelling all calls",
-    re.IGNORECASE,
-)
-"""What gRPC itself says (1.85) of a connection that was lost or never made."""
-
-_TOO_LARGE: Final = re.compile(r"(?:SERVER: Received|CLIENT: Sent) message larger than max")
 
 _OPTIONS: Final = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    # a peer that vanished without a word is noticed, also while nothing is drawn
-    ("grpc.keepalive_time_ms", KEEPALIVE_SECONDS * 1000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.min_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 5_000),
@@ -75,11 +63,14 @@ class Line:
         api_key: str | None = None,
         headers: Iterable[tuple[str, str]] = (),
         proxy: str | None = None,
+        keepalive_seconds: float = 0,
         options: Sequence[tuple[str, str | int]] = (),
     ) -> None:
         """`url` as in `[[backends]]`: `http(s)://` or `grpc(s)://`, host and port. `headers` go with every call as metadata.
 
-        `options` are gRPC channel arguments on top of our own.
+        `keepalive_seconds` is how often a silent peer is asked whether it is still there; 0: never, for servers that take
+        such questions for an attack (gRPC's own default allows one in five minutes). `options` are gRPC channel arguments on
+        top of our own.
 
         Raises:
             ValueError: there is no such connection; the message says why.
@@ -101,7 +92,14 @@ class Line:
         self.redactor = Redactor([api_key, *(value for _, value in self.metadata)])
         # without a proxy of ours gRPC must not look for one of its own: its rules for loopback are others
         through = (("grpc.http_proxy", proxy),) if proxy is not None else (("grpc.enable_http_proxy", 0),)
-        self._options = (*_OPTIONS, *through, *options)
+        alive: tuple[tuple[str, int], ...] = ()
+        if keepalive_seconds:
+            alive = (
+                ("grpc.keepalive_time_ms", round(keepalive_seconds * 1000)),
+                ("grpc.keepalive_timeout_ms", 10_000),
+                ("grpc.http2.max_pings_without_data", 0),
+            )
+        self._options = (*_OPTIONS, *through, *alive, *options)
         self._channel: grpc.aio.Channel | None = None
 
     def __repr__(self) -> str:
@@ -171,12 +169,12 @@ class Line:
 
 
 def error_of(
-    error: grpc.aio.AioRpcError, redactor: Redactor, also: Iterable[str | None] = (), *, was_taken: bool = False
+    error: grpc.aio.AioRpcError, redactor: Redactor, also: Iterable[str | None] = ()
 ) -> AttemptError | BackendRefusal:
     """What a status means: whose fault it is, and whether trying elsewhere is free of risk.
 
-    `also` are prompts, which no message may show. `was_taken`: the server had begun to work, so that a lost connection leaves
-    the outcome open.
+    `also` are prompts, which no message may show. A status that gRPC makes on our side, for a connection that broke, looks
+    like one that the server sent: so UNAVAILABLE leaves the outcome open unless it says otherwise.
     """
     code = error.code()
     trailers = {str(name).lower(): _as_text(value) for name, value in error.trailing_metadata() or ()}
@@ -191,26 +189,21 @@ def error_of(
     if code is kind.NOT_FOUND:
         message = message or "the backend does not have this model"
         return BackendRefusal(NotFound(message, code="model_not_found", param="model"))
-    if code is kind.RESOURCE_EXHAUSTED and _TOO_LARGE.search(error.details() or ""):
-        return BackendRefusal(PayloadTooLarge("the request is too large for the backend"))
-    if code is kind.RESOURCE_EXHAUSTED and is_from_server(error):
+    if code is kind.RESOURCE_EXHAUSTED:
+        if _TOO_LARGE in (error.details() or ""):
+            if _OUR_REQUEST.search(error.details() or ""):
+                return BackendRefusal(PayloadTooLarge("the request is too large for the backend"))
+            return AttemptError(Outcome.FAILED, f"a message is larger than {MAX_MESSAGE_BYTES} bytes")
         return AttemptError(Outcome.NOT_STARTED, f"the backend is busy{said}", busy_seconds=busy_seconds(trailers))
     if code in {kind.UNAUTHENTICATED, kind.PERMISSION_DENIED}:
         return AttemptError(Outcome.FAILED, f"the backend refused the gateway's credentials ({code.name})")
-    if code is kind.UNAVAILABLE and (NOT_STARTED_KEY in trailers or (is_from_server(error) and not was_taken)):
+    if code is kind.UNAVAILABLE and NOT_STARTED_KEY in trailers:
         return AttemptError(Outcome.NOT_STARTED, f"the backend is not ready{said}")
+    if code is kind.UNAVAILABLE and (error.details() or "").startswith(_NOT_CONNECTED):
+        return AttemptError(Outcome.NOT_STARTED, "the connection was lost before the call")
     if code in {kind.UNAVAILABLE, kind.CANCELLED, kind.DEADLINE_EXCEEDED}:
         return AttemptError(Outcome.UNKNOWN, f"the call was cut ({code.name}){said}")
     return AttemptError(Outcome.FAILED, f"the backend answered {code.name}{said}")
-
-
-def is_from_server(error: grpc.aio.AioRpcError) -> bool:
-    """Whether the server said so itself; otherwise gRPC on our side did, for a connection that broke or a message too large.
-
-    gRPC tells the two apart only in words: it marked what a peer had sent up to 1.7x, and now only what is its own differs.
-    """
-    said = error.debug_error_string() or ""
-    return "received from peer" in said or _OUR_SIDE.search(error.details() or said) is None
 
 
 def busy_seconds(trailers: dict[str, str]) -> float:

@@ -126,6 +126,7 @@ class Capabilities:
         previews: whether it can show unfinished pictures.
         cancels: whether cancelling stops the engine, not only our waiting.
         switches_models: it holds one model at a time, and another one takes seconds to load.
+        any_model: a model of any name is served, whatever is listed.
         variants: models that can do something else than this record says.
     """
 
@@ -147,6 +148,7 @@ class Capabilities:
     previews: bool = False
     cancels: bool = False
     switches_models: bool = False
+    any_model: bool = False
     variants: Mapping[str, Capabilities] = field(default_factory=dict)
 
     def honoured(self, operation: Operation) -> frozenset[str]:

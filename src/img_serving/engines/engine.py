@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from img_serving.domain.capabilities import Capabilities
-from img_serving.domain.images import Call, ItemFailure, Preview
+from img_serving.domain.images import Call, ImageRequest, Item, ItemFailure, Preview
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -95,6 +95,34 @@ class Engine(Protocol):
             MemoryError: there is not enough memory for the batch.
         """
         ...
+
+
+def call_of(
+    *prompts: str,
+    negative_prompt: str | None = None,
+    seed: int = 0,
+    width: int = 512,
+    height: int = 512,
+    steps: int | None = None,
+    previews: bool = False,
+    **shared: Any,
+) -> Call:
+    """A batch as an engine is given it, for trying one without a gateway: picture i has prompt i and seed + i.
+
+    `width` and `height` in pixels; `shared` are further fields of `ImageRequest`, such as `guidance_scale`.
+    """
+    items = tuple(Item(prompt, negative_prompt, seed + index) for index, prompt in enumerate(prompts))
+    request = ImageRequest(
+        prompts[0],
+        negative_prompt=negative_prompt,
+        seed=seed,
+        n=len(prompts),
+        width=width,
+        height=height,
+        steps=steps,
+        **shared,
+    )
+    return Call(request, None, width, height, items, timeout_seconds=600.0, previews=previews)
 
 
 def load_fully(engine: Engine, on_load: Callable[[float, str], None] | None = None) -> None:

@@ -96,7 +96,7 @@ def ignored_by(request: ImageRequest, capabilities: Capabilities) -> tuple[str, 
 
 def stands_in(request: ImageRequest, backend: Candidate, options: RoutingOptions) -> bool:
     """Whether this backend would draw with something else than the model that was asked for, since nobody has that."""
-    if request.model is None or not backend.serves_any:
+    if request.model is None or not (backend.serves_any or backend.capabilities.any_model):
         return False
     return options.aliases.get(request.model, request.model) not in (*backend.models, backend.name)
 
@@ -117,7 +117,7 @@ def _by_backend(
     model = options.aliases.get(request.model, request.model)
     if backend.serves_any:
         return [(backend, None)]
-    if not backend.models or model in backend.models:
+    if not backend.models or model in backend.models or backend.capabilities.any_model:
         return [(backend, model)]
     if model == backend.name or options.unknown_model == "default":
         return [(backend, _default_model(backend))]
@@ -145,7 +145,9 @@ def _by_model(
         return named
     # A server that does not list its models is not disabled by that: any name may be one of its own.
     unlisted: list[tuple[Candidate, str | None]] = [
-        (backend, model) for backend in enabled if not backend.models and not backend.serves_any
+        (backend, model)
+        for backend in enabled
+        if (not backend.models or backend.capabilities.any_model) and not backend.serves_any
     ]
     if unlisted:
         return unlisted

@@ -90,21 +90,26 @@ class Metrics:
 
     def render(self, gauges: Iterable[tuple[str, str, Mapping[Labels, float]]]) -> bytes:
         """The Prometheus text (0.0.4) of all counters, followed by `gauges`: (name, help, values by labels)."""
-        lines: list[str] = []
-        for metric in vars(self).values():
-            if isinstance(metric, Counter):
-                _head(lines, metric.name, metric.help, "counter")
-                for label_values, value in metric.values.items():
-                    labels = tuple(zip(metric.label_names, label_values, strict=True))
-                    lines.append(f"img_serving_{metric.name}{_labels(labels)} {_number(value)}")
-            elif isinstance(metric, Histogram):
-                _head(lines, metric.name, metric.help, "histogram")
-                for label_values, row in metric.values.items():
-                    _histogram(lines, metric.name, tuple(zip(metric.label_names, label_values, strict=True)), row)
-        for name, text, values in gauges:
-            _head(lines, name, text, "gauge")
-            lines.extend(f"img_serving_{name}{_labels(labels)} {_number(value)}" for labels, value in values.items())
-        return ("\n".join(lines) + "\n").encode()
+        return render(vars(self).values(), gauges)
+
+
+def render(metrics: Iterable[object], gauges: Iterable[tuple[str, str, Mapping[Labels, float]]]) -> bytes:
+    """The Prometheus text (0.0.4) of counters and histograms, followed by `gauges`: (name, help, values by labels)."""
+    lines: list[str] = []
+    for metric in metrics:
+        if isinstance(metric, Counter):
+            _head(lines, metric.name, metric.help, "counter")
+            for label_values, value in metric.values.items():
+                labels = tuple(zip(metric.label_names, label_values, strict=True))
+                lines.append(f"img_serving_{metric.name}{_labels(labels)} {_number(value)}")
+        elif isinstance(metric, Histogram):
+            _head(lines, metric.name, metric.help, "histogram")
+            for label_values, row in metric.values.items():
+                _histogram(lines, metric.name, tuple(zip(metric.label_names, label_values, strict=True)), row)
+    for name, text, values in gauges:
+        _head(lines, name, text, "gauge")
+        lines.extend(f"img_serving_{name}{_labels(labels)} {_number(value)}" for labels, value in values.items())
+    return ("\n".join(lines) + "\n").encode()
 
 
 def _histogram(lines: list[str], name: str, labels: Labels, row: list[float]) -> None:

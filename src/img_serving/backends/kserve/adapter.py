@@ -32,6 +32,9 @@ _TOO_MANY = re.compile(r"batch[- ]size must be <= (\d+)")
 _ASIDE = re.compile(r"^\[request id: [^\]]*\] |\s*\n\s*(?:At:|Traceback).*", re.DOTALL)
 """What Triton puts round its messages: our own request id, and where in the server's files an exception was raised."""
 
+_NOT_READY = re.compile(r"not ready|no available versions|is unavailable|unloading", re.IGNORECASE)
+"""A server's own words; UNAVAILABLE alone may also come of a connection that broke under way."""
+
 _UNKNOWN_MODEL = re.compile(r"request for unknown model", re.IGNORECASE)
 _WRONG_TENSOR = re.compile(r"unexpected inference input|data-type is|unexpected shape for input|batch-size must be")
 
@@ -292,6 +295,8 @@ class KServeBackend:
         mapped = error_of(plain, self._line.redactor, prompts_of(call))
         if code in {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND}:
             self._server.forget(model)
+        if code is grpc.StatusCode.UNAVAILABLE and _NOT_READY.search(error.details() or ""):
+            return AttemptError(Outcome.NOT_STARTED, "the model is not ready")
         if code is grpc.StatusCode.NOT_FOUND and model in self._server.configured:
             # another endpoint may have it, and this one never promised to
             return AttemptError(Outcome.NOT_STARTED, f"the server lacks the model: {mapped}", is_blameless=True)

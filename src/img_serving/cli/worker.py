@@ -1,0 +1,229 @@
+"""`img-serving worker`: serves a model over gRPC, for a gateway to send work to; or tries it on one prompt."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from img_serving.cli.endings import OK, CommandFailed
+from img_serving.cli.progress import Watch, progress
+from img_serving.cli.usage import Commands, number, size, whole, words
+
+if TYPE_CHECKING:
+    from img_serving.domain.capabilities import Capabilities
+    from img_serving.domain.images import Call
+    from img_serving.engines.engine import Engine
+    from img_serving.worker.workshop import Loading
+
+TOKEN_VARIABLE = "IMG_SERVING_WORKER_TOKEN"  # noqa: S105 - where it is, not what it is
+
+EXAMPLES = f"""\
+The engine is `procedural` (the built-in painter), `diffusers` (needs the extra:
+pip install 'img-serving[diffusers]'), or a class of your own: module:Class or
+file.py:Class. The gateway's side is a backend with protocol = "grpc" and
+endpoints = ["http://localhost:50051"]. Callers must know the token in
+${TOKEN_VARIABLE}, if there is one; the gateway's side is `api_key`.
+
+examples:
+  img-serving worker --engine procedural
+  img-serving worker --engine diffusers --model ./stable-diffusion-v1-5
+  img-serving worker --engine my_model.py:MyModel --port 50052
+  img-serving worker --engine my_model.py:MyModel --try "a red fox" -o fox.png
+"""
+
+
+def register(commands: Commands[argparse.ArgumentParser]) -> None:
+    """Tell argparse about the command."""
+    parser = commands.add_parser("worker", help="serve a model of your own over gRPC", epilog=EXAMPLES)
+    parser.add_argument("--engine", type=words, default="procedural", help="what draws (default: procedural)")
+    parser.add_argument("--model", type=words, help="the folder, file or id that the engine loads")
+    parser.add_argument(
+        "--model-name", type=words, help="the name to serve it under (default: that of the folder or file)"
+    )
+    parser.add_argument("--host", type=words, default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
+    parser.add_argument(
+        "--port", type=whole(0, 65535), default=50051, help="port to listen on (default 50051; 0 = any)"
+    )
+    parser.add_argument("--slots", type=whole(1, 64), help="calls drawn at the same time (default 1)")
+    parser.add_argument(
+        "--queue-size", type=whole(0, 10_000), default=64, help="calls that may wait beyond (default 64)"
+    )
+    parser.add_argument(
+        "--max-batch-size", type=whole(1, 1024), help="pictures in one call (default: what the engine can)"
+    )
+    parser.add_argument("--tls-cert", help="PEM file of the certificate", metavar="FILE")
+    parser.add_argument("--tls-key", help="PEM file of its key", metavar="FILE")
+    parser.add_argument("--metrics-port", type=whole(0, 65535), help="serve GET /metrics there (default: nowhere)")
+    parser.add_argument(
+        "--drain-seconds", type=number, default=15.0, help="for running calls to finish after SIGTERM (default 15)"
+    )
+    parser.add_argument("--no-warm-up", action="store_true", help="draw nothing before the first request")
+    parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
+    parser.add_argument("--log-format", choices=("console", "json"), help="default: console on a terminal, else json")
+    trying = parser.add_argument_group("trying it without a gateway")
+    trying.add_argument("--try", dest="prompt", type=words, help="draw this, and end", metavar="PROMPT")
+    trying.add_argument("-o", "--output", default="picture.png", help="where to (default picture.png)", metavar="FILE")
+    trying.add_argument("--size", type=size, default="auto", help="WIDTHxHEIGHT (default: the model's own)")
+    trying.add_argument("--seed", type=whole(0, 2**63 - 1), default=0, help="default 0")
+    trying.add_argument("--steps", type=whole(1, 1000), help="default: the model's own")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until SIGTERM or Ctrl-C.
+
+    Raises:
+        CommandFailed: it cannot start.
+    """
+    from img_serving.domain.errors import StartError
+    from img_serving.transport.allocator import tune_allocator
+
+    tune_allocator()
+    try:
+        factory = _engine(args)
+        return _try(args, factory) if args.prompt is not None else _serve(args, factory)
+    except StartError as error:
+        raise CommandFailed(str(error)) from error
+
+
+def _serve(args: argparse.Namespace, factory: Callable[[], Engine]) -> int:
+    from img_serving.wire import hush_grpc
+
+    hush_grpc()
+    try:
+        import grpc  # noqa: F401 - is it there?
+    except ImportError:
+        raise CommandFailed("a worker needs gRPC: pip install 'img-serving[grpc]'") from None
+    import asyncio
+
+    from img_serving.telemetry.logs import choose_format, set_up
+    from img_serving.worker.options import WorkerOptions
+    from img_serving.worker.program import serve
+
+    if (args.tls_cert is None) != (args.tls_key is None):
+        raise CommandFailed("--tls-cert and --tls-key go together", exit_code=2)
+    set_up(args.log_level, choose_format(args.log_format, sys.stderr))
+    options = WorkerOptions(
+        host=args.host,
+        port=args.port,
+        model=_model_name(args),
+        any_model=args.engine == "procedural" and args.model_name is None,
+        slots=args.slots or (_threads() if args.engine == "procedural" else 1),
+        queue_size=args.queue_size,
+        max_batch_size=args.max_batch_size,
+        token=_token(),
+        tls_cert=args.tls_cert,
+        tls_key=args.tls_key,
+        metrics_port=args.metrics_port,
+        drain_seconds=args.drain_seconds,
+        warm_up=not args.no_warm_up,
+    )
+    with _loading_bar() as on_loading:
+        asyncio.run(serve(factory, options, announce=_announce, on_loading=on_loading))
+    return OK
+
+
+def _try(args: argparse.Namespace, factory: Callable[[], Engine]) -> int:
+    """Draw one picture in this process."""
+    from img_serving.domain.errors import AttemptError, BackendRefusal
+    from img_serving.domain.images import Artifact, Progress
+    from img_serving.engines.runner import EngineRunner
+    from img_serving.media.payload import raw_bytes
+
+    runner = EngineRunner(factory, threads=1)
+
+    async def draw(watch: Watch) -> Any:
+        def stepped(step: Progress) -> None:
+            watch(step.done / max(1, step.total))
+
+        return await runner.draw(_call(args, runner.load().capabilities()), stepped)
+
+    import asyncio
+
+    try:
+        with progress("drawing", quiet=False, measured=True) as watch:
+            (result,) = asyncio.run(draw(watch))
+    except AttemptError as error:
+        cause = error.__cause__
+        told = f": {cause}" if cause is not None and str(cause) and str(cause) not in error.message else ""
+        raise CommandFailed(f"{error.message}{told}") from error
+    except BackendRefusal as refusal:
+        raise CommandFailed(refusal.error.message) from refusal
+    finally:
+        runner.close()
+    if not isinstance(result, Artifact):
+        raise CommandFailed(result.message)
+    try:
+        Path(args.output).write_bytes(raw_bytes(result))
+    except OSError as error:
+        raise CommandFailed(f"{args.output} cannot be written ({error.strerror or error})") from error
+    print(f"{args.output}: {result.width}x{result.height}, {result.media_type}, seed {result.seed}")
+    return OK
+
+
+def _call(args: argparse.Namespace, can: Capabilities) -> Call:
+    from img_serving.engines.engine import call_of
+
+    width, height = (
+        (int(side) for side in args.size.split("x")) if args.size != "auto" else can.default_size or (512, 512)
+    )
+    return call_of(args.prompt, seed=args.seed, width=width, height=height, steps=args.steps)
+
+
+def _engine(args: argparse.Namespace) -> Callable[[], Engine]:
+    from img_serving.worker.engines import own_engine
+
+    if args.engine == "procedural":
+        from img_serving.engines.procedural import ProceduralEngine
+
+        if args.model is not None:
+            raise CommandFailed("--model is not for the procedural engine, which has no weights", exit_code=2)
+        return ProceduralEngine
+    return own_engine(args.engine, args.model)
+
+
+def _model_name(args: argparse.Namespace) -> str:
+    """What was said, else the last part of the model's path or id, else the engine's name."""
+    if args.model_name is not None:
+        return str(args.model_name)
+    if args.model is not None:
+        return Path(args.model.rstrip("/")).name.removesuffix(".safetensors") or "model"
+    return str(args.engine).rpartition(":")[2].lower()
+
+
+def _threads() -> int:
+    return min(4, os.cpu_count() or 1)
+
+
+def _token() -> str | None:
+    token = os.environ.get(TOKEN_VARIABLE)
+    if token is not None and not (token and all("!" <= char <= "~" for char in token)):
+        raise CommandFailed(f"${TOKEN_VARIABLE} is empty, or has a blank or a letter outside ASCII", exit_code=2)
+    return token
+
+
+def _announce(line: str) -> None:
+    print(line, flush=True)
+
+
+@contextmanager
+def _loading_bar() -> Iterator[Callable[[Loading | None], None] | None]:
+    """A bar while the model loads, on a terminal; gone when it is ready."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    with ExitStack() as stack:
+        watch = stack.enter_context(progress("loading", quiet=False, measured=True))
+
+        def on_loading(loading: Loading | None) -> None:
+            if loading is None:
+                stack.close()
+            else:
+                watch(loading.share)
+
+        yield on_loading

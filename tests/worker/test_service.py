@@ -1,0 +1,465 @@
+"""A worker as its callers see it, over real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from tests.transport.conftest import certificate as certificate  # noqa: PLC0414 - a fixture
+from tests.worker.conftest import Running, ToyEngine, request_of, running
+
+from img_serving.backends.scripted import picture
+from img_serving.domain.errors import StartError
+from img_serving.domain.images import ItemFailure
+from img_serving.engines.procedural import ProceduralEngine
+from img_serving.wire.generation import CHUNK_BYTES
+from img_serving.wire.v1 import generation_pb2 as pb
+
+
+def run(act: Callable[[Running], Awaitable[Any]], engine: Any = None, **options: Any) -> Any:
+    async def main() -> Any:
+        async with running(engine, **options) as worker:
+            return await act(worker)
+
+    return asyncio.run(main())
+
+
+async def until(happened: Callable[[], bool]) -> None:
+    """Another task's or thread's doing, that nothing announces."""
+    async with asyncio.timeout(10):
+        while not happened():  # noqa: ASYNC110 - see above
+            await asyncio.sleep(0.001)
+
+
+def kinds(events: list[pb.GenerateEvent]) -> list[str | None]:
+    return [event.WhichOneof("event") for event in events]
+
+
+# drawing
+
+
+def test_a_batch_is_drawn_in_order_and_ends_with_done() -> None:
+    events = run(lambda worker: worker.draw(request_of(7, 8)))
+    assert [one for one in kinds(events) if one != "progress"] == ["picture", "picture", "done"]
+    pictures = [event.picture for event in events if event.WhichOneof("event") == "picture"]
+    assert [(one.index, one.seed, one.media_type) for one in pictures] == [(0, 7, "image/png"), (1, 8, "image/png")]
+    assert [one.data for one in pictures] == [picture("a quiet harbour", seed, 64, 48) for seed in (7, 8)]
+    assert [one.size_bytes for one in pictures] == [len(one.data) for one in pictures]
+
+
+def test_a_large_picture_comes_in_chunks_of_a_mebibyte() -> None:
+    data = picture("x", 1, 8, 8) + bytes(2 * CHUNK_BYTES + 5)
+    events = run(lambda worker: worker.draw(request_of(7)), ToyEngine(result=lambda _: [data]))
+    parts = [
+        event.picture.data or event.chunk.data for event in events if event.WhichOneof("event") in {"picture", "chunk"}
+    ]
+    assert [len(part) for part in parts[:-1]] == [CHUNK_BYTES] * 2
+    assert b"".join(parts) == data
+
+
+def test_one_items_failure_is_an_event_of_its_own() -> None:
+    def result(batch: Any) -> Any:
+        return [ItemFailure("no LoRA of that name", refused=True), picture("x", 1, 64, 48)]
+
+    events = run(lambda worker: worker.draw(request_of(7, 8)), ToyEngine(result=result))
+    (error,) = [event.error for event in events if event.WhichOneof("event") == "error"]
+    assert (error.index, error.message, error.refused) == (0, "no LoRA of that name", True)
+    assert kinds(events)[-2:] == ["picture", "done"]
+
+
+def test_arrays_and_pillow_images_are_pictures_too() -> None:
+    np = pytest.importorskip("numpy")
+    image = pytest.importorskip("PIL.Image")
+    array = np.full((48, 64, 3), 200, np.uint8)
+    results = [array, image.fromarray(array)]
+    events = run(lambda worker: worker.draw(request_of(7, 8)), ToyEngine(result=lambda _: results))
+    first, second = (event.picture.data for event in events if event.WhichOneof("event") == "picture")
+    assert first == second
+    assert first.startswith(b"\x89PNG")
+
+
+def test_the_procedural_engine_gives_picture_two_of_seed_five_as_picture_nought_of_seed_seven() -> None:
+    async def act(worker: Running) -> Any:
+        several = await worker.draw(request_of(5, 6, 7))
+        one = await worker.draw(request_of(7, model="whatever"))
+        return [e.picture.data for e in (*several, *one) if e.WhichOneof("event") == "picture"]
+
+    drawn = run(act, ProceduralEngine(), any_model=True)
+    assert drawn[2] == drawn[3]
+    assert len(set(drawn)) == 3
+
+
+def test_previews_come_when_they_are_wanted() -> None:
+    async def act(worker: Running) -> Any:
+        return kinds(await worker.draw(request_of(7, previews=True))), kinds(await worker.draw(request_of(7)))
+
+    wanted, unwanted = run(act, ProceduralEngine())
+    assert "preview" in wanted
+    assert "preview" not in unwanted
+
+
+# refusals
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "param"),
+    [
+        ({"items": []}, "INVALID_ARGUMENT", "items"),
+        ({"items": [pb.Item(seed=1)] * 5}, "INVALID_ARGUMENT", "items"),
+        ({"width": 0}, "INVALID_ARGUMENT", "size"),
+        ({"width": 4}, "INVALID_ARGUMENT", "size"),
+        ({"width": 2**31}, "INVALID_ARGUMENT", "size"),
+        ({"items": [pb.Item(seed=-1)]}, "INVALID_ARGUMENT", "seed"),
+        ({"steps": 0}, "INVALID_ARGUMENT", "num_inference_steps"),
+        ({"steps": 51}, "INVALID_ARGUMENT", "num_inference_steps"),
+        ({"sampler": "eular"}, "INVALID_ARGUMENT", "sampler"),
+        ({"guidance_scale": float("nan")}, "INVALID_ARGUMENT", "guidance_scale"),
+        ({"strength": 2.0}, "INVALID_ARGUMENT", "strength"),
+        ({"operation": pb.OPERATION_VARIATION}, "INVALID_ARGUMENT", "image"),
+        ({"operation": 77}, "INVALID_ARGUMENT", "operation"),
+        ({"operation": pb.OPERATION_EDIT}, "INVALID_ARGUMENT", "image"),
+        ({"items": [pb.Item(images=[pb.InputImage(data=b"GIF89a")])]}, "INVALID_ARGUMENT", "image"),
+        (
+            {"items": [pb.Item(images=[pb.InputImage(data=picture("x", 1, 8, 8))] * 2)]},
+            "INVALID_ARGUMENT",
+            "image",
+        ),
+        (
+            {
+                "items": [
+                    pb.Item(
+                        images=[pb.InputImage(data=picture("x", 1, 8, 8))],
+                        mask=pb.InputImage(data=picture("x", 1, 16, 8)),
+                    )
+                ]
+            },
+            "INVALID_ARGUMENT",
+            "mask",
+        ),
+        ({"model": "another"}, "NOT_FOUND", "model"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_drawn_is_refused_with_its_parameter(fields: dict[str, Any], code: str, param: str) -> None:
+    async def act(worker: Running) -> Any:
+        refused = await worker.refused(request_of(7, **fields))
+        assert len(await worker.draw(request_of(7))) > 1, "and the worker goes on"
+        return refused
+
+    engine = ToyEngine()
+    found, words, trailers = run(act, engine)
+    assert (found, trailers["img-serving-param"]) == (code, param)
+    assert words
+    assert len(engine.batches) == 2, "the warm-up, and the good one"
+
+
+def test_a_sampler_may_be_spelt_as_people_do() -> None:
+    assert kinds(run(lambda worker: worker.draw(request_of(7, sampler="EULER"))))[-1] == "done"
+
+
+def test_what_the_engine_refuses_is_the_requests_fault() -> None:
+    engine = ToyEngine(mishap=ValueError("the width must be a multiple of 64"))
+    code, words, _ = run(lambda worker: worker.refused(request_of(7)), engine, warm_up=False)
+    assert (code, words) == ("INVALID_ARGUMENT", "the width must be a multiple of 64")
+
+
+@pytest.mark.parametrize("mishap", [RuntimeError("cannot draw a quiet harbour: CUDA error"), MemoryError()])
+def test_a_broken_engine_is_internal_and_its_words_stay_in_the_log(
+    mishap: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.ERROR):
+        code, words, _ = run(lambda worker: worker.refused(request_of(7)), ToyEngine(mishap=mishap), warm_up=False)
+    assert code == "INTERNAL"
+    assert "CUDA" not in words
+    logged = "\n".join(record.getMessage() for record in caplog.records)
+    assert "conftest.py" in logged, "where it happened"
+    assert "harbour" not in logged
+    assert ("CUDA error" in logged) is isinstance(mishap, RuntimeError)
+
+
+@pytest.mark.parametrize("result", [[], [b"junk"], [None], [object()]])
+def test_an_engine_that_returns_no_picture_failed(result: list[Any]) -> None:
+    engine = ToyEngine(result=lambda _: result)
+    assert run(lambda worker: worker.refused(request_of(7)), engine, warm_up=False)[0] == "INTERNAL"
+
+
+# company
+
+
+def test_cancelling_stops_the_engine_at_its_next_step() -> None:
+    engine = ToyEngine(gate=threading.Event())
+
+    async def act(worker: Running) -> bool:
+        call = worker.stub.Generate(request_of(7))
+        reading = asyncio.ensure_future(call.read())
+        await until(engine.drawing.is_set)
+        call.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
+        await until(engine.stopped.is_set)
+        assert engine.gate is not None
+        engine.gate.set()
+        return kinds(await worker.draw(request_of(8)))[-1] == "done"
+
+    assert run(act, engine, warm_up=False)
+
+
+def test_who_waits_is_told_so_and_who_leaves_makes_room() -> None:
+    engine = ToyEngine(gate=threading.Event())
+
+    async def act(worker: Running) -> Any:
+        first = asyncio.ensure_future(worker.draw(request_of(1)))
+        await until(engine.drawing.is_set)
+        second = asyncio.ensure_future(worker.draw(request_of(2)))
+        await waiting(worker, 1)
+        full = await worker.refused(request_of(3))
+        second.cancel()
+        await waiting(worker, 0)
+        third = asyncio.ensure_future(worker.draw(request_of(4)))
+        assert engine.gate is not None
+        engine.gate.set()
+        await asyncio.gather(first, third)
+        return full
+
+    async def waiting(worker: Running, count: int) -> None:
+        async with asyncio.timeout(10):
+            while f"worker_waiting {count}\n" not in await worker.metrics():
+                pass
+
+    code, _, trailers = run(act, engine, warm_up=False, queue_size=1, metrics_port=0)
+    assert code == "RESOURCE_EXHAUSTED"
+    assert int(trailers["retry-after-ms"]) >= 100
+    assert [batch.items[0].seed for batch in engine.batches] == [1, 4], "who left was never drawn"
+
+
+def test_slots_are_calls_drawn_at_the_same_time() -> None:
+    barrier = threading.Barrier(2)
+
+    def result(batch: Any) -> Any:
+        barrier.wait(5)  # passes only where two are drawn at once
+        return [picture("x", 1, 64, 48)]
+
+    async def act(worker: Running) -> Any:
+        return await asyncio.gather(worker.draw(request_of(1)), worker.draw(request_of(2)))
+
+    assert len(run(act, ToyEngine(result=result), slots=2, warm_up=False)) == 2
+
+
+def test_health_and_capabilities_answer_while_it_draws() -> None:
+    """Measured with the painter, which computes in earnest; the bound is the contract's, with a busy machine's grace."""
+
+    async def act(worker: Running) -> list[float]:
+        drawing = asyncio.ensure_future(worker.draw(request_of(1, width=1024, height=1024, steps=40)))
+        took = []
+        while not drawing.done():
+            before = time.monotonic()
+            assert await worker.health() == "SERVING"
+            await worker.stub.Capabilities(pb.CapabilitiesRequest())
+            took.append(time.monotonic() - before)
+            await asyncio.sleep(0.01)
+        await drawing
+        return took
+
+    took = sorted(run(act, ProceduralEngine()))
+    assert len(took) >= 5
+    assert took[len(took) // 2] < 0.05
+
+
+# limits, names
+
+
+def test_max_batch_size_limits_what_the_engine_could() -> None:
+    async def act(worker: Running) -> Any:
+        told = await worker.stub.Capabilities(pb.CapabilitiesRequest())
+        return told.models[0].max_batch_size, await worker.refused(request_of(1, 2, 3))
+
+    most, (code, words, _) = run(act, max_batch_size=2)
+    assert most == 2
+    assert (code, words) == ("INVALID_ARGUMENT", "a batch has at most 2 items, not 3")
+
+
+def test_what_it_can_do_is_told() -> None:
+    told = run(lambda worker: worker.stub.Capabilities(pb.CapabilitiesRequest()), slots=3, queue_size=7)
+    assert (told.name, told.slots, told.queue_size, told.any_model) == ("img-serving worker", 3, 7, False)
+    (model,) = told.models
+    assert (model.id, model.default_width, model.default_height, model.max_steps) == ("toy", 64, 48, 50)
+    assert list(model.samplers) == ["euler", "Euler plain"]
+
+
+# life
+
+
+def test_it_listens_while_it_loads_and_says_how_far_it_is() -> None:
+    class Slow(ToyEngine):
+        def load(self) -> Any:
+            yield 0.25, "the text encoder"
+            go.wait(10)
+
+    go = threading.Event()
+
+    async def act(worker: Running) -> Any:
+        try:
+            async with asyncio.timeout(10):
+                while True:
+                    told = await worker.stub.Capabilities(pb.CapabilitiesRequest())
+                    if told.loading.doing == "the text encoder":
+                        break
+            health = await worker.health()
+            refused = await worker.refused(request_of(7))
+        finally:
+            go.set()
+        return told, health, refused
+
+    told, health, (code, words, trailers) = run(act, Slow(), wait_until_ready=False)
+    assert (told.loading.share, list(told.models)) == (0.25, [])
+    assert health == "NOT_SERVING"
+    assert (code, trailers["img-serving-not-started"]) == ("UNAVAILABLE", "1")
+    assert "25%" in words
+
+
+def test_an_engine_that_cannot_be_loaded_ends_the_worker_with_its_reason() -> None:
+    class Broken(ToyEngine):
+        def load(self) -> Any:
+            raise FileNotFoundError("there is no folder ./weights")
+
+    async def nothing(_: Running) -> None:
+        """It never comes so far."""
+
+    with pytest.raises(StartError, match=r"there is no folder \./weights"):
+        run(nothing, Broken())
+
+
+@pytest.mark.parametrize(("warm_up", "drawn"), [(True, [(64, 48)]), (False, [])])
+def test_warm_up_draws_one_picture_of_the_usual_size(warm_up: bool, drawn: list[tuple[int, int]]) -> None:
+    async def act(worker: Running) -> Any:
+        return [(batch.width, batch.height) for batch in worker.engine.batches]
+
+    assert run(act, warm_up=warm_up) == drawn
+
+
+def test_a_failed_warm_up_does_not_keep_it_from_serving() -> None:
+    engine = ToyEngine(mishap=RuntimeError("cold"))
+    assert run(lambda worker: worker.health(), engine) == "SERVING"
+
+
+def test_draining_finishes_what_runs_and_takes_nothing_new() -> None:
+    engine = ToyEngine(gate=threading.Event())
+
+    async def act(worker: Running) -> Any:
+        running_call = asyncio.ensure_future(worker.draw(request_of(1)))
+        await until(engine.drawing.is_set)
+        worker.stop.set()
+        await until(lambda: worker.serving.done() or bool(worker.lines))
+        await asyncio.sleep(0)
+        assert engine.gate is not None
+        code = "none"
+        async with asyncio.timeout(10):
+            while code != "UNAVAILABLE":  # from the moment on when it has heard
+                code, _, _ = await worker.refused(request_of(2)) if not running_call.done() else ("late", "", {})
+        engine.gate.set()
+        return kinds(await running_call)[-1]
+
+    assert run(act, engine, warm_up=False, queue_size=0) == "done"
+
+
+def test_drain_seconds_bound_how_long_that_takes() -> None:
+    engine = ToyEngine(gate=threading.Event())
+
+    async def act(worker: Running) -> Any:
+        call = asyncio.ensure_future(worker.refused(request_of(1)))
+        await until(engine.drawing.is_set)
+        worker.stop.set()
+        code, _, _ = await call
+        await until(engine.stopped.is_set)
+        return code
+
+    assert run(act, engine, warm_up=False, drain_seconds=0.05) in {"UNAVAILABLE", "CANCELLED"}
+
+
+def test_a_taken_port_is_said() -> None:
+    async def act(worker: Running) -> None:
+        async with running(port=worker.port):
+            pass
+
+    with pytest.raises(StartError, match="the port is taken"):
+        run(act)
+
+
+# who may call
+
+
+def test_only_who_knows_the_token_is_let_in() -> None:
+    async def act(worker: Running) -> Any:
+        bearer = lambda token: (("authorization", f"Bearer {token}"),)  # noqa: E731 - said three times
+        assert await worker.health() == "SERVING", "health is for everybody"
+        return (
+            (await worker.refused(request_of(1)))[0],
+            (await worker.refused(request_of(1), metadata=bearer("wrong")))[0],
+            kinds(await worker.draw(request_of(1), metadata=bearer("right")))[-1],
+        )
+
+    assert run(act, token="right") == ("UNAUTHENTICATED", "UNAUTHENTICATED", "done")
+
+
+def test_tls_is_spoken_with_the_given_certificate(certificate: Path) -> None:
+    trust = grpc.ssl_channel_credentials(certificate.read_bytes())
+    pem = str(certificate)
+    assert run(lambda worker: worker.health(), tls_cert=pem, tls_key=pem, credentials=trust) == "SERVING"
+
+
+def test_a_certificate_that_is_not_there_is_said() -> None:
+    async def nothing(_: Running) -> None:
+        """It never comes so far."""
+
+    with pytest.raises(StartError, match=r"nowhere\.pem cannot be read"):
+        run(nothing, tls_cert="nowhere.pem", tls_key="nowhere.pem")
+
+
+def test_an_open_door_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    async def nothing(_: Running) -> None:
+        """Starting is enough."""
+
+    run(nothing, host="0.0.0.0")
+    assert "anybody who reaches" in caplog.text
+    caplog.clear()
+    run(nothing, host="0.0.0.0", token="a-token")
+    assert "anybody who reaches" not in caplog.text
+
+
+# metrics
+
+
+def test_metrics_tell_of_batches_steps_and_the_queue() -> None:
+    async def act(worker: Running) -> str:
+        await worker.draw(request_of(1, 2))
+        await worker.refused(request_of(1, steps=0))
+        return await worker.metrics()
+
+    text = run(act, metrics_port=0, warm_up=False)
+    for line in (
+        'worker_calls_total{outcome="ok"} 1',
+        'worker_pictures_total{batch="2"} 2',
+        "worker_step_seconds_count 3",
+        "worker_queue_seconds_count 1",
+        "worker_draw_seconds_count 1",
+        "worker_ready 1",
+        "worker_slots 1",
+        "worker_waiting 0",
+        "worker_drawing 0",
+    ):
+        assert f"img_serving_{line}\n" in text, line
+
+
+def test_device_memory_is_told_where_the_engine_knows_it() -> None:
+    class Device(ToyEngine):
+        def statistics(self) -> Any:
+            return type("Told", (), {"memory_used_bytes": 5, "memory_total_bytes": 9})()
+
+    text = run(lambda worker: worker.metrics(), Device(), metrics_port=0)
+    assert "img_serving_worker_device_memory_used_bytes 5\n" in text
+    assert "img_serving_worker_device_memory_total_bytes 9\n" in text
