@@ -84,7 +84,11 @@ class Seen:
 
 @dataclass
 class FakeKServe(GRPCInferenceServiceServicer):
-    """`step` spoils what a call answers; `echo` is quoted in errors. `asked` are the names of questions, in order."""
+    """A server of models.
+
+    `step` spoils what a call answers; `echo` is quoted in errors; `step_seconds` is what a step of a stream takes. `asked` are
+    the names of questions, in order.
+    """
 
     flavour: Flavour = "triton"
     models: dict[str, FakeModel] = field(default_factory=lambda: {"txt2img": FakeModel()})
@@ -95,6 +99,8 @@ class FakeKServe(GRPCInferenceServiceServicer):
     typed: bool = False
     lists_models: bool = True
     tells_config: bool = True
+    step_seconds: float = 0.0
+    max_message_bytes: int = MAX_MESSAGE_BYTES
     seen: list[Seen] = field(default_factory=list)
     asked: list[str] = field(default_factory=list)
     in_flight: int = 0
@@ -104,7 +110,7 @@ class FakeKServe(GRPCInferenceServiceServicer):
     async def __aenter__(self) -> Self:
         self._server = grpc.aio.server(
             options=[
-                ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+                ("grpc.max_receive_message_length", self.max_message_bytes),
                 ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
                 ("grpc.so_reuseport", 0),
             ]
@@ -230,6 +236,7 @@ class FakeKServe(GRPCInferenceServiceServicer):
                 await self._mishap(context)
                 steps = values.get("STEPS", [model.answers])[0]
                 for step in range(1, steps + 1):
+                    await asyncio.sleep(self.step_seconds)
                     answer = self._answer(request, model, {**values, "STEP": [step], "LAST": [step == steps]})
                     answer.parameters["triton_final_response"].bool_param = False
                     yield wire.ModelStreamInferResponse(infer_response=answer)
@@ -340,7 +347,7 @@ class FakeKServe(GRPCInferenceServiceServicer):
     ) -> wire.ModelInferResponse:
         answer = wire.ModelInferResponse(model_name=request.model_name, model_version="1", id=request.id)
         asked = {one.name for one in request.outputs}
-        count = len(values[next(one for one in values if one.casefold() == "prompt")])
+        count = len(_prompts(values))
         for out in model.outputs:
             if asked and out.name not in asked and self.flavour == "triton":
                 continue
@@ -379,7 +386,7 @@ class FakeKServe(GRPCInferenceServiceServicer):
             row = next((row for key, row in values.items() if key.casefold() == name), [default])
             return int(row[min(index, len(row) - 1)])
 
-        prompt = next(row for key, row in values.items() if key.casefold() == "prompt")[index].decode()
+        prompt = _prompts(values)[index].decode()
         if not values.get("LAST", [True])[0]:
             prompt += f" unfinished {values['STEP'][0]}"
         width, height = (32, 32) if self.step == "wrong_size" else (at("width", 64), at("height", 64))
@@ -416,6 +423,12 @@ class FakeKServe(GRPCInferenceServiceServicer):
         if self.step == "huge":
             return shape, packed(data[4:] + bytes(HUGE_BYTES))
         return shape, data
+
+
+def _prompts(values: dict[str, list[Any]]) -> list[bytes]:
+    """The tensor that is called so, else the first with words."""
+    named = [row for key, row in values.items() if key.casefold() == "prompt"]
+    return next(iter(named or [row for row in values.values() if isinstance(row[0], bytes)]))
 
 
 def packed(part: bytes) -> bytes:

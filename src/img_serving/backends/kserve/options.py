@@ -65,7 +65,7 @@ class InputOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 class TensorOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A tensor as a table. What it leaves out is as the server's metadata has it, else as usual."""
 
-    name: Name
+    name: Name | None = None
     type: Datatype | None = None
     shape: list[Side] | None = None
 
@@ -73,7 +73,7 @@ class TensorOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 class ConstantOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A tensor of `tensors` as a table."""
 
-    value: bool | int | float | str | list[bool | int | float | str]
+    value: bool | int | float | str | list[bool | int | float | str] | None = None
     type: Datatype | None = None
     shape: list[Side] | None = None
 
@@ -225,11 +225,15 @@ def _named(told: Any, where: str) -> NamedTensor | None:
             'or "" for nowhere'
         )
     read = _read(TensorOptions, told, f"{where}.")
+    if read.name is None:
+        raise ValueError(f"{where}.name: missing: what the model calls the tensor")
     return NamedTensor(read.name, read.type, None if read.shape is None else tuple(read.shape))
 
 
 def _constant(name: str, told: Any, where: str) -> Constant:
     read = _read(ConstantOptions, told if isinstance(told, Mapping) else {"value": told}, f"{where}.")
+    if read.value is None:
+        raise ValueError(f"{where}.value: missing: what the tensor holds")
     values: Sequence[Value] = read.value if isinstance(read.value, list) else [read.value]
     if not values:
         raise ValueError(f"{where}: a tensor has at least one value")
