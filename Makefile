@@ -37,8 +37,9 @@ lint: $(STAMP) ## style, format and strict types
 fmt: $(STAMP) ## put the code into the house format
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
-bench: $(STAMP) ## measure the gateway beside nginx (needs nginx and wrk)
+bench: $(STAMP) ## measure the gateway beside nginx (needs nginx and wrk), and the way of a picture from a worker
 	@$(BIN)/python bench/proxy.py
+	@$(BIN)/python bench/grpc_hop.py
 
 bench-scheduling: $(STAMP) ## measure the scheduler's decisions, in virtual time (BENCH_ARGS="--quick --check --plots DIR")
 	@$(BIN)/python bench/scheduling.py $(BENCH_ARGS)

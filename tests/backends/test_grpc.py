@@ -192,6 +192,19 @@ def test_only_what_the_worker_honours_is_sent() -> None:
     assert run(act) == [(True, True), (False, True)]
 
 
+def test_an_edit_is_sent_what_edits_honour() -> None:
+    worker = FakeWorker()
+    worker.told.models[0].honours_in_edits.append("strength")
+    image = InputImage(picture("start", 1, 64, 48), "image/png", 64, 48)
+
+    async def act(backend: GrpcBackend, _: FakeWorker) -> Any:
+        await backend.check(2.0)
+        await backend.generate(call_of(7, operation="edit", strength=0.5, steps=5, images=(image,)), nothing)
+        return worker.requests[0].HasField("strength"), worker.requests[0].HasField("steps")
+
+    assert run(act, worker) == (True, False)
+
+
 def test_what_the_worker_says_of_a_picture_is_kept() -> None:
     (drawn,) = run(lambda backend, _: backend.generate(call_of(7), nothing), FakeWorker("told"))
     assert (drawn.seed, drawn.revised_prompt, drawn.ignored) == (107, "a better one", ("guidance_scale",))
@@ -336,7 +349,7 @@ def test_silence_is_an_unknown_outcome_and_ends_the_call() -> None:
 
 def test_a_connection_that_does_not_come_about_is_given_up() -> None:
     async def main() -> AttemptError:
-        silent = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)  # listens, and says nothing
+        silent = await asyncio.start_server(lambda _, writer: writers.append(writer), "127.0.0.1", 0)
         backend = GrpcBackend(
             f"http://127.0.0.1:{silent.sockets[0].getsockname()[1]}", options={"connect_timeout_ms": 100}
         )
@@ -345,7 +358,10 @@ def test_a_connection_that_does_not_come_about_is_given_up() -> None:
         finally:
             await backend.close()
             silent.close()
+            for writer in writers:
+                writer.close()
 
+    writers: list[asyncio.StreamWriter] = []  # it listens, and says nothing
     error = asyncio.run(main())
     assert error.outcome is Outcome.NOT_STARTED
     assert "within 0.1 s" in error.message

@@ -15,6 +15,7 @@ import pytest
 
 from img_serving.backends.a1111 import A1111Backend
 from img_serving.backends.comfyui import ComfyUIBackend
+from img_serving.backends.grpc import GrpcBackend
 from img_serving.backends.openai import OpenAIBackend
 from img_serving.domain.images import Artifact, Call, ImageRequest, Item
 from img_serving.ports import Backend
@@ -26,6 +27,7 @@ SLACK_BYTES = 16 << 20
 ADAPTERS: dict[str, Callable[[str], Backend]] = {
     "openai": lambda url: OpenAIBackend(HttpTransport(url)),
     "a1111": lambda url: A1111Backend(HttpTransport(url), max_batch_size=8),
+    "grpc": GrpcBackend,
     "comfyui": lambda url: ComfyUIBackend(HttpTransport(url), websocket_url=f"ws{url.removeprefix('http')}/ws"),
 }
 
@@ -66,7 +68,7 @@ def test_a_big_reply_is_held_at_most_twice(name: str, side: int, count: int) -> 
             tracemalloc.stop()
             await backend.close()
 
-    with serving(side, count, *(["comfyui"] if name == "comfyui" else [])) as url:
+    with serving(side, count, *([name] if name in {"comfyui", "grpc"} else [])) as url:
         peak, size = asyncio.run(main(url))
     assert size > count * side * side * 3
     assert peak < 2 * size + SLACK_BYTES

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 from tests.support.fake_a1111 import FakeA1111
+from tests.support.fake_worker import FakeWorker
 from tests.support.threads import in_a_thread
 
 from img_serving.backends.scripted_server import ScriptedServer
@@ -298,3 +299,14 @@ def _read(terminal: int, until: str, seconds: float = 20.0) -> str:
             except OSError:
                 break  # the other side is gone
     return said.decode()
+
+
+def test_a_grpc_address_is_a_workers(probe: Probe) -> None:
+    with in_a_thread(FakeWorker()) as worker:
+        url = f"grpc://127.0.0.1:{worker.port}"
+        code, out, _ = probe(url, "--draw", "--size", "64x48")
+    assert code == 0
+    assert "grpc: toy worker 1" in out
+    assert "up to 8 pictures of different requests" in out
+    assert "test picture: 64x48" in out
+    assert block_of(out)["protocol"] == "grpc"

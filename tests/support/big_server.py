@@ -1,6 +1,6 @@
 """A server in a process of its own whose replies are big, so that the memory measured elsewhere is the adapter's alone.
 
-Run as `python -m tests.support.big_server SIDE COUNT [comfyui]`: COUNT pictures of SIDE x SIDE incompressible pixels a
+Run as `python -m tests.support.big_server SIDE COUNT [comfyui|grpc]`: COUNT pictures of SIDE x SIDE incompressible pixels a
 reply. It prints its address, and ends when its standard input does.
 """
 
@@ -19,6 +19,7 @@ import pybase64
 from img_serving.backends.stub_server import Answer, Exchange, StubServer
 from img_serving.media.png import SIGNATURE
 from tests.support.fake_comfyui import FakeComfyUI
+from tests.support.fake_worker import FakeWorker
 
 
 def big_picture(side: int, seed: int = 0) -> bytes:
@@ -64,6 +65,20 @@ def _comfyui(side: int) -> FakeComfyUI:
     return server
 
 
+class BigWorker(FakeWorker):
+    """Draws big pictures over gRPC."""
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self.file = big_picture(side)
+
+
+def _server(side: int, count: int, kind: str = "") -> Any:
+    if kind == "comfyui":
+        return _comfyui(side)
+    return BigWorker(side) if kind == "grpc" else BigServer(side, count)
+
+
 if __name__ == "__main__":
     side, count, *kind = sys.argv[1:]
-    asyncio.run(_serve(_comfyui(int(side)) if kind else BigServer(int(side), int(count))))
+    asyncio.run(_serve(_server(int(side), int(count), *kind)))

@@ -55,6 +55,7 @@ class FakeWorker(generation_pb2_grpc.ImageGenerationServicer, health_pb2_grpc.He
     def __init__(self, step: str = "ok") -> None:
         self.step = step
         self.words = "as told"
+        self.file: bytes | None = None  # what is drawn, whatever is asked for
         self.requests: list[pb.GenerateRequest] = []
         self.metadata: list[dict[str, Any]] = []
         self.cancelled = 0
@@ -141,7 +142,8 @@ class FakeWorker(generation_pb2_grpc.ImageGenerationServicer, health_pb2_grpc.He
                 yield pb.GenerateEvent(error=pb.ItemError(index=0, message=self.words, refused=True))
                 continue
             side = 32 if step == "wrong_size" else request.width
-            data = picture(item.prompt, item.seed, side, 32 if step == "wrong_size" else request.height)
+            high = 32 if step == "wrong_size" else request.height
+            data = self.file or picture(item.prompt, item.seed, side, high)
             for event in self._sent(index, data, item):
                 yield event
         if step == "extra":

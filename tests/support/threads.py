@@ -5,12 +5,10 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TypeVar
+from contextlib import AbstractAsyncContextManager, contextmanager
+from typing import Any, TypeVar
 
-from img_serving.backends.stub_server import StubServer
-
-Server = TypeVar("Server", bound=StubServer)
+Server = TypeVar("Server", bound=AbstractAsyncContextManager[Any])
 
 
 @contextmanager

@@ -32,6 +32,7 @@ needed, and none is changed.
 examples:
   img-serving backends probe http://gpu-1:7860
   img-serving backends probe http://gpu-1:8188 --draw --size 512x512 -o test.png
+  img-serving backends probe grpc://gpu-1:50051
   img-serving backends probe https://api.example.com --upstream-api-key-env HOSTED_KEY --model dall-e-3
 """
 
@@ -80,7 +81,7 @@ def register(actions: Any) -> None:
     )
     parser.add_argument("url", type=words, metavar="URL", help="where it listens")
     parser.add_argument(
-        "--protocol", metavar="P", default="http", help="what it speaks, if you know (default: find out)"
+        "--protocol", metavar="P", help="what it speaks, if you know (default: find out; of grpc:// grpc)"
     )
     parser.add_argument("--name", type=words, metavar="NAME", help="of the backend in the configuration shown")
     parser.add_argument("--upstream-api-key-env", metavar="VAR", help="the environment variable that holds its API key")
@@ -421,6 +422,11 @@ def _as_json(args: argparse.Namespace, config: BackendConfig, found: Probe, draw
 # what is asked
 
 
+def _protocol(url: str) -> str:
+    """What an address itself says of its protocol: nobody can find out whether gRPC is spoken by asking for pages."""
+    return "grpc" if url.startswith(("grpc://", "grpcs://")) else "http"
+
+
 def _config(args: argparse.Namespace) -> BackendConfig:
     """The backend that the options describe.
 
@@ -431,7 +437,11 @@ def _config(args: argparse.Namespace) -> BackendConfig:
     from img_serving.config import ConfigError, backend_from_mapping
 
     url = args.url if "://" in args.url else f"http://{args.url}"
-    body: dict[str, Any] = {"name": args.name or _name(url), "protocol": args.protocol, "endpoints": [url]}
+    body: dict[str, Any] = {
+        "name": args.name or _name(url),
+        "protocol": args.protocol or _protocol(url),
+        "endpoints": [url],
+    }
     for option, key, variable in (
         ("--upstream-api-key-env", "api_key", args.upstream_api_key_env),
         ("--password-env", "password", args.password_env),

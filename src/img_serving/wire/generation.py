@@ -22,9 +22,11 @@ from img_serving.domain.images import (
 from img_serving.domain.vocabulary import Vocabulary
 from img_serving.media.payload import raw_bytes
 from img_serving.media.sniff import check_picture
+from img_serving.wire.pictures import chunk_event, picture_event
 from img_serving.wire.v1 import generation_pb2 as pb
 
 SERVICE: Final = "img_serving.v1.ImageGeneration"
+GENERATE: Final = f"/{SERVICE}/Generate"
 
 CHUNK_BYTES: Final = 1024 * 1024
 """Bytes of a picture in one message at most."""
@@ -185,27 +187,25 @@ def progress_events(progress: Progress) -> Iterator[pb.GenerateEvent]:
     yield pb.GenerateEvent(progress=pb.Progress(done=progress.done, total=progress.total))
 
 
-def result_events(results: Iterable[Artifact | ItemFailure]) -> Iterator[pb.GenerateEvent]:
-    """Pictures and failures, one after the other, and the end."""
+def result_events(results: Iterable[Artifact | ItemFailure]) -> Iterator[pb.GenerateEvent | bytes]:
+    """Pictures (encoded already) and failures, one after the other, and the end."""
     for index, result in enumerate(results):
         if isinstance(result, ItemFailure):
             error = pb.ItemError(index=index, message=result.message, refused=result.refused)
             yield pb.GenerateEvent(error=error)
             continue
-        data = raw_bytes(result)
-        yield pb.GenerateEvent(
-            picture=pb.Picture(
-                index=index,
-                media_type=result.media_type,
-                size_bytes=len(data),
-                data=data[:CHUNK_BYTES],
-                seed=result.seed,
-                revised_prompt=result.revised_prompt,
-                ignored=result.ignored,
-            )
+        data = memoryview(raw_bytes(result))
+        head = pb.Picture(
+            index=index,
+            media_type=result.media_type,
+            size_bytes=len(data),
+            seed=result.seed,
+            revised_prompt=result.revised_prompt,
+            ignored=result.ignored,
         )
+        yield picture_event(head, data[:CHUNK_BYTES])
         for start in range(CHUNK_BYTES, len(data), CHUNK_BYTES):
-            yield pb.GenerateEvent(chunk=pb.Chunk(index=index, data=data[start : start + CHUNK_BYTES]))
+            yield chunk_event(index, data[start : start + CHUNK_BYTES])
     yield pb.GenerateEvent(done=pb.Done())
 
 
@@ -236,6 +236,7 @@ def model_message(model: str, can: Capabilities) -> pb.Model:
         schedulers=can.schedulers.spellings if can.schedulers is not None else (),
         formats=can.formats,
         previews=can.previews,
+        honours_in_edits=sorted(can.honours_in_edits or ()),
     )
 
 
@@ -253,6 +254,7 @@ def capabilities_of(message: pb.Model, *, slots: int, any_model: bool = False) -
         max_batch_size=max(1, message.max_batch_size),
         max_concurrency=max(1, slots),
         honours=frozenset(message.honours) & PARAMETERS,
+        honours_in_edits=frozenset(message.honours_in_edits) & PARAMETERS if message.honours_in_edits else None,
         sizes=SizeRule(
             multiple=max(1, sizes.multiple),
             rounding=roundings.get(sizes.rounding, "down"),

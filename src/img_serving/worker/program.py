@@ -20,10 +20,9 @@ from img_serving.backends.rpc import MAX_MESSAGE_BYTES
 from img_serving.domain.errors import AttemptError, StartError
 from img_serving.engines.engine import Engine
 from img_serving.wire.generation import SERVICE
-from img_serving.wire.v1 import generation_pb2_grpc
 from img_serving.worker.metrics_page import MetricsPage
 from img_serving.worker.options import WorkerOptions
-from img_serving.worker.service import GenerationService, TokenInterceptor
+from img_serving.worker.service import GenerationService, TokenInterceptor, handler_of
 from img_serving.worker.workshop import Loading, Workshop
 
 log = logging.getLogger("img_serving.worker")
@@ -73,7 +72,7 @@ async def serve(
         server = grpc.aio.server(
             interceptors=() if options.token is None else (TokenInterceptor(options.token),), options=_OPTIONS
         )
-        generation_pb2_grpc.add_ImageGenerationServicer_to_server(service, server)
+        server.add_generic_rpc_handlers((handler_of(service),))
         health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
         await _say_health(health_service, _NOT_SERVING)
         port = _listen(server, options)

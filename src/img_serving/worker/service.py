@@ -13,7 +13,8 @@ import grpc.aio
 from img_serving import __version__
 from img_serving.domain.errors import AttemptError, BackendRefusal, GatewayError, NotFound, QueueFull
 from img_serving.domain.images import Artifact, Call, ItemFailure, Progress
-from img_serving.wire.generation import call_of, model_message, progress_events, result_events
+from img_serving.wire.generation import SERVICE, call_of, model_message, progress_events, result_events
+from img_serving.wire.pictures import event_bytes
 from img_serving.wire.v1 import generation_pb2 as pb
 from img_serving.wire.v1 import generation_pb2_grpc
 from img_serving.worker.workshop import Workshop
@@ -52,7 +53,7 @@ class GenerationService(generation_pb2_grpc.ImageGenerationServicer):
             else pb.Loading(doing=loading.doing, share=loading.share, failed=loading.failed),
         )
 
-    async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateEvent]:  # noqa: N802
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateEvent | bytes]:  # type: ignore[override] # noqa: N802
         """Draw a batch."""
         call = await self._taken(request, context)
         del request  # input images are held once
@@ -64,8 +65,8 @@ class GenerationService(generation_pb2_grpc.ImageGenerationServicer):
                 if not await news.wait():
                     yield pb.GenerateEvent(progress=pb.Progress(done=0, total=0))
                 for progress in news.take():
-                    for event in progress_events(progress):
-                        yield event
+                    for told in progress_events(progress):
+                        yield told
             results = await _result(drawing, context)
             for event in result_events(results):
                 yield event
@@ -89,6 +90,17 @@ class GenerationService(generation_pb2_grpc.ImageGenerationServicer):
         # says that the call was taken: whoever loses the connection from here on does not know how it ended
         await context.send_initial_metadata((("x-request-id", call.request_id),) if call.request_id.isascii() else ())
         return call
+
+
+def handler_of(service: GenerationService) -> grpc.GenericRpcHandler:
+    """The service for a server: as the generated code has it, but for events that are encoded already."""
+    methods: dict[str, Any] = {
+        "Generate": grpc.unary_stream_rpc_method_handler(service.Generate, pb.GenerateRequest.FromString, event_bytes),
+        "Capabilities": grpc.unary_unary_rpc_method_handler(
+            service.Capabilities, pb.CapabilitiesRequest.FromString, pb.CapabilitiesResponse.SerializeToString
+        ),
+    }
+    return grpc.method_handlers_generic_handler(SERVICE, methods)
 
 
 class _News:

@@ -20,7 +20,8 @@ from img_serving.domain.errors import AttemptError, BackendRefusal, Outcome
 from img_serving.domain.images import Artifact, Call, ItemFailure, MediaType, Preview
 from img_serving.media.sniff import sniff
 from img_serving.ports import HealthReport, OnProgress
-from img_serving.wire.generation import CHUNK_BYTES, SERVICE, capabilities_of, message_of
+from img_serving.wire.generation import CHUNK_BYTES, GENERATE, SERVICE, capabilities_of, message_of
+from img_serving.wire.pictures import Carried, read_event
 from img_serving.wire.v1 import generation_pb2 as pb
 from img_serving.wire.v1 import generation_pb2_grpc
 
@@ -98,17 +99,20 @@ class GrpcBackend:
         """
         await self._line.connect(min(call.timeout_seconds, self._options.connect_timeout_ms / 1000))
         able = self._capabilities.of(call.model)
-        stub = generation_pb2_grpc.ImageGenerationStub(self._line.channel)
-        message = message_of(_spelt(call, able), able.honours)
+        # no deserializer: pictures are read where they are
+        generate: Any = self._line.channel.unary_stream(GENERATE, pb.GenerateRequest.SerializeToString, None)
+        message = message_of(_spelt(call, able), able.honoured(call.request.operation))
         assembly = Assembly(call.items)
         async with patience(call.timeout_seconds) as heard:
-            stream = stub.Generate(message, metadata=self._line.metadata_of(call))
+            stream = generate(message, metadata=self._line.metadata_of(call))
             del message  # gRPC has its own copy of the input images
             try:
-                async for event in stream:
+                async for raw in stream:
                     heard()
-                    if self._take(event, assembly, call, on_progress):
+                    if self._take(read_event(raw), assembly, call, on_progress):
                         return assembly.finished()
+            except ValueError as error:
+                raise AttemptError(Outcome.FAILED, f"the worker does not speak {SERVICE}: {error}") from None
             except grpc.aio.AioRpcError as error:
                 raise self._meaning(error, call) from None
             finally:
@@ -144,8 +148,14 @@ class GrpcBackend:
         """Close the connection."""
         await self._line.close()
 
-    def _take(self, event: pb.GenerateEvent, assembly: Assembly, call: Call, on_progress: OnProgress) -> bool:
+    def _take(self, event: pb.GenerateEvent | Carried, assembly: Assembly, call: Call, on_progress: OnProgress) -> bool:
         """Act on one event; True: it was the last."""
+        if isinstance(event, Carried):
+            if isinstance(event.head, pb.Picture):
+                assembly.picture(event.head, event.data)
+            else:
+                assembly.chunk(event.head.index, event.data)
+            return False
         kind = event.WhichOneof("event")
         if kind == "progress":
             on_progress(assembly.progress(event.progress))
@@ -154,9 +164,9 @@ class GrpcBackend:
             if shown is not None and call.previews:
                 on_progress(structs.replace(assembly.latest, preview=shown))
         elif kind == "picture":
-            assembly.picture(event.picture)
+            assembly.picture(event.picture, event.picture.data)
         elif kind == "chunk":
-            assembly.chunk(event.chunk)
+            assembly.chunk(event.chunk.index, event.chunk.data)
         elif kind == "error":
             assembly.error(event.error, self._line.redactor.clean(event.error.message, prompts_of(call)))
         return kind == "done"

@@ -28,29 +28,29 @@ class Assembly:
         self.latest = Progress(max(self.latest.done, min(progress.done, total)), total)
         return self.latest
 
-    def picture(self, picture: pb.Picture) -> None:
+    def picture(self, picture: pb.Picture, data: bytes | memoryview) -> None:
         """A picture, or its beginning.
 
         Raises:
             AttemptError: `FAILED`: it belongs to no item, or is no good picture.
         """
         index = self._open(picture.index)
-        size = picture.size_bytes or len(picture.data)
+        size = picture.size_bytes or len(data)
         if size > MAX_PICTURE_BYTES:
             raise AttemptError(Outcome.FAILED, f"a picture of {size} bytes is over the limit of {MAX_PICTURE_BYTES}")
         growing = self._growing[index] = _Growing(picture, size)
-        self._add(index, growing, picture.data)
+        self._add(index, growing, data)
 
-    def chunk(self, chunk: pb.Chunk) -> None:
+    def chunk(self, index: int, data: bytes | memoryview) -> None:
         """The next bytes of a picture that has begun.
 
         Raises:
             AttemptError: `FAILED`: it has not, or has ended, or is no good picture.
         """
-        growing = self._growing.get(chunk.index)
+        growing = self._growing.get(index)
         if growing is None:
-            raise AttemptError(Outcome.FAILED, f"bytes came for item {chunk.index}, which has no picture under way")
-        self._add(chunk.index, growing, chunk.data)
+            raise AttemptError(Outcome.FAILED, f"bytes came for item {index}, which has no picture under way")
+        self._add(index, growing, data)
 
     def error(self, error: pb.ItemError, message: str) -> None:
         """An item failed; `message` is safe to show.
@@ -80,7 +80,7 @@ class Assembly:
             raise AttemptError(Outcome.FAILED, f"the worker sent a second picture for item {index}, or one too many")
         return index
 
-    def _add(self, index: int, growing: _Growing, data: bytes) -> None:
+    def _add(self, index: int, growing: _Growing, data: bytes | memoryview) -> None:
         growing.parts.append(data)
         growing.missing -= len(data)
         if growing.missing < 0:
@@ -89,7 +89,8 @@ class Assembly:
             return
         del self._growing[index]
         head, parts = growing.head, growing.parts
-        whole = parts[0] if len(parts) == 1 else b"".join(parts)
+        whole = b"".join(parts)  # not copied where it is one `bytes` already
+        parts.clear()
         try:
             artifact = artifact_from_bytes(
                 whole,
@@ -118,5 +119,5 @@ class _Growing:
 
     def __init__(self, picture: pb.Picture, size: int) -> None:
         self.head = picture
-        self.parts: list[bytes] = []
+        self.parts: list[bytes | memoryview] = []
         self.missing = size

@@ -608,6 +608,7 @@ class Model(_message.Message):
     SCHEDULERS_FIELD_NUMBER: _builtins.int
     FORMATS_FIELD_NUMBER: _builtins.int
     PREVIEWS_FIELD_NUMBER: _builtins.int
+    HONOURS_IN_EDITS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     max_batch_size: _builtins.int
     """items in one call; 0 = 1"""
@@ -641,6 +642,10 @@ class Model(_message.Message):
     def formats(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """what pictures come in, the usual one first: png, jpeg, webp"""
 
+    @_builtins.property
+    def honours_in_edits(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """of the same, where edits act on other ones; empty: on those in `honours`"""
+
     def __init__(
         self,
         *,
@@ -658,10 +663,11 @@ class Model(_message.Message):
         schedulers: _abc.Iterable[_builtins.str] | None = ...,
         formats: _abc.Iterable[_builtins.str] | None = ...,
         previews: _builtins.bool = ...,
+        honours_in_edits: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sizes", b"sizes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_height", b"default_height", "default_width", b"default_width", "formats", b"formats", "honours", b"honours", "id", b"id", "masks", b"masks", "max_batch_size", b"max_batch_size", "max_images", b"max_images", "max_steps", b"max_steps", "operations", b"operations", "previews", b"previews", "samplers", b"samplers", "schedulers", b"schedulers", "sizes", b"sizes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_height", b"default_height", "default_width", b"default_width", "formats", b"formats", "honours", b"honours", "honours_in_edits", b"honours_in_edits", "id", b"id", "masks", b"masks", "max_batch_size", b"max_batch_size", "max_images", b"max_images", "max_steps", b"max_steps", "operations", b"operations", "previews", b"previews", "samplers", b"samplers", "schedulers", b"schedulers", "sizes", b"sizes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
