@@ -588,6 +588,14 @@ def test_a_request_too_large_for_the_server_is_413():
     assert error.error.status == 413
 
 
+def test_a_picture_too_large_for_the_server_to_send_is_a_failure_that_says_so():
+    """KServe sends 8 MiB at most unless told otherwise."""
+    error = refused(FakeKServe(step="huge", max_message_bytes=1024 * 1024), call_of(7))
+    assert isinstance(error, AttemptError)
+    assert error.outcome is Outcome.FAILED
+    assert "Sent message larger than max" in str(error)
+
+
 def test_the_connection_is_made_again_after_the_server_was_away():
     async def main() -> bytes:
         first = FakeKServe()

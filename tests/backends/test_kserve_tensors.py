@@ -7,7 +7,7 @@ import struct
 from typing import get_args
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from img_serving.backends.kserve.options import Datatype
@@ -27,6 +27,9 @@ from img_serving.backends.kserve.tensors import (
 from img_serving.wire.inference.open_inference_pb2 import ModelInferResponse
 
 
+steady = settings(deadline=None, derandomize=True)
+
+
 def tensor(datatype: str, shape: tuple[int, ...], data: bytes) -> Tensor:
     return Tensor("T", datatype, shape, data)
 
@@ -36,23 +39,27 @@ def range_of(datatype: str) -> tuple[int, int]:
     return (0, 2**bits - 1) if datatype.startswith("UINT") else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
 
+@steady
 @given(st.lists(st.binary(max_size=40), max_size=20))
 def test_bytes_come_back_as_they_went(parts):
     assert elements(tensor("BYTES", (len(parts),), pack("BYTES", parts))) == parts
 
 
+@steady
 @given(st.sampled_from(sorted(INTEGERS)), st.data())
 def test_whole_numbers_come_back_as_they_went(datatype, data):
     values = data.draw(st.lists(st.integers(*range_of(datatype)), max_size=20))
     assert numbers(tensor(datatype, (len(values),), pack(datatype, values))) == values
 
 
+@steady
 @given(st.lists(st.floats(width=32), max_size=20))
 def test_fractions_come_back_as_they_went(values):
     back = numbers(tensor("FP32", (len(values),), pack("FP32", values)))
     assert struct.pack(f"<{len(back)}f", *back) == struct.pack(f"<{len(values)}f", *values)
 
 
+@steady
 @given(st.sampled_from(sorted(INTEGERS)), st.integers())
 def test_a_whole_number_fits_or_is_refused(datatype, value):
     low, high = range_of(datatype)
@@ -63,6 +70,7 @@ def test_a_whole_number_fits_or_is_refused(datatype, value):
             pack(datatype, [value])
 
 
+@steady
 @given(st.sampled_from([*sorted(INTEGERS), "FP32", "FP64"]), st.integers(0, 2**63 - 1))
 def test_every_seed_fits_once_it_is_wrapped(datatype, seed):
     own = wrapped(datatype, seed)
@@ -72,6 +80,7 @@ def test_every_seed_fits_once_it_is_wrapped(datatype, seed):
         assert own == seed
 
 
+@steady
 @given(st.binary(max_size=200), st.lists(st.integers(0, 5), max_size=3))
 def test_no_bytes_do_more_than_be_refused(data, shape):
     for datatype in (*DATATYPES, "NONSENSE"):

@@ -111,7 +111,7 @@ class FakeKServe(GRPCInferenceServiceServicer):
         self._server = grpc.aio.server(
             options=[
                 ("grpc.max_receive_message_length", self.max_message_bytes),
-                ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+                ("grpc.max_send_message_length", self.max_message_bytes),
                 ("grpc.so_reuseport", 0),
             ]
         )

@@ -32,7 +32,7 @@ PORTS: Final = {"http": 80, "grpc": 80, "https": 443, "grpcs": 443}
 NOT_STARTED_KEY: Final = "img-serving-not-started"
 
 _TOO_LARGE: Final = "message larger than max"
-_OUR_REQUEST: Final = re.compile("SERVER: Received|CLIENT: Sent|Sent message")
+_OUR_REQUEST: Final = re.compile("SERVER: Received|CLIENT: Sent")
 _NOT_CONNECTED: Final = "failed to connect to all addresses"
 """gRPC's own words, as grpcio 1.85 has them."""
 
@@ -193,7 +193,7 @@ def error_of(
         if _TOO_LARGE in (error.details() or ""):
             if _OUR_REQUEST.search(error.details() or ""):
                 return BackendRefusal(PayloadTooLarge("the request is too large for the backend"))
-            return AttemptError(Outcome.FAILED, f"a message is larger than {MAX_MESSAGE_BYTES} bytes")
+            return AttemptError(Outcome.FAILED, f"a picture is too large for gRPC as it is set up{said}")
         return AttemptError(Outcome.NOT_STARTED, f"the backend is busy{said}", busy_seconds=busy_seconds(trailers))
     if code in {kind.UNAUTHENTICATED, kind.PERMISSION_DENIED}:
         return AttemptError(Outcome.FAILED, f"the backend refused the gateway's credentials ({code.name})")

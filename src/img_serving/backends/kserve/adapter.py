@@ -21,6 +21,7 @@ from img_serving.backends.rpc import Line, error_of
 from img_serving.domain.capabilities import Capabilities
 from img_serving.domain.errors import AttemptError, BackendRefusal, InvalidRequest, NotFound, Outcome
 from img_serving.domain.images import Artifact, Call, Item, ItemFailure, Preview, Progress
+from img_serving.domain.vocabulary import shown
 from img_serving.media.payload import raw_bytes
 from img_serving.ports import HealthReport, OnProgress
 from img_serving.wire.inference.open_inference_pb2 import ModelInferResponse
@@ -215,7 +216,9 @@ class KServeBackend:
             if found and error.code() is grpc.StatusCode.INVALID_ARGUMENT and 0 < int(found[1]) < len(items):
                 raise _TooMany(int(found[1])) from None
             raise
-        return await self._pictures(_outputs(answer), items, signature)
+        outputs = _outputs(answer)
+        del answer  # else every picture would be held a third time
+        return await self._pictures(outputs, items, signature)
 
     async def _stream(
         self,
@@ -273,7 +276,9 @@ class KServeBackend:
             wanted = (
                 f"the output {signature.output.name}" if signature.output is not None else "an output with a picture"
             )
-            names = ", ".join(f"{one.name} {one.datatype}"[:80] for one in list(outputs.values())[:8]) or "none"
+            names = (
+                ", ".join(f"{shown(one.name)} {shown(one.datatype)}" for one in list(outputs.values())[:8]) or "none"
+            )
             raise AttemptError(Outcome.FAILED, f"the reply lacks {wanted} (it has: {names})")
         seeds = [item.seed if "seed" in signature.places else None for item in items]
         try:
