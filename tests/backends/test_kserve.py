@@ -603,6 +603,7 @@ def test_the_connection_is_made_again_after_the_server_was_away():
         backend = KServeBackend(Line(first.url))
         await backend.generate(call_of(7), quiet)
         await first.stop()
+        assert not (await backend.check(2.0)).healthy  # a call that noticed it first could not know what became of it
         with pytest.raises(AttemptError) as caught:
             await backend.generate(call_of(7), quiet)
         assert caught.value.outcome is Outcome.NOT_STARTED

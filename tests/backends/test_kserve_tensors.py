@@ -26,7 +26,6 @@ from img_serving.backends.kserve.tensors import (
 )
 from img_serving.wire.inference.open_inference_pb2 import ModelInferResponse
 
-
 steady = settings(deadline=None, derandomize=True)
 
 
