@@ -116,6 +116,43 @@ def test_sigterm_lets_a_running_picture_finish(tmp_path: Path) -> None:
             assert drawing.result()[0] == 200
 
 
+STUBBORN = """
+import sys, time
+from img_serving.domain.capabilities import Capabilities
+
+class Stubborn:
+    def load(self):
+        if "--model" in sys.argv:
+            yield 0.1, "something endless"
+            time.sleep(600)
+    def __init__(self, model=None):
+        pass
+    def capabilities(self):
+        return Capabilities()
+    def generate(self, batch, on_step):
+        time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("when", ["loading", "drawing"])
+def test_sigterm_ends_a_worker_whose_engine_hears_nothing(tmp_path: Path, when: str) -> None:
+    (tmp_path / "stubborn.py").write_text(STUBBORN)
+    arguments = ["--engine", "stubborn.py:Stubborn", "--drain-seconds", "0.2", "--no-warm-up"]
+    if when == "loading":
+        with working(*arguments, "--model", "x", until=" listens on ", cwd=tmp_path) as worker:
+            assert worker.stop() == 0
+        return
+    with (
+        working(*arguments, cwd=tmp_path) as worker,
+        serving(tmp_path / "g", config_for(worker.port)) as gateway,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        drawing = pool.submit(draw, gateway, size="64x64")
+        await_metric(worker, "drawing", 1)
+        assert worker.stop() == 0
+        assert drawing.result()[0] == 502
+
+
 def test_a_token_and_the_wrong_one(tmp_path: Path) -> None:
     with working(IMG_SERVING_WORKER_TOKEN="right-token") as worker:
         with serving(tmp_path / "right", config_for(worker.port, 'api_key = "right-token"')) as gateway:

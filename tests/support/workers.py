@@ -41,9 +41,14 @@ class WorkerProgram:
 
 @contextmanager
 def working(
-    *arguments: str, port: int = 0, python: str = sys.executable, cwd: Path | None = None, **environment: str
+    *arguments: str,
+    port: int = 0,
+    python: str = sys.executable,
+    cwd: Path | None = None,
+    until: str = "ready",
+    **environment: str,
 ) -> Iterator[WorkerProgram]:
-    """Run a worker until the block ends; it is ready when the block begins."""
+    """Run a worker until the block ends; when the block begins it has said `until`."""
     env = {key: value for key, value in os.environ.items() if not key.startswith("IMG_SERVING")} | environment
     command = [python, "-m", "img_serving", "worker", "--port", str(port), "--metrics-port", "0", *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env, cwd=cwd)
@@ -52,9 +57,9 @@ def working(
         said = ""
         for line in process.stdout:
             said += line
-            if line.startswith("ready"):
+            if until in line:
                 break
-        assert "ready" in said, f"it ended with {process.wait(10)}: {said}"
+        assert until in said, f"it ended with {process.wait(10)}: {said}"
         yield WorkerProgram(process, said)
     finally:
         if process.poll() is None:

@@ -16,6 +16,7 @@ from tests.transport.conftest import certificate as certificate  # noqa: PLC0414
 from tests.worker.conftest import Running, ToyEngine, request_of, running
 
 from img_serving.backends.scripted import picture
+from img_serving.domain.capabilities import Capabilities
 from img_serving.domain.errors import StartError
 from img_serving.domain.images import ItemFailure
 from img_serving.engines.procedural import ProceduralEngine
@@ -143,6 +144,8 @@ def test_previews_come_when_they_are_wanted() -> None:
             "INVALID_ARGUMENT",
             "mask",
         ),
+        ({"items": [pb.Item()] * 1025}, "INVALID_ARGUMENT", "items"),
+        ({"items": [pb.Item(prompt="x" * 1_000_001)]}, "INVALID_ARGUMENT", "prompt"),
         ({"model": "another"}, "NOT_FOUND", "model"),
     ],
 )  # fmt: skip
@@ -157,6 +160,27 @@ def test_what_cannot_be_drawn_is_refused_with_its_parameter(fields: dict[str, An
     assert (found, trailers["img-serving-param"]) == (code, param)
     assert words
     assert len(engine.batches) == 2, "the warm-up, and the good one"
+
+
+def test_an_engine_without_bounds_is_not_asked_for_any_size() -> None:
+    class Boundless(ToyEngine):
+        def capabilities(self) -> Any:
+            return Capabilities()
+
+    code, words, _ = run(lambda worker: worker.refused(request_of(7, width=60_000, height=60_000)), Boundless())
+    assert (code, "pixels" in words) == ("INVALID_ARGUMENT", True)
+
+
+@pytest.mark.parametrize(("sent", "kept"), [("req-7", "req-7"), ("a\nb", None), ("등대", None), ("x" * 129, None)])
+def test_a_request_id_goes_on_only_where_a_log_may_have_it(sent: str, kept: str | None) -> None:
+    async def act(worker: Running) -> Any:
+        call = worker.stub.Generate(request_of(7, request_id=sent))
+        told = dict(await call.initial_metadata())
+        async for _ in call:
+            pass
+        return told.get("x-request-id"), worker.engine.batches[-1].request_id
+
+    assert run(act) == (kept, kept or "")
 
 
 def test_a_sampler_may_be_spelt_as_people_do() -> None:

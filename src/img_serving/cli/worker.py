@@ -125,7 +125,24 @@ def _serve(args: argparse.Namespace, factory: Callable[[], Engine]) -> int:
     )
     with _loading_bar() as on_loading:
         asyncio.run(serve(factory, options, announce=_announce, on_loading=on_loading))
-    return OK
+    return _left(OK)
+
+
+def _left(code: int) -> int:
+    """The exit code; where an engine is still at it (it loads, or asks nobody whether to go on), the process ends here.
+
+    Python would wait for its thread, however long that takes.
+    """
+    import threading
+
+    drawing = [thread for thread in threading.enumerate() if thread.name.startswith("engine")]
+    for thread in drawing:
+        thread.join(0.2)
+    if any(thread.is_alive() for thread in drawing):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def _try(args: argparse.Namespace, factory: Callable[[], Engine]) -> int:

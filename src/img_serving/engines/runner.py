@@ -82,6 +82,14 @@ class EngineRunner:
             unwanted.set()
             self._wanted.discard(unwanted)
 
+    async def loaded(self, on_load: OnLoad | None = None) -> Engine:
+        """The engine, loaded in one of its own threads.
+
+        Raises:
+            AttemptError: it could not be loaded, and why.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._executor, self.load, on_load)
+
     def load(self, on_load: OnLoad | None = None) -> Engine:
         """The engine, loaded if it is not yet. Blocks: for a thread.
 

@@ -34,6 +34,14 @@ CHUNK_BYTES: Final = 1024 * 1024
 MAX_INPUT_PIXELS: Final = 64 * 1024 * 1024
 """Pixels of one input image at most: a file of some kilobytes may unpack to gigabytes."""
 
+MAX_ITEMS: Final = 1024
+"""Items of one batch at most, whatever an engine says that it can."""
+
+MAX_PROMPT_CHARS: Final = 1_000_000
+MAX_REQUEST_ID_CHARS: Final = 128
+MAX_NAMES: Final = 1000
+"""Samplers and the like of one model at most."""
+
 _OPERATIONS: Final[dict[Operation, pb.Operation.ValueType]] = {
     "generation": pb.OPERATION_GENERATION,
     "edit": pb.OPERATION_EDIT,
@@ -104,9 +112,12 @@ def call_of(message: pb.GenerateRequest, *, timeout_seconds: float) -> Call:
         raise InvalidRequest(f"operation {message.operation} is not known", param="operation")
     if not message.items:
         raise InvalidRequest("there is no item: a batch has at least one", param="items")
+    if len(message.items) > MAX_ITEMS:
+        raise InvalidRequest(f"a batch has at most {MAX_ITEMS} items", param="items")
     if not (message.width and message.height):
         raise InvalidRequest("width and height must be at least 1 pixel", param="size")
     items = tuple(_item_of(item, operation) for item in message.items)
+    request_id = message.request_id
     first = items[0]
     output_format = next((one for one in _FORMATS if one == message.output_format), None)
     there = {field.name for field, _ in message.ListFields()}
@@ -146,14 +157,21 @@ def call_of(message: pb.GenerateRequest, *, timeout_seconds: float) -> Call:
         height=message.height,
         items=items,
         timeout_seconds=timeout_seconds,
-        request_id=message.request_id[:128],
+        request_id=request_id if len(request_id) <= MAX_REQUEST_ID_CHARS and _is_plain(request_id) else "",
         previews=message.previews,
     )
+
+
+def _is_plain(text: str) -> bool:
+    """Whether it may stand in metadata and in a log."""
+    return all(" " <= char <= "~" for char in text)
 
 
 def _item_of(item: pb.Item, operation: Operation) -> Item:
     if not 0 <= item.seed < SEED_LIMIT:
         raise InvalidRequest(f"a seed must be from 0 to 2**63 - 1, not {item.seed}", param="seed")
+    if max(len(item.prompt), len(item.negative_prompt)) > MAX_PROMPT_CHARS:
+        raise InvalidRequest(f"a prompt may have at most {MAX_PROMPT_CHARS} characters", param="prompt")
     if operation != "generation" and not item.images:
         raise InvalidRequest(f"an item of an {operation} needs an input image", param="image")
     mask = _image_of(item.mask, "mask") if item.HasField("mask") else None
@@ -268,8 +286,8 @@ def capabilities_of(message: pb.Model, *, slots: int, any_model: bool = False) -
         max_steps=message.max_steps or None,
         max_images=max(1, message.max_images),
         masks=message.masks,
-        samplers=Vocabulary(message.samplers) if message.samplers else None,
-        schedulers=Vocabulary(message.schedulers) if message.schedulers else None,
+        samplers=Vocabulary(message.samplers[:MAX_NAMES]) if message.samplers else None,
+        schedulers=Vocabulary(message.schedulers[:MAX_NAMES]) if message.schedulers else None,
         formats=tuple(one for one in _FORMATS if one in message.formats),
         progress=True,
         previews=message.previews,

@@ -42,6 +42,9 @@ _OPTIONS: Final = (
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),
 )
+_QUESTIONS: Final = 64
+"""Health checks and the like at the same time."""
+
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -70,7 +73,10 @@ async def serve(
         service = GenerationService(workshop)
         health_service = health.aio.HealthServicer()
         server = grpc.aio.server(
-            interceptors=() if options.token is None else (TokenInterceptor(options.token),), options=_OPTIONS
+            # each of them may carry input images
+            maximum_concurrent_rpcs=options.slots + options.queue_size + _QUESTIONS,
+            interceptors=() if options.token is None else (TokenInterceptor(options.token),),
+            options=_OPTIONS,
         )
         server.add_generic_rpc_handlers((handler_of(service),))
         health_pb2_grpc.add_HealthServicer_to_server(health_service, server)

@@ -88,7 +88,7 @@ class GenerationService(generation_pb2_grpc.ImageGenerationServicer):
         except GatewayError as error:
             await _refuse(context, error)
         # says that the call was taken: whoever loses the connection from here on does not know how it ended
-        await context.send_initial_metadata((("x-request-id", call.request_id),) if call.request_id.isascii() else ())
+        await context.send_initial_metadata((("x-request-id", call.request_id),) if call.request_id else ())
         return call
 
 

@@ -24,6 +24,8 @@ log = logging.getLogger("img_serving.worker")
 WARM_UP_SIDE: Final = 512
 WARM_UP_STEPS: Final = 2
 MAX_WAIT_SECONDS: Final = 60.0
+MAX_PIXELS: Final = 64 * 1024 * 1024
+"""Of a picture, where the engine sets no bound of its own: no typing error may take all memory."""
 
 _NO_SECRETS = Redactor([])
 
@@ -93,8 +95,8 @@ class Workshop:
             loop.call_soon_threadsafe(note, share, doing)
 
         try:
-            engine = await asyncio.to_thread(self._runner.load, on_load)
-            self._capabilities = self._limited(await asyncio.to_thread(engine.capabilities))
+            engine = await self._runner.loaded(on_load)
+            self._capabilities = self._limited(engine.capabilities())
         except AttemptError as error:
             self.loading = Loading(doing="failed", failed=error.message)
             raise
@@ -123,6 +125,8 @@ class Workshop:
         if request.operation not in can.operations:
             raise InvalidRequest(f"this model does no {request.operation}", param="operation")
         refusal = can.sizes.refusal(call.width, call.height)
+        if refusal is None and call.width * call.height > MAX_PIXELS:
+            refusal = f"{call.width}x{call.height} is over {MAX_PIXELS} pixels"
         if refusal is not None:
             raise InvalidRequest(refusal, param="size")
         if request.steps is not None and not 1 <= request.steps <= (can.max_steps or request.steps):

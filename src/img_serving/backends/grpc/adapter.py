@@ -26,6 +26,7 @@ from img_serving.wire.v1 import generation_pb2 as pb
 from img_serving.wire.v1 import generation_pb2_grpc
 
 MAX_MODELS: Final = 5000
+MAX_NAME_CHARS: Final = 256
 
 UNKNOWN: Final = Capabilities(
     operations=frozenset({"generation", "edit", "variation"}),
@@ -203,7 +204,7 @@ class GrpcBackend:
         able = {
             one.id: capabilities_of(one, slots=told.slots, any_model=any_model)
             for one in told.models[:MAX_MODELS]
-            if one.id
+            if one.id and len(one.id) <= MAX_NAME_CHARS and one.id.isprintable()
         }
         if not able:
             return ()
