@@ -34,6 +34,10 @@ Act = Callable[[KServeBackend, HealthReport], Awaitable[Result]]
 
 VARIABLES = {"triton": "IMG_SERVING_REAL_TRITON", "kserve": "IMG_SERVING_REAL_KSERVE"}
 ADDRESSES = {name: os.environ[variable] for name, variable in VARIABLES.items() if os.environ.get(variable)}
+if not ADDRESSES:
+    needed = " and ".join(VARIABLES.values())
+    pytest.skip(f"NO REAL SERVER: run scripts/real-inference-servers, or set {needed}", allow_module_level=True)
+
 TRITON = pytest.mark.skipif("triton" not in ADDRESSES, reason="NO REAL TRITON: set IMG_SERVING_REAL_TRITON=host:port")
 KSERVE = pytest.mark.skipif("kserve" not in ADDRESSES, reason="NO REAL KSERVE: set IMG_SERVING_REAL_KSERVE=host:port")
 BOTH = pytest.mark.parametrize(
