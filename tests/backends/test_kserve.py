@@ -678,6 +678,43 @@ def test_a_server_that_does_not_list_its_models_asks_for_their_names():
     assert report.found == "kserve 0.21.0 (ServerMetadata says so)"
 
 
+def test_a_server_that_answers_some_questions_to_others_only_still_draws():
+    server = FakeKServe(restricted="pw")
+
+    async def act(backend: KServeBackend) -> HealthReport:
+        await backend.generate(call_of(7), quiet)
+        return await backend.check(2.0)
+
+    report = with_server(server, act, models=("txt2img",))
+    assert report.healthy
+    assert report.models == ("txt2img",)
+    assert report.found == ""
+
+
+def test_headers_open_what_is_restricted():
+    async def main() -> HealthReport:
+        async with FakeKServe(restricted="pw") as server:
+            backend = KServeBackend(Line(server.url, headers=(("triton-grpc-protocol-pw", "sesame"),)))
+            try:
+                return await backend.check(2.0)
+            finally:
+                await backend.close()
+
+    assert asyncio.run(main()).models == ("txt2img",)
+
+
+def test_a_model_that_neither_answers_nor_streams_is_asked_again_the_next_time():
+    server = FakeKServe("kserve", step="unimplemented")
+
+    async def act(backend: KServeBackend) -> list[bytes]:
+        with pytest.raises(AttemptError):
+            await backend.generate(call_of(7), quiet)
+        server.step = "ok"
+        return await drawing(call_of(7))(backend)
+
+    assert with_server(server, act) == [picture("a fox", 7, 64, 64)]
+
+
 def test_a_configured_model_that_cannot_be_drawn_with_is_a_fault():
     report = with_server(FakeKServe(), checking, models=("txt2img",), options={"output": "PNG"})
     assert report.models == ()

@@ -86,8 +86,9 @@ class Seen:
 class FakeKServe(GRPCInferenceServiceServicer):
     """A server of models.
 
-    `step` spoils what a call answers; `echo` is quoted in errors; `step_seconds` is what a step of a stream takes. `asked` are
-    the names of questions, in order.
+    `step` spoils what a call answers; `echo` is quoted in errors; `step_seconds` is what a step of a stream takes. `restricted`
+    is the header without which only pictures and readiness are answered, as Triton's `--grpc-restricted-protocol` has it.
+    `asked` are the names of questions, in order.
     """
 
     flavour: Flavour = "triton"
@@ -100,6 +101,7 @@ class FakeKServe(GRPCInferenceServiceServicer):
     lists_models: bool = True
     tells_config: bool = True
     step_seconds: float = 0.0
+    restricted: str = ""
     max_message_bytes: int = MAX_MESSAGE_BYTES
     seen: list[Seen] = field(default_factory=list)
     asked: list[str] = field(default_factory=list)
@@ -148,6 +150,7 @@ class FakeKServe(GRPCInferenceServiceServicer):
 
     async def ServerMetadata(self, request, context):
         self.asked.append("ServerMetadata")
+        await self._guard(context)
         if self.flavour == "triton":
             return wire.ServerMetadataResponse(name="triton", version="2.51.0", extensions=["model_configuration"])
         return wire.ServerMetadataResponse(name="kserve", version="0.21.0", extensions=["model_repository_extension"])
@@ -161,6 +164,7 @@ class FakeKServe(GRPCInferenceServiceServicer):
 
     async def ModelMetadata(self, request, context):
         self.asked.append("ModelMetadata")
+        await self._guard(context)
         model = await self._model(request.name, context)
         if self.flavour == "kserve":
             return wire.ModelMetadataResponse(name=request.name)
@@ -173,6 +177,7 @@ class FakeKServe(GRPCInferenceServiceServicer):
 
     async def ModelConfig(self, request, context):
         self.asked.append("ModelConfig")
+        await self._guard(context)
         if self.flavour == "kserve" or not self.tells_config:
             await context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
         model = await self._model(request.name, context)
@@ -186,6 +191,7 @@ class FakeKServe(GRPCInferenceServiceServicer):
 
     async def RepositoryIndex(self, request, context):
         self.asked.append("RepositoryIndex")
+        await self._guard(context)
         if self.flavour == "kserve" or not self.lists_models:
             await context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
         answer = wire.RepositoryIndexResponse()
@@ -249,6 +255,11 @@ class FakeKServe(GRPCInferenceServiceServicer):
             raise
         finally:
             self.in_flight -= 1
+
+    async def _guard(self, context: Any) -> None:
+        name = f"triton-grpc-protocol-{self.restricted}"
+        if self.restricted and name not in dict(context.invocation_metadata()):
+            await context.abort(grpc.StatusCode.UNAVAILABLE, f"This protocol is restricted, expecting header '{name}'")
 
     async def _model(self, name: str, context: Any) -> FakeModel:
         model = self.models.get(name)

@@ -298,8 +298,10 @@ class KServeBackend:
             error.debug_error_string(),
         )
         mapped = error_of(plain, self._line.redactor, prompts_of(call))
-        if code in {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND}:
+        if code is grpc.StatusCode.NOT_FOUND:
             self._server.forget(model)
+        elif code in {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.UNIMPLEMENTED}:
+            self._server.doubt(model)
         if code is grpc.StatusCode.UNAVAILABLE and _NOT_READY.search(error.details() or ""):
             return AttemptError(Outcome.NOT_STARTED, "the model is not ready")
         if code is grpc.StatusCode.NOT_FOUND and model in self._server.configured:
@@ -314,7 +316,7 @@ class KServeBackend:
             self._server.forget(model)
             return BackendRefusal(NotFound(message, code="model_not_found", param="model"))
         if _WRONG_TENSOR.search(text):
-            self._server.forget(model)
+            self._server.doubt(model)
             return BackendRefusal(InvalidRequest(message))
         return AttemptError(Outcome.FAILED, f"the model failed: {message}")
 

@@ -30,6 +30,9 @@ MODELS_LIMIT: Final = 64
 ASKED_AT_ONCE: Final = 8
 PROGRAMS: Final = {"triton": "Triton Inference Server"}
 
+_RESTRICTED: Final = "This protocol is restricted"
+"""Triton's words (UNAVAILABLE) for questions that it was told to answer only to those who send a certain header."""
+
 Reply = TypeVar("Reply")
 
 
@@ -65,6 +68,7 @@ class KServeServer:
         self._learned_batch: dict[str, int] = {}
         self._streams: set[str] = set()
         self._signatures: dict[str, Signature | Unfit] = {}
+        self._capabilities: Capabilities | None = None
 
     def __repr__(self) -> str:
         return f"<KServeServer {self.program or 'not asked yet'}: {', '.join(self._signatures) or 'no model known'}>"
@@ -83,15 +87,9 @@ class KServeServer:
     @property
     def capabilities(self) -> Capabilities:
         """Those of its first model, with each other one's own; by convention while none is known."""
-        usable = {name: one.capabilities for name, one in self._signatures.items() if isinstance(one, Signature)}
-        if not usable:
-            first = self.configured[0] if self.configured else next(iter(self._options.models), "")
-            usable = {"": self._sign(first, None).capabilities}
-        order = [name for name in self.configured if name in usable] or list(usable)
-        base = usable[order[0]]
-        # an endpoint's calls are bounded by this, and each model's by its own
-        base = replace(base, max_batch_size=max(one.max_batch_size for one in usable.values()))
-        return replace(base, variants={name: one for name, one in usable.items() if name and one != base})
+        if self._capabilities is None:
+            self._capabilities = self._describe()
+        return self._capabilities
 
     async def look(self, timeout_seconds: float, *, afresh: bool) -> Found:
         """Ask which models are ready, and of those whose tensors are not known (`afresh`: of all) what these are.
@@ -111,6 +109,8 @@ class KServeServer:
             elif states is None:
                 if afresh:
                     self._signatures.clear()
+                    self._learned_at.clear()
+                    self._capabilities = None
                 return Found(is_ready, None, ("the server does not list its models: name them, as `models`",))
             else:
                 ready = [name for name, (state, _) in states.items() if state == "READY"]
@@ -142,17 +142,24 @@ class KServeServer:
             Unfit: it cannot be.
             AioRpcError: the server does not have it, or does not answer.
         """
-        if model not in self._signatures:
+        if model not in self._learned_at:
             await self._learn(model)
         found = self._signatures[model]
         if isinstance(found, Unfit):
             raise found
         return found
 
+    def doubt(self, model: str) -> None:
+        """What is known of its tensors may be wrong: they are asked for again before the next call."""
+        self._learned_at.pop(model, None)
+        self._streams.discard(model)
+
     def forget(self, model: str) -> None:
-        """What was known of its tensors may be wrong: they are asked for again before the next call."""
-        for known in (self._learned_at, self._signatures, self._infos):
-            known.pop(model, None)
+        """The server does not have it."""
+        self.doubt(model)
+        self._signatures.pop(model, None)
+        self._infos.pop(model, None)
+        self._capabilities = None
 
     def learn_batch(self, model: str, limit: int) -> None:
         """It refused more than `limit` pictures in one call."""
@@ -210,7 +217,7 @@ class KServeServer:
         stale = [
             name
             for name in models
-            if afresh or name not in self._signatures or now - self._learned_at.get(name, now) > MODELS_SECONDS
+            if afresh or name not in self._learned_at or now - self._learned_at[name] > MODELS_SECONDS
         ]
         for start in range(0, len(stale), ASKED_AT_ONCE):
             asked = await asyncio.gather(
@@ -219,9 +226,9 @@ class KServeServer:
             for one in asked:
                 if isinstance(one, BaseException) and not isinstance(one, grpc.aio.AioRpcError):
                     raise one
-        if self._signatures.keys() - set(models) and not self.configured:
-            # what is gone from the list can be called no more
-            self._signatures = {name: one for name, one in self._signatures.items() if name in set(models)}
+        # what is gone from the server's list can be called no more
+        for name in () if self.configured else self._signatures.keys() - set(models):
+            self.forget(name)
 
     async def _learn(self, model: str) -> None:
         """Ask for a model's tensors. Raises AioRpcError where the server does not have it, or does not answer."""
@@ -245,7 +252,18 @@ class KServeServer:
             self._learned_batch.pop(model, None)
         self._settle(model)
 
+    def _describe(self) -> Capabilities:
+        usable = {name: one.capabilities for name, one in self._signatures.items() if isinstance(one, Signature)}
+        if not usable:
+            first = self.configured[0] if self.configured else next(iter(self._options.models), "")
+            usable = {"": self._sign(first, None).capabilities}
+        order = [name for name in self.configured if name in usable] or list(usable)
+        # an endpoint's calls are bounded by this, and each model's by its own
+        base = replace(usable[order[0]], max_batch_size=max(one.max_batch_size for one in usable.values()))
+        return replace(base, variants={name: one for name, one in usable.items() if name and one != base})
+
     def _settle(self, model: str) -> None:
+        self._capabilities = None
         info = self._infos.get(model)
         if model in self._streams:
             info = replace(info if info is not None else ModelInfo(), is_decoupled=True)
@@ -268,11 +286,15 @@ class KServeServer:
 
 
 async def _or_none(call: Awaitable[Reply]) -> Reply | None:
-    """The reply; None where the server does not know such a question. Raises AioRpcError for all else."""
+    """The reply; None where the server does not know such a question, or answers it to others only.
+
+    Raises:
+        AioRpcError: all else.
+    """
     try:
         return await call
     except grpc.aio.AioRpcError as error:
-        if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+        if error.code() is grpc.StatusCode.UNIMPLEMENTED or _RESTRICTED in (error.details() or ""):
             return None
         raise
 
