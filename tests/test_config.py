@@ -14,8 +14,6 @@ from hypothesis import strategies as st
 
 from img_serving.config import (
     NOT_YET,
-    PROTOCOLS,
-    PROTOCOLS_BUILT,
     Auth,
     BackendConfig,
     Config,
@@ -493,11 +491,10 @@ class TestBackends:
         text = '[[backends]]\nname = "a"\nprotocol = "builtin"\n' * 2
         assert problems_of(from_text, text) == {"backends[1].name": '"a" is already the name of backends[0]'}
 
-    @pytest.mark.parametrize("protocol", sorted(set(PROTOCOLS) - PROTOCOLS_BUILT))
-    def test_a_protocol_that_is_not_built_yet_says_so_and_lists_those_that_are(self, protocol):
-        found = backend_problems(protocol=protocol)
-        assert "does not speak it yet" in found["protocol"]
-        assert "a1111, builtin, comfyui, grpc, http, openai, scripted" in found["protocol"]
+    @pytest.mark.parametrize("protocol", ["grpc", "kserve"])
+    def test_what_speaks_grpc_has_no_health_page(self, protocol):
+        found = backend_problems(protocol=protocol, endpoints=["grpc://a:1"], health_check_path="/health")
+        assert "has no paths" in found["health_check_path"]
 
     def test_grpc_addresses_have_schemes_of_their_own(self):
         for url in ("grpc://a:1", "grpcs://a:1", "http://a:1"):

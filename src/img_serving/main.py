@@ -195,8 +195,8 @@ def make_adapter(config: BackendConfig, endpoint: EndpointConfig) -> Backend:
         return BuiltinBackend(_procedural, models=tuple(config.models) or ("procedural",))
     if config.protocol == "scripted":
         return ScriptedBackend(config.options())
-    if config.protocol == "grpc":
-        return _grpc(config, endpoint)
+    if config.protocol in {"grpc", "kserve"}:
+        return _over_grpc(config, endpoint)
     tls = make_ssl_context(config.ca_file, config.tls_verify) if endpoint.url.startswith("https:") else None
     # as many connections are kept as calls may be in flight: a burst must not end in a storm of reconnecting
     transport = HttpTransport(
@@ -262,24 +262,31 @@ def make_adapter(config: BackendConfig, endpoint: EndpointConfig) -> Backend:
     return DetectingBackend(adapters, transport, headers=(*headers, *basic, *bearer))
 
 
-def _grpc(config: BackendConfig, endpoint: EndpointConfig) -> Backend:
+def _over_grpc(config: BackendConfig, endpoint: EndpointConfig) -> Backend:
     hush_grpc()
     try:
         # imported late: gRPC takes a tenth of a second and some megabytes
         from img_serving.backends.grpc import GrpcBackend  # noqa: PLC0415
+        from img_serving.backends.kserve import KServeBackend  # noqa: PLC0415
+        from img_serving.backends.rpc import Line  # noqa: PLC0415
     except ImportError as error:
         raise ValueError(f"protocol: gRPC is not installed ({error.name}): pip install 'img-serving[grpc]'") from None
     basic = (_basic(config.username, config.password or ""),) if config.username is not None else ()
     proxy = proxy_from_environment(f"http{endpoint.url.removeprefix('grpc').removeprefix('http')}")
-    return GrpcBackend(
-        endpoint.url,
+    way: dict[str, Any] = {
+        "ca_file": config.ca_file,
+        "tls_verify": config.tls_verify,
+        "api_key": config.api_key,
+        "headers": (*config.headers.items(), *basic),
+        "proxy": proxy.url if proxy is not None else None,
+    }
+    if config.protocol == "grpc":
+        return GrpcBackend(endpoint.url, options=config.options(), models=config.models, **way)
+    return KServeBackend(
+        Line(endpoint.url, **way),
         options=config.options(),
         models=config.models,
-        ca_file=config.ca_file,
-        tls_verify=config.tls_verify,
-        api_key=config.api_key,
-        headers=(*config.headers.items(), *basic),
-        proxy=proxy.url if proxy is not None else None,
+        max_batch_size=config.max_batch_size,
     )
 
 

@@ -153,7 +153,7 @@ def test_backends_added_over_the_api_survive_a_restart_and_the_file_wins() -> No
         ({"name": "x", "protocol": "openai", "endpoints": ["not a url"]}, "endpoints[0]", ""),
         ({"name": "x", "protocol": "openai", "endpoints": []}, "endpoints", ""),
         ({"name": "x", "protocol": "telepathy", "endpoints": ["http://h"]}, "protocol", ""),
-        ({"name": "x", "protocol": "kserve", "endpoints": ["http://h"]}, "protocol", ""),
+        ({"name": "x", "protocol": "kserve", "endpoints": ["http://h/path"]}, "endpoints[0]", "path"),
         ({"name": "x", "protocol": "openai", "endpoints": ["http://h"], "timeout": 5}, "timeout", "timeout_ms"),
         ({"name": "x", "protocol": "openai", "endpoints": ["http://h"], "timeout_ms": 0}, "timeout_ms", ""),
         ({"name": "x", "protocol": "openai", "endpoints": ["http://h"], "weight": "heavy"}, "weight", ""),

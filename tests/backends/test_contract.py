@@ -14,6 +14,8 @@ import msgspec
 import pytest
 from tests.support.fake_a1111 import FakeA1111, Flavour
 from tests.support.fake_comfyui import FakeComfyUI
+from tests.support.fake_kserve import FakeKServe
+from tests.support.fake_kserve import Flavour as KServeFlavour
 from tests.support.fake_worker import FakeWorker
 
 from img_serving.backends.a1111 import A1111Backend
@@ -22,7 +24,9 @@ from img_serving.backends.comfyui import ComfyUIBackend
 from img_serving.backends.comfyui.prompt import Pace
 from img_serving.backends.detection import DetectingBackend
 from img_serving.backends.grpc import GrpcBackend
+from img_serving.backends.kserve import KServeBackend
 from img_serving.backends.openai import OpenAIBackend
+from img_serving.backends.rpc import Line
 from img_serving.backends.scripted import ScriptedBackend, picture
 from img_serving.backends.scripted_server import HUGE_BYTES, STEPS, ScriptedServer
 from img_serving.backends.stub_server import Answer
@@ -79,13 +83,15 @@ class Rig:
     """An adapter, and what stands behind it for the test to look at."""
 
     backend: Backend
-    server: ScriptedServer | FakeComfyUI | FakeWorker | None = None
+    server: ScriptedServer | FakeComfyUI | FakeWorker | FakeKServe | None = None
     engine: FakeEngine | None = None
 
     def is_working(self) -> bool:
         """Whether the upstream has been asked for a picture."""
         if isinstance(self.server, FakeComfyUI):
             return bool(self.server.drawn)
+        if isinstance(self.server, FakeKServe):
+            return bool(self.server.seen)
         if isinstance(self.server, ScriptedServer):
             return bool(self.server.posts)
         if isinstance(self.server, FakeWorker):
@@ -98,6 +104,8 @@ class Rig:
         """Whether the upstream knows that nobody wants the picture any more."""
         if isinstance(self.server, FakeComfyUI):
             return bool(self.server.stopped) and self.server.in_flight == 0
+        if isinstance(self.server, FakeKServe):
+            return self.server.cancelled > 0 and self.server.in_flight == 0
         if isinstance(self.server, ScriptedServer):
             return self.server.posts[0].disconnected_at is not None and self.server.in_flight == 0
         if isinstance(self.server, FakeWorker):
@@ -197,6 +205,26 @@ async def comfyui_rig(step: str) -> AsyncIterator[Rig]:
             await backend.close()
 
 
+@asynccontextmanager
+async def inference_at(flavour: KServeFlavour, step: str) -> AsyncIterator[Rig]:
+    """The adapter to a server that behaves as the real program was seen to, its answer to a drawing spoiled."""
+    async with FakeKServe(flavour, step=step) as server:
+        line = Line(server.url, api_key=KEY, headers=HEADERS)
+        backend = KServeBackend(line, models=("txt2img",) if flavour == "kserve" else (), max_batch_size=4)
+        try:
+            yield Rig(backend, server)
+        finally:
+            await backend.close()
+
+
+def kserve_rig(step: str) -> AbstractAsyncContextManager[Rig]:
+    return inference_at("kserve", step)
+
+
+def triton_rig(step: str) -> AbstractAsyncContextManager[Rig]:
+    return inference_at("triton", step)
+
+
 def error_reply(step: str, echo: str = "") -> Answer | None:
     """What the scripted server says at this step, where that is an error."""
     return ScriptedServer({"sequence": [step] if step in STEPS else ["ok"], "echo": echo})._error(step)
@@ -253,6 +281,8 @@ RIGS = {
     "comfyui": comfyui_rig,
     "grpc": grpc_rig,
     "http": detecting_rig,
+    "kserve": kserve_rig,
+    "triton": triton_rig,
     "builtin": builtin_rig,
     "scripted": scripted_rig,
 }
@@ -261,6 +291,10 @@ OVER_HTTP = pytest.mark.parametrize(
     "rig_of",
     [openai_rig, a1111_rig, forge_rig, sdcpp_rig, comfyui_rig, detecting_rig],
     ids=["openai", "a1111", "forge", "sdcpp", "comfyui", "http"],
+)
+OVER_GRPC = pytest.mark.parametrize("rig_of", [kserve_rig, triton_rig], ids=["kserve", "triton"])
+OVER_A_WIRE = pytest.mark.parametrize(
+    "rig_of", [*OVER_HTTP.args[1], *OVER_GRPC.args[1]], ids=[*OVER_HTTP.kwargs["ids"], *OVER_GRPC.kwargs["ids"]]
 )
 PICTURES_IN_JSON = pytest.mark.parametrize(
     "rig_of",
@@ -370,7 +404,7 @@ def test_capabilities_are_known_before_anything_runs(rig_of):
     assert capabilities.honours <= PARAMETERS
     assert {"seed", "size", "negative_prompt"} <= capabilities.honours
     assert capabilities.max_batch_size >= 1
-    assert RIGS[protocol] is rig_of or rig_of in {forge_rig, sdcpp_rig}
+    assert RIGS[protocol] is rig_of or rig_of in {forge_rig, sdcpp_rig, triton_rig}
 
 
 @EVERY
@@ -417,7 +451,7 @@ def test_a_reply_cut_short_is_unknown(rig_of, step):
     assert run(rig_of(step), lambda rig: failing(rig, call_of(7))).outcome is Outcome.UNKNOWN
 
 
-@OVER_HTTP
+@OVER_A_WIRE
 def test_no_reply_in_time_is_unknown_and_the_connection_is_closed(rig_of):
     async def act(rig):
         if isinstance(rig.backend, DetectingBackend):
@@ -465,7 +499,7 @@ def test_an_odd_but_good_reply_is_good(rig_of, step):
     assert raw_bytes(artifact).startswith(picture("a quiet harbour", 7, 64, 64))
 
 
-@OVER_HTTP
+@OVER_A_WIRE
 def test_a_picture_of_another_size_is_delivered_as_what_it_is(rig_of):
     (artifact,) = run(rig_of("wrong_size"), lambda rig: draw(rig, call_of(7)))
     assert (artifact.width, artifact.height) == (32, 32)
@@ -514,7 +548,7 @@ def test_secrets_and_prompts_never_come_back_in_errors(rig_of, step):
     assert not [secret for secret in known if secret in shown]
 
 
-@OVER_HTTP
+@OVER_A_WIRE
 def test_a_refused_connection_is_not_started(rig_of):
     async def act(rig):
         await rig.server.stop()
@@ -566,7 +600,7 @@ def test_progress_grows_and_never_goes_past_its_end(rig_of):
     assert able[0].progress or not told or rig_of is comfyui_rig
 
 
-@OVER_HTTP
+@OVER_A_WIRE
 def test_a_size_is_sent_as_it_is_drawn(rig_of):
     async def act(rig):
         await rig.backend.check(2.0)
@@ -592,3 +626,90 @@ def test_every_input_is_declared_that_an_edit_needs(rig_of):
         assert one.max_images >= 1
         assert "edit" in one.operations or not one.masks
         assert one.honours <= PARAMETERS
+
+
+# over gRPC
+
+
+@OVER_GRPC
+@pytest.mark.parametrize(
+    "step",
+    [
+        "not_picture", "truncated_picture", "truncated", "wrong_shape", "negative_shape", "no_outputs", "few_contents",
+    ],
+)  # fmt: skip
+def test_an_answer_without_a_good_picture_is_failed(rig_of, step):
+    error = run(rig_of(step), lambda rig: failing(rig, call_of(7)))
+    assert error.outcome is Outcome.FAILED
+    assert error.message
+
+
+@OVER_GRPC
+@pytest.mark.parametrize(
+    ("step", "outcome"),
+    [
+        ("500", Outcome.FAILED), ("unknown", Outcome.FAILED), ("401", Outcome.FAILED), ("403", Outcome.FAILED),
+        ("busy", Outcome.NOT_STARTED), ("not_ready", Outcome.NOT_STARTED), ("503", Outcome.UNKNOWN), ("late", Outcome.UNKNOWN),
+        ("unimplemented", Outcome.FAILED),
+    ],
+)  # fmt: skip
+def test_a_status_has_one_outcome(rig_of, step, outcome):
+    error = run(rig_of(step), lambda rig: failing(rig, call_of(7)))
+    assert error.outcome is outcome
+    assert (error.busy_seconds is not None) is (step == "busy")
+
+
+@OVER_GRPC
+def test_a_call_that_was_cut_is_unknown(rig_of):
+    async def act(rig):
+        drawing = asyncio.create_task(failing(rig, call_of(7)))
+        await until(rig.is_working)
+        await rig.server.stop()
+        return await drawing
+
+    assert run(rig_of("cut"), act).outcome is Outcome.UNKNOWN
+
+
+@OVER_GRPC
+def test_a_picture_of_many_megabytes_is_good(rig_of):
+    (artifact,) = run(rig_of("huge"), lambda rig: draw(rig, call_of(7)))
+    assert len(raw_bytes(artifact)) > 4 * 1024 * 1024
+    assert raw_bytes(artifact).startswith(picture("a quiet harbour", 7, 64, 64))
+
+
+@OVER_GRPC
+@pytest.mark.parametrize("step", ["500", "unknown", "503", "401", "invalid"])
+def test_secrets_and_prompts_never_come_back_in_statuses(rig_of, step):
+    known = ("a quiet harbour", HEADER, KEY)
+
+    async def act(rig):
+        rig.server.echo = " and ".join(known)
+        with pytest.raises((AttemptError, BackendRefusal)) as caught:
+            await draw(rig, call_of(7))
+        return f"{caught.value} {caught.value!r} {rig.backend!r}"
+
+    shown = run(rig_of(step), act)
+    assert not [secret for secret in (*known, "secret-place") if secret in shown]
+
+
+@OVER_GRPC
+def test_the_call_can_be_followed_upstream(rig_of):
+    async def act(rig):
+        await draw(rig, msgspec.structs.replace(call_of(7), traceparent="00-1-2-01"))
+        return rig.server.seen[0].metadata
+
+    metadata = run(rig_of("ok"), act)
+    assert (metadata["x-request-id"], metadata["traceparent"]) == ("req-1", "00-1-2-01")
+    assert (metadata["authorization"], metadata["x-access"]) == (f"Bearer {KEY}", HEADER)
+
+
+@OVER_GRPC
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_words_arrive_over_grpc_as_they_were_written(rig_of, form):
+    words = unicodedata.normalize(form, "등대 위의 갈매기 🕊️")
+
+    async def act(rig):
+        await draw(rig, call_of(7, prompt=words, negative_prompt=words, given=frozenset({"negative_prompt"})))
+        return rig.server.texts
+
+    assert run(rig_of("ok"), act).split("\n").count(words) == 2  # what to draw, and what not

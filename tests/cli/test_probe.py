@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 from tests.support.fake_a1111 import FakeA1111
+from tests.support.fake_kserve import FakeKServe, Flavour
 from tests.support.fake_worker import FakeWorker
 from tests.support.threads import in_a_thread
 
@@ -299,6 +300,18 @@ def _read(terminal: int, until: str, seconds: float = 20.0) -> str:
             except OSError:
                 break  # the other side is gone
     return said.decode()
+
+
+@pytest.mark.parametrize(
+    ("flavour", "says"), [("triton", "Triton Inference Server 2.51.0"), ("kserve", "kserve 0.21.0")]
+)
+def test_a_grpc_address_may_be_an_inference_servers(probe: Probe, flavour: Flavour, says: str) -> None:
+    with in_a_thread(FakeKServe(flavour)) as server:
+        code, out, _ = probe(server.url, "--set", 'models=["txt2img"]', "--draw", "--size", "64x64")
+    assert code == 0
+    assert f"kserve: {says}" in out
+    assert "test picture: 64x64 image/png" in out
+    assert block_of(out)["protocol"] == "kserve"
 
 
 def test_a_grpc_address_is_a_workers(probe: Probe) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
@@ -19,6 +20,7 @@ from img_serving.domain.errors import (
     InvalidRequest,
     NotFound,
     Outcome,
+    PayloadTooLarge,
 )
 from img_serving.domain.images import Call
 
@@ -30,6 +32,7 @@ PORTS: Final = {"http": 80, "grpc": 80, "https": 443, "grpcs": 443}
 NOT_STARTED_KEY: Final = "img-serving-not-started"
 
 _TOO_LARGE: Final = "message larger than max"
+_OUR_REQUEST: Final = re.compile("SERVER: Received|CLIENT: Sent")
 _NOT_CONNECTED: Final = "failed to connect to all addresses"
 """gRPC's own words, as grpcio 1.85 has them."""
 
@@ -188,7 +191,9 @@ def error_of(
         return BackendRefusal(NotFound(message, code="model_not_found", param="model"))
     if code is kind.RESOURCE_EXHAUSTED:
         if _TOO_LARGE in (error.details() or ""):
-            return AttemptError(Outcome.FAILED, f"a message is larger than {MAX_MESSAGE_BYTES} bytes")
+            if _OUR_REQUEST.search(error.details() or ""):
+                return BackendRefusal(PayloadTooLarge("the request is too large for the backend"))
+            return AttemptError(Outcome.FAILED, f"a picture is too large for gRPC as it is set up{said}")
         return AttemptError(Outcome.NOT_STARTED, f"the backend is busy{said}", busy_seconds=busy_seconds(trailers))
     if code in {kind.UNAUTHENTICATED, kind.PERMISSION_DENIED}:
         return AttemptError(Outcome.FAILED, f"the backend refused the gateway's credentials ({code.name})")

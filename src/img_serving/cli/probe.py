@@ -81,7 +81,7 @@ def register(actions: Any) -> None:
     )
     parser.add_argument("url", type=words, metavar="URL", help="where it listens")
     parser.add_argument(
-        "--protocol", metavar="P", help="what it speaks, if you know (default: find out; of grpc:// grpc)"
+        "--protocol", metavar="P", help="what it speaks, if you know (default: find out; of grpc:// grpc or kserve)"
     )
     parser.add_argument("--name", type=words, metavar="NAME", help="of the backend in the configuration shown")
     parser.add_argument("--upstream-api-key-env", metavar="VAR", help="the environment variable that holds its API key")
@@ -123,12 +123,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _probe(args: argparse.Namespace, config: BackendConfig) -> int:
-    from img_serving.main import make_adapter
-
-    try:
-        adapter = make_adapter(config, config.endpoint_list()[0])
-    except (ValueError, OSError) as error:
-        raise CommandFailed(str(error), MISUSED) from None
+    if args.protocol is None and config.protocol == "grpc":
+        config = await _inference_server(config) or config
+    adapter = _adapter(config)
     try:
         found = await _ask(adapter)
         if not args.json:
@@ -151,6 +148,29 @@ async def _probe(args: argparse.Namespace, config: BackendConfig) -> int:
                 print("\nto use it, paste this into your configuration:\n")
                 print(block(args, config, found, drawing))
         return OK
+    finally:
+        await adapter.close()
+
+
+def _adapter(config: BackendConfig) -> Backend:
+    from img_serving.main import make_adapter
+
+    try:
+        return make_adapter(config, config.endpoint_list()[0])
+    except (ValueError, OSError) as error:
+        raise CommandFailed(str(error), MISUSED) from None
+
+
+async def _inference_server(config: BackendConfig) -> BackendConfig | None:
+    """The same address as one of the Open Inference Protocol, if a server there says its name as that has it."""
+    import msgspec
+
+    from img_serving.gateway.registry import PROBE_TIMEOUT_SECONDS
+
+    config = msgspec.structs.replace(config, protocol="kserve")
+    adapter = _adapter(config)
+    try:
+        return config if (await adapter.check(PROBE_TIMEOUT_SECONDS)).found else None
     finally:
         await adapter.close()
 
@@ -423,7 +443,10 @@ def _as_json(args: argparse.Namespace, config: BackendConfig, found: Probe, draw
 
 
 def _protocol(url: str) -> str:
-    """What an address itself says of its protocol: nobody can find out whether gRPC is spoken by asking for pages."""
+    """What an address itself says of its protocol: nobody can find out whether gRPC is spoken by asking for pages.
+
+    Whether that is a worker's or the Open Inference Protocol is asked there.
+    """
     return "grpc" if url.startswith(("grpc://", "grpcs://")) else "http"
 
 

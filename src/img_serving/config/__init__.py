@@ -2,7 +2,6 @@
 
 from img_serving.config.backend import (
     PROTOCOLS,
-    PROTOCOLS_BUILT,
     BackendConfig,
     EndpointConfig,
     EndpointEntry,
@@ -36,7 +35,6 @@ from img_serving.config.settings import (
 __all__ = [
     "NOT_YET",
     "PROTOCOLS",
-    "PROTOCOLS_BUILT",
     "Auth",
     "BackendConfig",
     "Config",

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal, get_args
+from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Meta, field
@@ -20,17 +21,15 @@ Protocol = Literal["builtin", "openai", "a1111", "comfyui", "grpc", "kserve", "s
 PROTOCOLS: Final = tuple(str(name) for name in get_args(Protocol))
 """Every protocol that the interface names."""
 
-PROTOCOLS_BUILT: Final = frozenset({"builtin", "openai", "a1111", "comfyui", "grpc", "http", "scripted"})
-"""Those that this version speaks."""
-
 WITHOUT_ENDPOINTS: Final = frozenset({"builtin", "scripted"})
 """Those that draw by themselves."""
+
+OVER_GRPC: Final = frozenset({"grpc", "kserve"})
+"""Those that speak gRPC."""
 
 NAME_PATTERN: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 NAME_RULE: Final = "a name is 1 to 64 letters, digits, dots, underscores and dashes"
 
-_LATER = ", ".join(name for name in PROTOCOLS if name not in PROTOCOLS_BUILT)
-_PROTOCOL_LINE = f'What it speaks; "http" finds out by itself. Not in this version: {_LATER}.'
 _SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
 _HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,128}")
 _HOP_HEADERS = frozenset(
@@ -74,7 +73,7 @@ class BackendConfig(Section, frozen=True, kw_only=True):
     ]
     protocol: Annotated[
         Protocol,
-        Meta(description=_PROTOCOL_LINE),
+        Meta(description='What it speaks; "http" finds out by itself.'),
     ] = "http"
     endpoints: Annotated[
         tuple[Text | EndpointEntry, ...],
@@ -199,6 +198,11 @@ class BackendConfig(Section, frozen=True, kw_only=True):
             yield ("exclusive_group",), NAME_RULE
         if self.health_check_path is not None and not _is_path(self.health_check_path):
             yield ("health_check_path",), 'must be a path such as "/health": it begins with a slash and has no blanks'
+        elif self.health_check_path is not None and self.protocol in OVER_GRPC:
+            yield (
+                ("health_check_path",),
+                f'protocol "{self.protocol}" has no paths: leave it out, and its own check is made',
+            )
         if self.default_size is not None and not _SIZE.fullmatch(self.default_size):
             yield ("default_size",), 'must be WIDTHxHEIGHT in pixels, for example "1024x1024"'
 
@@ -206,12 +210,6 @@ class BackendConfig(Section, frozen=True, kw_only=True):
         return tuple(EndpointEntry(url=one) if isinstance(one, str) else one for one in self.endpoints)
 
     def _protocol_findings(self) -> Iterator[Finding]:
-        if self.protocol not in PROTOCOLS_BUILT:
-            built = ", ".join(sorted(PROTOCOLS_BUILT))
-            yield (
-                ("protocol",),
-                f'"{self.protocol}" is known, but this version does not speak it yet; it speaks {built}',
-            )
         for table in PROTOCOL_TABLES:
             if table != self.protocol and getattr(self, table) is not None:
                 yield (table,), f'is for protocol = "{table}" only, and this backend has protocol = "{self.protocol}"'
@@ -225,9 +223,12 @@ class BackendConfig(Section, frozen=True, kw_only=True):
         if self.endpoints and self.protocol in WITHOUT_ENDPOINTS:
             yield ("endpoints",), f'protocol "{self.protocol}" draws by itself and has none: leave the key out'
             return
-        schemes = GRPC_SCHEMES if self.protocol in {"grpc", "kserve"} else HTTP_SCHEMES
+        schemes = GRPC_SCHEMES if self.protocol in OVER_GRPC else HTTP_SCHEMES
         for index, entry in enumerate(self.endpoints):
-            fault = fault_of_url(entry if isinstance(entry, str) else entry.url, schemes)
+            url = entry if isinstance(entry, str) else entry.url
+            fault = fault_of_url(url, schemes)
+            if fault is None and self.protocol in OVER_GRPC and urlsplit(base_of(url)).path:
+                fault = "has a path, which no gRPC address has"
             if fault is not None:
                 yield ("endpoints", index) if isinstance(entry, str) else ("endpoints", index, "url"), fault
 

@@ -9,7 +9,7 @@ from typing import Any, Final
 import msgspec
 from msgspec import inspect
 
-from img_serving.config.backend import PROTOCOL_TABLES, PROTOCOLS_BUILT, BackendConfig
+from img_serving.config.backend import BackendConfig
 from img_serving.config.loading import NOT_YET
 from img_serving.config.reader import expected
 from img_serving.config.section import Section, alternatives, default_of, documentation_of, fields_of, table_in
@@ -68,7 +68,7 @@ def _lines(table: type[Section], prefix: str, *, commented: bool) -> Iterator[st
         is_unset = default is None or default is msgspec.NODEFAULT
         value = _example(inner, examples) if is_unset or (commented and examples) else default
         choices = f" {expected(field.type).capitalize()}." if _is_choice(field.type) else ""
-        later = " Not acted on yet." if key in NOT_YET or _is_unbuilt(table, field.name) else ""
+        later = " Not acted on yet." if key in NOT_YET else ""
         mark = "#" if commented or is_unset or later else ""
         example = f" For example {toml_of(examples[0])}." if examples and value != examples[0] else ""
         yield f"# {description}{choices}{example}{later}"
@@ -85,11 +85,6 @@ def _example(inner: type[Section] | None, examples: tuple[Any, ...]) -> Any:
 
 def _is_choice(described: inspect.Type) -> bool:
     return any(isinstance(one, inspect.LiteralType) for one in alternatives(described))
-
-
-def _is_unbuilt(table: type[Section], name: str) -> bool:
-    """Whether the key is the table of a protocol that this version does not speak."""
-    return table is BackendConfig and name in PROTOCOL_TABLES and name not in PROTOCOLS_BUILT
 
 
 def toml_of(value: Any) -> str:

@@ -255,6 +255,116 @@ class ModelMetadataResponse(_message.Message):
 Global___ModelMetadataResponse: _TypeAlias = ModelMetadataResponse  # noqa: Y015
 
 @_typing.final
+class ModelConfigRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    version: _builtins.str
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        version: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ModelConfigRequest: _TypeAlias = ModelConfigRequest  # noqa: Y015
+
+@_typing.final
+class ModelConfigResponse(_message.Message):
+    """A few fields of a large message: what is not named here is skipped when it is read."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Input(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        NAME_FIELD_NUMBER: _builtins.int
+        OPTIONAL_FIELD_NUMBER: _builtins.int
+        name: _builtins.str
+        optional: _builtins.bool
+        def __init__(
+            self,
+            *,
+            name: _builtins.str = ...,
+            optional: _builtins.bool = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "optional", b"optional"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class TransactionPolicy(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        DECOUPLED_FIELD_NUMBER: _builtins.int
+        decoupled: _builtins.bool
+        def __init__(
+            self,
+            *,
+            decoupled: _builtins.bool = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["decoupled", b"decoupled"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Config(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        NAME_FIELD_NUMBER: _builtins.int
+        MAX_BATCH_SIZE_FIELD_NUMBER: _builtins.int
+        INPUT_FIELD_NUMBER: _builtins.int
+        MODEL_TRANSACTION_POLICY_FIELD_NUMBER: _builtins.int
+        name: _builtins.str
+        max_batch_size: _builtins.int
+        """0 = the model has no batch dimension of the server's"""
+        @_builtins.property
+        def input(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelConfigResponse.Input]: ...
+        @_builtins.property
+        def model_transaction_policy(self) -> Global___ModelConfigResponse.TransactionPolicy: ...
+        def __init__(
+            self,
+            *,
+            name: _builtins.str = ...,
+            max_batch_size: _builtins.int = ...,
+            input: _abc.Iterable[Global___ModelConfigResponse.Input] | None = ...,
+            model_transaction_policy: Global___ModelConfigResponse.TransactionPolicy | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["model_transaction_policy", b"model_transaction_policy"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "max_batch_size", b"max_batch_size", "model_transaction_policy", b"model_transaction_policy", "name", b"name"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    CONFIG_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def config(self) -> Global___ModelConfigResponse.Config: ...
+    def __init__(
+        self,
+        *,
+        config: Global___ModelConfigResponse.Config | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ModelConfigResponse: _TypeAlias = ModelConfigResponse  # noqa: Y015
+
+@_typing.final
 class InferParameter(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
