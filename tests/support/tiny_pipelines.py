@@ -20,13 +20,14 @@ _BEGIN, _END = "<|startoftext|>", "<|endoftext|>"
 
 
 def make(family: str, folder: Path, **change: Any) -> Path:
-    """Write the pipeline of one of `FAMILIES`, or `inpaint` (Stable Diffusion of nine channels); the same weights every time.
+    """Write the pipeline of one of `FAMILIES`, `qwen`, or `inpaint` (Stable Diffusion of nine channels).
 
-    `change` is laid over the keyword arguments of the network that draws.
+    The weights are the same every time. `change` is laid over the keyword arguments of the network that draws.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(20)
-        pipe = {"sd": _sd, "inpaint": _inpaint, "sdxl": _sdxl, "sd3": _sd3, "flux": _flux}[family](change)
+        makers = {"sd": _sd, "inpaint": _inpaint, "sdxl": _sdxl, "sd3": _sd3, "flux": _flux, "qwen": _qwen}
+        pipe = makers[family](change)
     pipe.save_pretrained(folder, safe_serialization=True)
     return folder
 
@@ -231,4 +232,49 @@ def _flux(change: dict[str, Any]) -> Any:
         tokenizer=letters,
         text_encoder_2=_t5(32),
         tokenizer_2=word_tokenizer(),
+    )
+
+
+def _qwen(change: dict[str, Any]) -> Any:
+    tokens = [*_byte_letters(), "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    with tempfile.TemporaryDirectory() as folder:
+        vocab, merges = Path(folder) / "vocab.json", Path(folder) / "merges.txt"
+        vocab.write_text(json.dumps({token: number for number, token in enumerate(tokens)}), encoding="utf-8")
+        merges.write_text("#version: 0.2\n", encoding="utf-8")
+        tokenizer = transformers.Qwen2Tokenizer(str(vocab), str(merges))
+    text = {
+        "vocab_size": len(tokenizer) + 8,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "rope_scaling": {"mrope_section": [1, 1, 2], "rope_type": "default", "type": "default"},
+    }
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, vocab_size=len(tokenizer) + 8)
+    own = {
+        "patch_size": 2,
+        "in_channels": 16,
+        "out_channels": 4,
+        "num_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 3,
+        "joint_attention_dim": 16,
+        "axes_dims_rope": (8, 4, 4),
+    }
+    return diffusers.QwenImagePipeline(
+        transformer=diffusers.QwenImageTransformer2DModel(**own | change).eval(),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        vae=diffusers.AutoencoderKLQwenImage(
+            base_dim=24,
+            z_dim=4,
+            dim_mult=[1, 2, 4],
+            num_res_blocks=1,
+            temperal_downsample=[False, True],
+            latents_mean=[0.0] * 4,
+            latents_std=[1.0] * 4,
+        ).eval(),
+        text_encoder=transformers.Qwen2_5_VLForConditionalGeneration(config).eval(),
+        tokenizer=tokenizer,
     )

@@ -129,6 +129,18 @@ def test_defaults_of_the_operator_act_where_a_request_says_nothing(engine: Engin
     assert most_different(chosen, draw(one, item(1), steps=2, guidance_scale=9.0)[0]) > 0
 
 
+def test_a_model_whose_guidance_is_true_guidance_takes_scale_and_negative_prompt(engine: Engines) -> None:
+    """Qwen-Image: what others call the guidance scale is `true_cfg_scale` there, and acts with a negative prompt only."""
+    one = engine("qwen", buckets=(2,))
+    usual = draw(one, item(1))[0]
+    assert {"guidance_scale", "negative_prompt"} <= one.capabilities().honours
+    assert most_different(draw(one, item(1), guidance_scale=12.0)[0], usual) > 0
+    assert most_different(draw(one, item(1, negative="green"))[0], usual) > 0
+    assert one._looks.is_fitted
+    masked = item(1, images=(picture(),), mask=mask_of_right_half())
+    assert most_different(draw(one, masked, strength=1.0)[0], usual) > 0
+
+
 # Progress, previews, stopping
 
 

@@ -34,6 +34,12 @@ def test_every_sampler_that_is_offered_draws_and_draws_the_same_again_in_company
     assert len(kinds) >= 0.8 * len(pictures)  # a few are the same mathematics
 
 
+def test_every_sampler_draws_with_a_single_step(engine: Engines) -> None:
+    one = engine("sd", buckets=(2,))
+    for name in offered(one):
+        draw(one, item(1), sampler=name, steps=1)
+
+
 def test_what_is_offered_fits_the_model(engine: Engines) -> None:
     noise, flow, dynamic = (set(offered(engine(family))) for family in ("sd", "sd3", "flux"))
     assert {"Euler", "Euler a", "DPM++ 2M", "DPM++ 2M Karras", "DDIM", "UniPC", "LCM", "Heun"} <= noise
@@ -49,7 +55,7 @@ def test_what_is_offered_fits_the_model(engine: Engines) -> None:
         ("DPMPP_2M", "DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
         ("dpm++ 2m karras", "DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
         ("DPM++ 2M SDE", "DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
-        ("plms", "PNDMScheduler", {}),
+        ("plms", "PNDMScheduler", {"skip_prk_steps": True}),
         ("lcm", "LCMScheduler", {}),
     ],
 )

@@ -94,20 +94,20 @@ class Pace:
     The GPU always has one step to do while the next is handed to it, so that it never waits for this.
     """
 
-    __slots__ = ("_cuda", "_last")
+    __slots__ = ("_device", "_last")
 
     def __init__(self, device: str) -> None:
-        self._cuda = device.startswith("cuda")
+        self._device = device
         self._last: Any = None
 
     def step(self) -> None:
         """A step was handed over: wait until the one before it is done."""
-        if not self._cuda:
+        if not self._device.startswith("cuda"):
             return
         import torch
 
         event = torch.cuda.Event()
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         if self._last is not None:
             self._last.synchronize()
         self._last = event

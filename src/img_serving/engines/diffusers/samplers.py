@@ -50,7 +50,7 @@ _FOR_NOISE: Final[Mapping[str, _Sampler]] = MappingProxyType(
         "DPM++ 2S": _Sampler("DPMSolverSinglestepScheduler"),
         "DDIM": _Sampler("DDIMScheduler"),
         "DDPM": _Sampler("DDPMScheduler"),
-        "PNDM": _Sampler("PNDMScheduler"),
+        "PNDM": _Sampler("PNDMScheduler", {"skip_prk_steps": True}),  # the others need four steps at least
         "DEIS": _Sampler("DEISMultistepScheduler"),
         "UniPC": _Sampler("UniPCMultistepScheduler"),
         "LCM": _Sampler("LCMScheduler"),
