@@ -1,9 +1,9 @@
 """How much sooner 64 requests are done when a diffusers worker draws them in batches, and that no picture differs for it.
 
-Gateway and worker are two programs; the model is a tiny Stable Diffusion with random weights, made here. The same requests go
-to a worker with `--max-batch-size 1` and to one that draws eight at once, in turns; the ratio of the two times is what counts. Then
-each picture is asked for alone, and compared byte by byte with what it was in company. Runs in the environment of `make test-diffusers`.
-With `--check` the exit status is 1 when the target is missed or a picture differs.
+Gateway and worker are two programs; the model is a tiny Stable Diffusion with random weights, made here. The same requests go to a
+worker with `--max-batch-size 1` and to one that draws eight at once, in turns; the ratio of the two times is what counts. Then each
+picture is asked for alone, and compared byte by byte with what it was in company. Runs in the environment of
+`make test-diffusers`. With `--check` the exit status is 1 when the target is missed or a picture differs.
 """
 
 from __future__ import annotations
@@ -139,9 +139,12 @@ def main() -> int:
         folder = Path(name)
         model = tiny_pipelines.make("sd", folder / "tiny-sd")
         ratios = []
-        with served(model, folder / "single", 1) as (single, _), served(model, folder / "batched", args.batch) as (
-            batched,
-            metrics_url,
+        with (
+            served(model, folder / "single", 1) as (single, _),
+            served(model, folder / "batched", args.batch) as (
+                batched,
+                metrics_url,
+            ),
         ):
             for port in (single, batched):  # warms up: threads, connections, learned speeds
                 all_at_once(port, argparse.Namespace(requests=args.batch, steps=args.steps, size=args.size))

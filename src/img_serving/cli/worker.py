@@ -261,8 +261,6 @@ def _diffusers(args: argparse.Namespace, given: dict[str, Any]) -> Callable[[], 
 
     if args.model is None:
         raise CommandFailed("--engine diffusers needs --model: a folder, a .safetensors file or a hub id", exit_code=2)
-    if args.slots not in {None, 1}:
-        raise CommandFailed("--slots: a diffusers pipeline draws one call at a time; batches are what fills a GPU", 2)
     try:
         options = DiffusersOptions(model=args.model, max_batch_size=args.max_batch_size, **given)
     except ValueError as error:
