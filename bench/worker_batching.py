@@ -1,8 +1,8 @@
 """How much sooner 64 requests are done when a diffusers worker draws them in batches, and that no picture differs for it.
 
-Gateway and worker are two programs; the model is a tiny Stable Diffusion with random weights, made here. The same requests go to a
-worker with `--max-batch-size 1` and to one that draws eight at once, in turns; the ratio of the two times is what counts. Then each
-picture is asked for alone, and compared byte by byte with what it was in company. Runs in the environment of
+Gateway and worker are two programs; the model is a tiny Stable Diffusion with random weights, made here. The same requests go
+to a worker with `--max-batch-size 1` and to one that draws eight at once, in turns; the ratio of the two times is what
+counts. Then each picture is asked for alone, and compared byte by byte with what it was in company. Runs in the environment of
 `make test-diffusers`. With `--check` the exit status is 1 when the target is missed or a picture differs.
 """
 

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import threading
 import time
+import unicodedata
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tests.transport.conftest import certificate as certificate  # noqa: PLC0414 - a fixture
 from tests.worker.conftest import Running, ToyEngine, request_of, running
 
 from img_serving.backends.scripted import picture
 from img_serving.domain.capabilities import Capabilities
 from img_serving.domain.errors import StartError
-from img_serving.domain.images import ItemFailure
+from img_serving.domain.images import Call, InputImage, ItemFailure, Preview
 from img_serving.engines.procedural import ProceduralEngine
-from img_serving.wire.generation import CHUNK_BYTES
+from img_serving.wire.generation import CHUNK_BYTES, GENERATE
+from img_serving.wire.pictures import _varint
 from img_serving.wire.v1 import generation_pb2 as pb
 
 
@@ -63,6 +67,16 @@ def test_a_large_picture_comes_in_chunks_of_a_mebibyte() -> None:
     ]
     assert [len(part) for part in parts[:-1]] == [CHUNK_BYTES] * 2
     assert b"".join(parts) == data
+
+
+@pytest.mark.parametrize("step", [(-1, 2), (2**40, 2), (1.5, 2)])
+def test_odd_steps_do_no_harm(step: tuple[Any, Any]) -> None:
+    class Odd(ToyEngine):
+        def generate(self, batch: Any, on_step: Any) -> Any:
+            on_step(*step, previews=[Preview(b"x", "image/png", -1)])
+            return super().generate(batch, on_step)
+
+    assert kinds(run(lambda worker: worker.draw(request_of(7)), Odd()))[-1] == "done"
 
 
 def test_one_items_failure_is_an_event_of_its_own() -> None:
@@ -193,24 +207,99 @@ def test_what_the_engine_refuses_is_the_requests_fault() -> None:
     assert (code, words) == ("INVALID_ARGUMENT", "the width must be a multiple of 64")
 
 
-@pytest.mark.parametrize("mishap", [RuntimeError("cannot draw a quiet harbour: CUDA error"), MemoryError()])
-def test_a_broken_engine_is_internal_and_its_words_stay_in_the_log(
-    mishap: Exception, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    "mishap",
+    [
+        RuntimeError("CUDA error: an illegal access"),
+        MemoryError(),
+        StopIteration(),
+        asyncio.CancelledError(),
+        GeneratorExit(),
+        SystemExit(3),
+        KeyboardInterrupt(),
+        BaseException("zz"),
+    ],
+    ids=repr,
+)
+def test_whatever_an_engine_raises_is_internal_and_its_words_stay_in_the_log(
+    mishap: BaseException, caplog: pytest.LogCaptureFixture
 ) -> None:
+    async def act(worker: Running) -> Any:
+        refused = await worker.refused(request_of(7), timeout=10)
+        worker.engine.mishap = None
+        assert kinds(await worker.draw(request_of(7), timeout=10))[-1] == "done", "and the worker goes on"
+        return refused
+
     with caplog.at_level(logging.ERROR):
-        code, words, _ = run(lambda worker: worker.refused(request_of(7)), ToyEngine(mishap=mishap), warm_up=False)
+        code, words, _ = run(act, ToyEngine(mishap=mishap), warm_up=False)
     assert code == "INTERNAL"
     assert "CUDA" not in words
     logged = "\n".join(record.getMessage() for record in caplog.records)
     assert "conftest.py" in logged, "where it happened"
-    assert "harbour" not in logged
     assert ("CUDA error" in logged) is isinstance(mishap, RuntimeError)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "cannot draw 'a quiet harbour'",
+        "KeyError: HARBOUR",
+        repr("등대 위의 갈매기"),
+        unicodedata.normalize("NFD", "등대 위의"),
+        ascii("갈매기"),
+        repr("갈매기".encode()),
+    ],
+)
+def test_words_that_may_quote_a_prompt_are_not_logged(words: str, caplog: pytest.LogCaptureFixture) -> None:
+    prompt = "a quiet harbour, 등대 위의 갈매기"
+    with caplog.at_level(logging.ERROR):
+        run(
+            lambda worker: worker.refused(request_of(7, prompt=prompt)),
+            ToyEngine(mishap=KeyError(words)),
+            warm_up=False,
+        )
+    logged = "\n".join(record.getMessage() for record in caplog.records)
+    assert "KeyError: (its words may quote a prompt)" in logged
+    assert words not in logged
+
+
+def test_words_that_no_encoding_has_are_words_all_the_same() -> None:
+    code, words, _ = run(
+        lambda worker: worker.refused(request_of(7), timeout=10), ToyEngine(mishap=ValueError("\ud800!")), warm_up=False
+    )
+    assert (code, words) == ("INVALID_ARGUMENT", "?!")
 
 
 @pytest.mark.parametrize("result", [[], [b"junk"], [None], [object()]])
 def test_an_engine_that_returns_no_picture_failed(result: list[Any]) -> None:
     engine = ToyEngine(result=lambda _: result)
     assert run(lambda worker: worker.refused(request_of(7)), engine, warm_up=False)[0] == "INTERNAL"
+
+
+def test_a_small_message_that_unpacks_to_millions_is_not_unpacked() -> None:
+    swarm = request_of(7).SerializeToString() + b"\x32\x00" * 2_000_000  # items, empty
+    nested = b"\x22\x00" * 2_000_000  # input images, empty
+    nested = request_of(7).SerializeToString() + b"\x32" + _varint(len(nested)) + nested
+
+    async def act(worker: Running) -> Any:
+        generate: Any = worker.channel.unary_stream(GENERATE, lambda raw: raw, lambda raw: raw)
+        codes = []
+        for raw in (swarm, nested, b"\xff\xff\xff"):
+            began = time.monotonic()
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await generate(raw).read()
+            codes.append(caught.value.code().name)
+            assert time.monotonic() - began < 2
+        return codes
+
+    assert run(act) == ["INVALID_ARGUMENT"] * 3
+
+
+def test_too_many_images_are_refused_before_they_are_looked_at() -> None:
+    images = [pb.InputImage(data=b"not even one")] * 400
+    request = request_of(7, operation=pb.OPERATION_EDIT, items=[pb.Item(images=images)])
+    code, words, _ = run(lambda worker: worker.refused(request))
+    assert (code, words) == ("INVALID_ARGUMENT", "an item has at most 1 input image")
 
 
 # company
@@ -346,6 +435,98 @@ def test_it_listens_while_it_loads_and_says_how_far_it_is() -> None:
     assert "25%" in words
 
 
+def test_a_cancelled_call_holds_none_of_its_images_while_others_draw() -> None:
+    engine = ToyEngine(gate=threading.Event())
+
+    async def act(worker: Running) -> int:
+        first = asyncio.ensure_future(worker.draw(request_of(1)))
+        await until(engine.drawing.is_set)
+        second = asyncio.ensure_future(
+            worker.draw(request_of(2, operation=pb.OPERATION_EDIT, items=[pb.Item(images=[pb.InputImage(data=data)])]))
+        )
+        async with asyncio.timeout(10):
+            while "worker_waiting 1\n" not in await worker.metrics():
+                pass
+        second.cancel()
+        async with asyncio.timeout(10):
+            while "worker_waiting 0\n" not in await worker.metrics():
+                pass
+        gc.collect()
+        held = sum(isinstance(one, InputImage) and len(one.data) == len(data) for one in gc.get_objects())
+        held += sum(isinstance(one, Call) and bool(one.items[0].images) for one in gc.get_objects())
+        assert engine.gate is not None
+        engine.gate.set()
+        await first
+        return held
+
+    data = picture("x", 1, 64, 48)
+    assert run(act, engine, warm_up=False, metrics_port=0) == 0
+
+
+def test_who_does_not_read_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("img_serving.worker.service.READING_SECONDS", 0.2)
+    data = picture("x", 1, 8, 8) + bytes(16 * CHUNK_BYTES)
+
+    async def act(worker: Running) -> None:
+        stuck = worker.stub.Generate(request_of(1))
+        await stuck.initial_metadata()
+        code = ""
+        async with asyncio.timeout(10):
+            while code != "ok":  # there is one seat
+                try:
+                    async for _ in worker.stub.Generate(request_of(2)):
+                        code = "ok"
+                except grpc.aio.AioRpcError as error:
+                    code = error.code().name
+                    assert code == "RESOURCE_EXHAUSTED"
+        stuck.cancel()
+
+    run(act, ToyEngine(result=lambda _: [data]), warm_up=False, queue_size=0)
+
+
+@pytest.mark.parametrize(
+    ("can", "words"),
+    [
+        (None, "it returned NoneType"),
+        (Capabilities(max_batch_size=-1), "max_batch_size must be from 1"),
+        (Capabilities(max_batch_size=2**40), "max_batch_size must be from 1"),
+        (Capabilities(default_size=(-1, 5)), "default_size must be"),
+        (Capabilities(operations=frozenset({"dream"})), "operations are of"),
+        (Capabilities(samplers=["euler"]), "a Vocabulary each"),  # type: ignore[arg-type]
+    ],
+)
+def test_capabilities_that_make_no_sense_end_the_worker_with_what_is_wrong(can: Any, words: str) -> None:
+    class Odd(ToyEngine):
+        def capabilities(self) -> Capabilities:
+            return cast("Capabilities", can)
+
+    async def nothing(_: Running) -> None:
+        """It never comes so far."""
+
+    with pytest.raises(StartError, match=words):
+        run(nothing, Odd())
+
+
+@pytest.mark.parametrize("where", ["load", "capabilities"])
+@pytest.mark.parametrize("error", [SystemExit(0), KeyError("weights"), asyncio.CancelledError()], ids=repr)
+def test_an_engine_that_gives_up_early_ends_the_worker_with_a_sentence(where: str, error: BaseException) -> None:
+    class Broken(ToyEngine):
+        def load(self) -> Any:
+            if where == "load":
+                raise error
+
+        def capabilities(self) -> Capabilities:
+            if where == "capabilities":
+                raise error
+            return super().capabilities()
+
+    async def nothing(_: Running) -> None:
+        """It never comes so far."""
+
+    with pytest.raises(StartError, match="the engine"):
+        run(nothing, Broken())
+
+
 def test_an_engine_that_cannot_be_loaded_ends_the_worker_with_its_reason() -> None:
     class Broken(ToyEngine):
         def load(self) -> Any:
@@ -428,6 +609,35 @@ def test_only_who_knows_the_token_is_let_in() -> None:
         )
 
     assert run(act, token="right") == ("UNAUTHENTICATED", "UNAUTHENTICATED", "done")
+
+
+def test_who_has_no_token_is_answered_before_anything_is_read() -> None:
+    """A call whose message never comes would hold a place for ever."""
+
+    async def act(worker: Running) -> Any:
+        silent: Any = worker.channel.stream_stream(GENERATE, lambda raw: raw, lambda raw: raw)
+        call = silent()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call.read()
+        return caught.value.code().name
+
+    assert run(act, token="right") == "UNAUTHENTICATED"
+
+
+def test_only_so_many_may_watch_its_health() -> None:
+    async def act(worker: Running) -> Any:
+        stub: Any = health_pb2_grpc.HealthStub(worker.channel)
+        watching = [stub.Watch(health_pb2.HealthCheckRequest()) for _ in range(16)]
+        for one in watching:
+            assert (await one.read()).status == health_pb2.HealthCheckResponse.SERVING
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.Watch(health_pb2.HealthCheckRequest()).read()
+        assert await worker.health() == "SERVING", "asking is for everybody"
+        for one in watching:
+            one.cancel()
+        return caught.value.code().name
+
+    assert run(act, token="right", queue_size=0) == "RESOURCE_EXHAUSTED"
 
 
 def test_tls_is_spoken_with_the_given_certificate(certificate: Path) -> None:

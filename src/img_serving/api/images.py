@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable
 
 import msgspec
@@ -32,6 +33,10 @@ HELD_UPLOADS = 16
 """Bodies of edits in memory at most, in units of the largest one: a queue of uploads must not fill the machine."""
 
 EDIT_FIELDS = frozenset(EditBody.__struct_fields__)
+
+
+_TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(-[!-~]{0,256})?")
+"""W3C Trace Context, 3.2: what is passed on."""
 
 
 class Images:
@@ -120,12 +125,13 @@ class Images:
     async def _draw(self, exchange: Exchange, request: ImageRequest, response_format: ResponseFormat) -> Reply:
         """Run a request and answer it."""
         services = self._services
-        traceparent = exchange.header(b"traceparent")
+        traceparent = exchange.header(b"traceparent") or b""
         job = exchange.job = services.pipeline.admit(
             exchange.tenant,
             request,
             exchange.request_id,
-            traceparent.decode("latin-1") if traceparent else None,
+            # one that is none would only break the call that it travels with
+            traceparent.decode("ascii") if _TRACEPARENT.fullmatch(traceparent) else None,
         )
         exchange.extra_headers.append((b"x-job-id", job.id.encode()))
         # Node's fetch and proxies close at once when their user leaves: the job is not worth its slot then.

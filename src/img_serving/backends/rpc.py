@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
@@ -35,6 +36,8 @@ _TOO_LARGE: Final = "message larger than max"
 _OUR_REQUEST: Final = re.compile("SERVER: Received|CLIENT: Sent")
 _NOT_CONNECTED: Final = "failed to connect to all addresses"
 """gRPC's own words, as grpcio 1.85 has them."""
+
+_PARAM: Final = re.compile(r"[A-Za-z0-9_.\[\]-]{1,64}")
 
 Metadata = tuple[tuple[str, str], ...]
 
@@ -87,6 +90,10 @@ class Line:
         host = f"[{host}]" if ":" in host else host
         self.target = f"{host}:{parts.port or PORTS[parts.scheme]}"
         self._roots = _read(ca_file) if self.is_secure and ca_file is not None else None
+        headers = tuple(headers)
+        for name, _ in headers:
+            if name.lower().endswith("-bin") or name.lower().startswith("grpc-"):
+                raise ValueError(f"headers: {name} means something else in gRPC, and cannot be set")
         bearer = (("authorization", f"Bearer {api_key}"),) if api_key is not None else ()
         self.metadata: Metadata = (*((name.lower(), value) for name, value in headers), *bearer)
         self.redactor = Redactor([api_key, *(value for _, value in self.metadata)])
@@ -101,13 +108,14 @@ class Line:
             )
         self._options = (*_OPTIONS, *through, *alive, *options)
         self._channel: grpc.aio.Channel | None = None
+        self._holders: dict[grpc.aio.Channel, int] = {}
 
     def __repr__(self) -> str:
         return f"<Line {self.target}{' TLS' * self.is_secure}>"
 
     @property
     def channel(self) -> grpc.aio.Channel:
-        """The channel for calls; whoever calls has connected before."""
+        """The channel for calls; whoever calls holds it (`held`)."""
         if self._channel is None:
             if self.is_secure:
                 credentials = grpc.ssl_channel_credentials(self._roots)
@@ -119,33 +127,59 @@ class Line:
     def metadata_of(self, call: Call) -> Metadata:
         """The operator's own, and what lets one request be followed through both logs."""
         metadata = self.metadata
-        if call.request_id:
+        if call.request_id and call.request_id.isascii():
             metadata += (("x-request-id", call.request_id),)
         if call.traceparent:
             metadata += (("traceparent", call.traceparent),)
         return metadata
 
-    async def connect(self, timeout_seconds: float = CONNECT_TIMEOUT_SECONDS) -> None:
-        """Be connected, so that a call that fails afterwards was really sent.
+    @asynccontextmanager
+    async def held(self, timeout_seconds: float = CONNECT_TIMEOUT_SECONDS) -> AsyncIterator[grpc.aio.Channel]:
+        """A connected channel, so that a call that fails was really sent. It stays open for as long as the block lasts.
+
+        A server that goes away politely refuses new calls and finishes those that run: these keep their channel, while whoever
+        comes later gets another.
 
         Raises:
-            AttemptError: `NOT_STARTED`: nobody is there, or nobody we trust.
+            AttemptError: `NOT_STARTED`: nobody is there, or nobody we trust. `UNKNOWN`: the connection was closed under the
+                calls of the block.
         """
+        deadline = asyncio.get_running_loop().time() + timeout_seconds
         channel = self.channel
-        state = channel.get_state(try_to_connect=True)
-        if state is grpc.ChannelConnectivity.READY:
-            return
-        if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE:
+        if channel.get_state(try_to_connect=True) is grpc.ChannelConnectivity.TRANSIENT_FAILURE:
             # it waits before it tries again, and we want to know now: whoever asks has waited already
             channel = await self._anew(channel)
-            state = channel.get_state(try_to_connect=True)
+        self._holders[channel] = self._holders.get(channel, 0) + 1
         try:
-            async with asyncio.timeout(timeout_seconds):
-                while state is not grpc.ChannelConnectivity.READY:
-                    if state in {
-                        grpc.ChannelConnectivity.TRANSIENT_FAILURE,
-                        grpc.ChannelConnectivity.SHUTDOWN,
-                    }:
+            await self._connected(channel, deadline, timeout_seconds)
+            yield channel
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            # nobody cancelled us: it is how gRPC says that the channel was closed
+            raise AttemptError(Outcome.UNKNOWN, "the connection was closed during the call") from None
+        finally:
+            self._holders[channel] -= 1
+            if not self._holders[channel]:
+                del self._holders[channel]
+                if channel is not self._channel:
+                    await channel.close()
+
+    async def close(self) -> None:
+        """Close the connection; calls in flight end."""
+        channel, self._channel = self._channel, None
+        for one in {channel, *self._holders}:
+            if one is not None:
+                await one.close()
+
+    async def _connected(self, channel: grpc.aio.Channel, deadline: float, timeout_seconds: float) -> None:
+        ready, failed = grpc.ChannelConnectivity.READY, grpc.ChannelConnectivity.TRANSIENT_FAILURE
+        state = channel.get_state(try_to_connect=True)
+        try:
+            async with asyncio.timeout_at(deadline):
+                while state is not ready:
+                    if state in {failed, grpc.ChannelConnectivity.SHUTDOWN}:
                         raise AttemptError(Outcome.NOT_STARTED, f"no connection to {self.target}")
                     await channel.wait_for_state_change(state)
                     state = channel.get_state(try_to_connect=True)
@@ -153,18 +187,15 @@ class Line:
             raise AttemptError(
                 Outcome.NOT_STARTED, f"no connection to {self.target} within {timeout_seconds:g} s"
             ) from None
-
-    async def close(self) -> None:
-        """Close the connection; calls in flight end."""
-        channel, self._channel = self._channel, None
-        if channel is not None:
-            await channel.close()
+        except grpc.aio.UsageError:
+            raise AttemptError(Outcome.NOT_STARTED, "the connection was closed") from None
 
     async def _anew(self, broken: grpc.aio.Channel) -> grpc.aio.Channel:
         """Another channel in place of one without a connection, unless somebody was quicker."""
         if self._channel is broken:
             self._channel = None
-            await broken.close(grace=1.0)
+            if broken not in self._holders:
+                await broken.close()
         return self.channel
 
 
@@ -184,7 +215,7 @@ def error_of(
     if code in {kind.INVALID_ARGUMENT, kind.OUT_OF_RANGE}:
         refused = ContentRefused if trailers.get("img-serving-code") == "moderation_blocked" else InvalidRequest
         return BackendRefusal(
-            refused(message or "the backend refused the request", param=trailers.get("img-serving-param"))
+            refused(message or "the backend refused the request", param=_param(trailers, redactor, also))
         )
     if code is kind.NOT_FOUND:
         message = message or "the backend does not have this model"
@@ -204,6 +235,12 @@ def error_of(
     if code in {kind.UNAVAILABLE, kind.CANCELLED, kind.DEADLINE_EXCEEDED}:
         return AttemptError(Outcome.UNKNOWN, f"the call was cut ({code.name}){said}")
     return AttemptError(Outcome.FAILED, f"the backend answered {code.name}{said}")
+
+
+def _param(trailers: dict[str, str], redactor: Redactor, also: Iterable[str | None]) -> str | None:
+    """The parameter that a server names, if it is one and no secret of ours."""
+    param = trailers.get("img-serving-param", "")
+    return param if _PARAM.fullmatch(param) and redactor.clean(param, also) == param else None
 
 
 def busy_seconds(trailers: dict[str, str]) -> float:

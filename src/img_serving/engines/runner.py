@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
 
+from img_serving.domain.capabilities import Capabilities
 from img_serving.domain.errors import AttemptError, BackendRefusal, InvalidRequest, Outcome
 from img_serving.domain.images import Artifact, Call, ItemFailure, Preview, Progress
 from img_serving.engines.engine import Engine, GenerationCancelled, OnStep, load_fully
@@ -16,6 +19,7 @@ OnLoad = Callable[[float, str], None]
 """Told (share done from 0 to 1, what comes next), in the thread that loads."""
 
 _MESSAGE_LIMIT = 300
+Told = TypeVar("Told")
 
 
 class EngineRunner:
@@ -61,24 +65,26 @@ class EngineRunner:
             for preview in previews or (None,):
                 loop.call_soon_threadsafe(on_progress, Progress(done, total, preview))
 
+        # in a cell of its own: a call that was cancelled in the queue stays there for as long as the threads are busy, and must
+        # not hold its input images meanwhile
+        cell = [call]
+        del call
+
         def work() -> list[Artifact | ItemFailure]:
-            if on_start is not None and not unwanted.is_set():
+            if unwanted.is_set() or not cell:
+                raise GenerationCancelled
+            if on_start is not None:
                 loop.call_soon_threadsafe(on_start)
-            return _drawn(self.load(), call, OnStep(report, unwanted.is_set))
+            with _engine_faults():
+                return _drawn(self.load(), cell.pop(), OnStep(report, unwanted.is_set))
 
         self._wanted.add(unwanted)
         try:
             return await loop.run_in_executor(self._executor, work)
         except GenerationCancelled:
             raise AttemptError(Outcome.FAILED, "the engine stopped although nobody asked it to") from None
-        except (AttemptError, BackendRefusal):
-            raise
-        except MemoryError as error:
-            raise AttemptError(Outcome.FAILED, "there is not enough memory for the picture") from error
-        except Exception as error:
-            # Its message may quote anything, a prompt included: the log of the engine has it, the client does not.
-            raise AttemptError(Outcome.FAILED, f"the engine failed ({type(error).__name__})") from error
         finally:
+            cell.clear()
             unwanted.set()
             self._wanted.discard(unwanted)
 
@@ -88,7 +94,22 @@ class EngineRunner:
         Raises:
             AttemptError: it could not be loaded, and why.
         """
-        return await asyncio.get_running_loop().run_in_executor(self._executor, self.load, on_load)
+        return await self._in_a_thread(lambda: self.load(on_load))
+
+    async def capabilities(self) -> Capabilities:
+        """What the loaded engine says that it can do, asked in one of its own threads.
+
+        Raises:
+            AttemptError: it does not say.
+        """
+        return await self._in_a_thread(lambda: self.load().capabilities())
+
+    async def _in_a_thread(self, ask: Callable[[], Told]) -> Told:
+        def work() -> Told:
+            with _engine_faults():
+                return ask()
+
+        return await asyncio.get_running_loop().run_in_executor(self._executor, work)
 
     def load(self, on_load: OnLoad | None = None) -> Engine:
         """The engine, loaded if it is not yet. Blocks: for a thread.
@@ -101,9 +122,8 @@ class EngineRunner:
                 try:
                     engine = self._engine_factory()
                     load_fully(engine, on_load)
-                except Exception as error:
-                    message = f"the engine could not be loaded: {str(error) or type(error).__name__}"
-                    self.load_error = message[:_MESSAGE_LIMIT]
+                except BaseException as error:  # one that calls sys.exit() must not end the program in silence
+                    self.load_error = f"the engine could not be loaded: {words_of(error) or type(error).__name__}"
                     raise AttemptError(Outcome.FAILED, self.load_error) from error
                 self.engine, self.load_error = engine, ""
             return self.engine
@@ -115,6 +135,33 @@ class EngineRunner:
         self._executor.shutdown(wait=False, cancel_futures=True)
 
 
+@contextmanager
+def _engine_faults() -> Iterator[None]:
+    """Whatever an engine raises is an `AttemptError` afterwards, its cause what was raised.
+
+    Also what is no Exception: `sys.exit()` in a thread would end the program in silence, and a CancelledError or StopIteration
+    would be taken by asyncio for something else, and leave the call without an end.
+    """
+    try:
+        yield
+    except (AttemptError, BackendRefusal, GenerationCancelled):
+        raise
+    except MemoryError as error:
+        raise AttemptError(Outcome.FAILED, "there is not enough memory for the picture") from error
+    except BaseException as error:
+        # Its message may quote anything, a prompt included: the log of the engine has it, the client does not.
+        raise AttemptError(Outcome.FAILED, f"the engine failed ({type(error).__name__})") from error
+
+
+def words_of(error: BaseException) -> str:
+    """What an error says, in a bounded number of characters that any encoding has."""
+    try:
+        text = str(error)
+    except Exception:
+        return ""
+    return text[:_MESSAGE_LIMIT].encode("utf-8", "replace").decode()
+
+
 def _drawn(engine: Engine, call: Call, on_step: OnStep) -> list[Artifact | ItemFailure]:
     """In a thread: draw, and prove that pictures came out."""
     on_step.check()
@@ -122,7 +169,7 @@ def _drawn(engine: Engine, call: Call, on_step: OnStep) -> list[Artifact | ItemF
         pictures = engine.generate(call, on_step)
     except ValueError as error:
         # the engine's word for "not what I can draw"; any other mistake of its own has another type
-        raise BackendRefusal(InvalidRequest(str(error)[:_MESSAGE_LIMIT])) from error
+        raise BackendRefusal(InvalidRequest(words_of(error) or "the engine cannot draw this")) from error
     if len(pictures) != len(call.items):
         raise AttemptError(Outcome.FAILED, f"the engine drew {len(pictures)} of {len(call.items)} pictures")
     try:

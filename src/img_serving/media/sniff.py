@@ -70,7 +70,7 @@ def check_picture(data: bytes | bytearray | memoryview) -> tuple[MediaType, int,
         ValueError: "not a picture: …" or "cut short: …".
     """
     size = png.size_if_complete(data) if isinstance(data, bytes) else None
-    if size is not None:
+    if size is not None and max(size) <= SIDE_LIMIT:
         return "image/png", *size
     media_type = sniff(data)
     if media_type is None:

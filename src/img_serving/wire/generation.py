@@ -21,12 +21,13 @@ from img_serving.domain.images import (
 )
 from img_serving.domain.vocabulary import Vocabulary
 from img_serving.media.payload import raw_bytes
-from img_serving.media.sniff import check_picture
+from img_serving.media.sniff import SIDE_LIMIT, check_picture
 from img_serving.wire.pictures import chunk_event, picture_event
 from img_serving.wire.v1 import generation_pb2 as pb
 
 SERVICE: Final = "img_serving.v1.ImageGeneration"
 GENERATE: Final = f"/{SERVICE}/Generate"
+CAPABILITIES: Final = f"/{SERVICE}/Capabilities"
 
 CHUNK_BYTES: Final = 1024 * 1024
 """Bytes of a picture in one message at most."""
@@ -37,6 +38,8 @@ MAX_INPUT_PIXELS: Final = 64 * 1024 * 1024
 MAX_ITEMS: Final = 1024
 """Items of one batch at most, whatever an engine says that it can."""
 
+MAX_WORDS_CHARS: Final = 300
+MAX_COUNT: Final = 2**32 - 1
 MAX_PROMPT_CHARS: Final = 1_000_000
 MAX_REQUEST_ID_CHARS: Final = 128
 MAX_NAMES: Final = 1000
@@ -99,8 +102,20 @@ def message_of(call: Call, honours: frozenset[str]) -> pb.GenerateRequest:
     return message
 
 
+def check_counts(message: pb.GenerateRequest, *, max_items: int, max_images: int) -> None:
+    """Refuse what is too much, before anything in it is looked at.
+
+    Raises:
+        InvalidRequest: how many items, or input images of one, there may be.
+    """
+    if len(message.items) > max_items:
+        raise InvalidRequest(f"a batch has at most {max_items} items, not {len(message.items)}", param="items")
+    if any(len(item.images) > max_images for item in message.items):
+        raise InvalidRequest(f"an item has at most {max_images} input image{'s'[: max_images != 1]}", param="image")
+
+
 def call_of(message: pb.GenerateRequest, *, timeout_seconds: float) -> Call:
-    """A message as a call, checked.
+    """A message as a call, checked. With input images it takes its time: not for an event loop.
 
     Raises:
         InvalidRequest: what is wrong, and with which parameter.
@@ -112,8 +127,6 @@ def call_of(message: pb.GenerateRequest, *, timeout_seconds: float) -> Call:
         raise InvalidRequest(f"operation {message.operation} is not known", param="operation")
     if not message.items:
         raise InvalidRequest("there is no item: a batch has at least one", param="items")
-    if len(message.items) > MAX_ITEMS:
-        raise InvalidRequest(f"a batch has at most {MAX_ITEMS} items", param="items")
     if not (message.width and message.height):
         raise InvalidRequest("width and height must be at least 1 pixel", param="size")
     items = tuple(_item_of(item, operation) for item in message.items)
@@ -199,17 +212,19 @@ def _image_of(image: pb.InputImage, param: str) -> InputImage:
 def progress_events(progress: Progress) -> Iterator[pb.GenerateEvent]:
     """How far a batch is, after what it looks like by then, if that is known and fits into a message."""
     preview = progress.preview
-    if preview is not None and len(preview.data) <= CHUNK_BYTES:
+    if preview is not None and len(preview.data) <= CHUNK_BYTES and 0 <= preview.index < MAX_ITEMS:
         shown = pb.Preview(index=preview.index, data=preview.data, media_type=preview.media_type)
         yield pb.GenerateEvent(preview=shown)
-    yield pb.GenerateEvent(progress=pb.Progress(done=progress.done, total=progress.total))
+    done, total = (min(max(0, round(one)), MAX_COUNT) for one in (progress.done, progress.total))
+    yield pb.GenerateEvent(progress=pb.Progress(done=done, total=total))
 
 
 def result_events(results: Iterable[Artifact | ItemFailure]) -> Iterator[pb.GenerateEvent | bytes]:
     """Pictures (encoded already) and failures, one after the other, and the end."""
     for index, result in enumerate(results):
         if isinstance(result, ItemFailure):
-            error = pb.ItemError(index=index, message=result.message, refused=result.refused)
+            words = result.message[:MAX_WORDS_CHARS].encode("utf-8", "replace").decode()
+            error = pb.ItemError(index=index, message=words, refused=result.refused)
             yield pb.GenerateEvent(error=error)
             continue
         data = memoryview(raw_bytes(result))
@@ -281,7 +296,7 @@ def capabilities_of(message: pb.Model, *, slots: int, any_model: bool = False) -
             max_pixels=sizes.max_pixels or None,
         ),
         default_size=(message.default_width, message.default_height)
-        if message.default_width and message.default_height
+        if 0 < message.default_width <= SIDE_LIMIT and 0 < message.default_height <= SIDE_LIMIT
         else None,
         max_steps=message.max_steps or None,
         max_images=max(1, message.max_images),

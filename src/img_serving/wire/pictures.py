@@ -7,6 +7,7 @@ The encoding is protobuf's own: https://protobuf.dev/programming-guides/encoding
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Final
 
 from google.protobuf.message import DecodeError
@@ -58,6 +59,25 @@ def read_event(raw: bytes) -> pb.GenerateEvent | Carried:
         return pb.GenerateEvent.FromString(raw) if carried is None else carried
     except DecodeError:
         raise ValueError("the message cannot be read") from None
+
+
+def fields_of(view: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """The fields of a message, in order: their numbers, and the bytes of those that have a length (else none).
+
+    Raises:
+        ValueError: it is no message.
+    """
+    at = 0
+    while at < len(view):
+        key, at = _read_varint(view, at)
+        if key & 7 == _LEN:
+            length, at = _read_varint(view, at)
+            value, at = view[at : at + length], at + length
+        else:
+            value, at = view[:0], _skip(view, at, key & 7)
+        if at > len(view):
+            raise ValueError("the message is cut short")
+        yield key >> 3, value
 
 
 def _event(field: int, head: bytes, data_field: int, data: memoryview | bytes) -> bytes:

@@ -63,9 +63,9 @@ def _module_of(where: str) -> ModuleType:
         if error.name is not None and (where == error.name or where.startswith(f"{error.name}.")):
             raise StartError(f"there is no module {where!r} here or among what is installed") from None
         raise StartError(f"{where} needs the module {error.name!r}, which is not installed") from error
-    except StartError:
+    except (StartError, KeyboardInterrupt):
         raise
-    except Exception as error:
+    except BaseException as error:  # also one that calls sys.exit() as it is imported
         raise StartError(f"{where} cannot be imported: {type(error).__name__}: {error}") from error
 
 

@@ -53,6 +53,9 @@ class MetricsPage:
             address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
             daemon_threads = True
 
+            def handle_error(self, request: object, client_address: object) -> None:
+                """Say nothing: a scraper that hung up is no news either."""
+
         try:
             self._server = Server((host, port), Handler)
         except OSError as error:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import signal
+import socket
 import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import grpc
 import grpc.aio
@@ -42,7 +44,8 @@ _OPTIONS: Final = (
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),
 )
-_QUESTIONS: Final = 64
+_WATCHERS: Final = 16
+_QUESTIONS: Final = 64 + _WATCHERS
 """Health checks and the like at the same time."""
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -71,7 +74,7 @@ async def serve(
         workshop = Workshop(engine_factory, options)
         stack.callback(workshop.close)
         service = GenerationService(workshop)
-        health_service = health.aio.HealthServicer()
+        health_service = BoundedHealth()
         server = grpc.aio.server(
             # each of them may carry input images
             maximum_concurrent_rpcs=options.slots + options.queue_size + _QUESTIONS,
@@ -140,6 +143,24 @@ async def _drain(
         log.warning("drain time is over; %d calls were cut", workshop.in_flight)
 
 
+class BoundedHealth(health.aio.HealthServicer):
+    """The standard health service. Watching needs no token and lasts, so only so many may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._watching = 0
+
+    async def Watch(self, request: Any, context: Any) -> None:  # noqa: N802 - gRPC's name
+        """Tell how it is, now and whenever that changes."""
+        if self._watching >= _WATCHERS:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{_WATCHERS} watch already: use Check")
+        self._watching += 1
+        try:
+            await super().Watch(request, context)
+        finally:
+            self._watching -= 1
+
+
 async def _say_health(health_service: health.aio.HealthServicer, status: int) -> None:
     for name in (health.OVERALL_HEALTH, SERVICE):
         await health_service.set(name, status)
@@ -148,6 +169,7 @@ async def _say_health(health_service: health.aio.HealthServicer, status: int) ->
 def _listen(server: grpc.aio.Server, options: WorkerOptions) -> int:
     host = f"[{options.host}]" if ":" in options.host else options.host
     address = f"{host}:{options.port}"
+    _check_free(options)
     try:
         if options.tls_cert is None or options.tls_key is None:
             return server.add_insecure_port(address)
@@ -156,10 +178,31 @@ def _listen(server: grpc.aio.Server, options: WorkerOptions) -> int:
     except OSError as error:
         raise StartError(f"{error.filename} cannot be read ({error.strerror or error})") from error
     except RuntimeError as error:
-        raise StartError(
-            f"the worker cannot listen on {address}: the port is taken, or the address is none of this machine; "
-            "choose another with --host and --port"
-        ) from error
+        if options.tls_cert is not None:
+            raise StartError(f"{options.tls_cert} and {options.tls_key} are no certificate and its key") from error
+        raise StartError(f"the worker cannot listen on {address}") from error
+
+
+def _check_free(options: WorkerOptions) -> None:
+    """Whether the port is free on every address of the host: gRPC is content with one of them."""
+    try:
+        found = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise StartError(f"the worker cannot listen on {options.host}: {error.strerror or error}") from error
+    for family, kind, protocol, _, address in found:
+        try:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                probe.bind(address)
+        except OSError as error:
+            if len(found) > 1 and error.errno in {errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL}:
+                continue  # a machine without IPv6
+            raise StartError(
+                f"the worker cannot listen on {options.host}:{options.port} ({error.strerror or error}): the port is taken, "
+                "or the address is none of this machine; choose another with --host and --port"
+            ) from error
 
 
 def _warn_if_open(options: WorkerOptions) -> None:

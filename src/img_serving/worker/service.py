@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, Final, NoReturn
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 
 from img_serving import __version__
-from img_serving.domain.errors import AttemptError, BackendRefusal, GatewayError, NotFound, QueueFull
+from img_serving.domain.errors import (
+    AttemptError,
+    BackendRefusal,
+    GatewayError,
+    InvalidRequest,
+    NotFound,
+    QueueFull,
+)
 from img_serving.domain.images import Artifact, Call, ItemFailure, Progress
-from img_serving.wire.generation import SERVICE, call_of, model_message, progress_events, result_events
+from img_serving.wire.generation import SERVICE, call_of, check_counts, model_message, progress_events, result_events
 from img_serving.wire.pictures import event_bytes
+from img_serving.wire.swarm import has_too_many_fields
 from img_serving.wire.v1 import generation_pb2 as pb
 from img_serving.wire.v1 import generation_pb2_grpc
 from img_serving.worker.workshop import Workshop
@@ -24,6 +34,9 @@ Metadata = tuple[tuple[str, str], ...]
 
 WAITING_SECONDS: Final = 5.0
 """How often a call that waits for a slot is told that it is not forgotten. While it is drawn, only steps count."""
+
+READING_SECONDS: Final = 60.0
+"""How long a caller may take for one event of at most a mebibyte."""
 
 NO_HURRY_SECONDS: Final = 86_400.0
 _NOT_STARTED: Final = (("img-serving-not-started", "1"),)
@@ -53,38 +66,56 @@ class GenerationService(generation_pb2_grpc.ImageGenerationServicer):
             else pb.Loading(doing=loading.doing, share=loading.share, failed=loading.failed),
         )
 
-    async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateEvent | bytes]:  # type: ignore[override] # noqa: N802
-        """Draw a batch."""
-        call = await self._taken(request, context)
-        del request  # input images are held once
+    async def Generate(self, request: bytes, context: Context) -> None:  # type: ignore[override] # noqa: N802
+        """Draw a batch; `request` is a `GenerateRequest` as it came."""
+        try:
+            with self._workshop.seat() as is_free:
+                if not is_free:
+                    await _refuse(context, self._workshop.full())
+                call = await self._taken(request, context)
+                del request  # input images are held once
+                await self._drawn(call, context)
+        except _NobodyReads:
+            # even this waits until somebody reads, but nothing is held meanwhile: neither pictures nor a seat
+            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, f"nobody read for {READING_SECONDS:g} s")
+
+    async def _drawn(self, call: Call, context: Context) -> None:
         news = _News()
         drawing = asyncio.ensure_future(self._workshop.draw(call, news.progress, news.started))
+        del call
         drawing.add_done_callback(lambda _: news.ring())
         try:
             while not drawing.done():
                 if not await news.wait():
-                    yield pb.GenerateEvent(progress=pb.Progress(done=0, total=0))
+                    await _send(context, pb.GenerateEvent(progress=pb.Progress(done=0, total=0)))
                 for progress in news.take():
-                    for told in progress_events(progress):
-                        yield told
+                    for event in progress_events(progress):
+                        await _send(context, event)
             results = await _result(drawing, context)
-            for event in result_events(results):
-                yield event
+            for result in result_events(results):
+                await _send(context, result)
         finally:
             # who cancelled the call does not want the rest; a task that is done does not mind
             drawing.cancel()
 
-    async def _taken(self, request: pb.GenerateRequest, context: Context) -> Call:
+    async def _taken(self, raw: bytes, context: Context) -> Call:
         """The call, if it can be drawn; else the RPC ends here."""
-        loading = self._workshop.loading
+        shop = self._workshop
+        loading = shop.loading
         if self.is_draining:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "the worker is stopping", _NOT_STARTED)
         if loading is not None:
             told = f"the model is not loaded yet ({loading.share:.0%}, {loading.doing})"
             await context.abort(grpc.StatusCode.UNAVAILABLE, told, _NOT_STARTED)
         try:
-            call = call_of(request, timeout_seconds=NO_HURRY_SECONDS)
-            self._workshop.admit(call)
+            request = _unpacked(raw)
+            can = shop.capabilities
+            check_counts(request, max_items=can.max_batch_size, max_images=max(1, can.max_images))
+            # a picture's structure is walked through, which can take a while: the loop has others to answer
+            has_images = any(item.images for item in request.items)
+            read = partial(call_of, request, timeout_seconds=NO_HURRY_SECONDS)
+            call = await asyncio.to_thread(read) if has_images else read()
+            shop.admit(call)
         except GatewayError as error:
             await _refuse(context, error)
         # says that the call was taken: whoever loses the connection from here on does not know how it ended
@@ -92,10 +123,33 @@ class GenerationService(generation_pb2_grpc.ImageGenerationServicer):
         return call
 
 
+def _unpacked(raw: bytes) -> pb.GenerateRequest:
+    """Raises InvalidRequest: it is no such message, or one that would unpack to too much."""
+    try:
+        if has_too_many_fields(raw):
+            raise InvalidRequest("the request has more fields than any that can be drawn")
+        return pb.GenerateRequest.FromString(raw)
+    except (ValueError, DecodeError):
+        raise InvalidRequest("the request is no GenerateRequest of img_serving.v1") from None
+
+
+async def _send(context: Context, event: pb.GenerateEvent | bytes) -> None:
+    """Hand one event on. Who does not read for `READING_SECONDS` is given up: pictures are not held for ever."""
+    try:
+        async with asyncio.timeout(READING_SECONDS):
+            await context.write(event)
+    except TimeoutError:
+        raise _NobodyReads from None
+
+
+class _NobodyReads(Exception):
+    """A caller does not take what it asked for."""
+
+
 def handler_of(service: GenerationService) -> grpc.GenericRpcHandler:
     """The service for a server: as the generated code has it, but for events that are encoded already."""
     methods: dict[str, Any] = {
-        "Generate": grpc.unary_stream_rpc_method_handler(service.Generate, pb.GenerateRequest.FromString, event_bytes),
+        "Generate": grpc.unary_stream_rpc_method_handler(service.Generate, None, event_bytes),
         "Capabilities": grpc.unary_unary_rpc_method_handler(
             service.Capabilities, pb.CapabilitiesRequest.FromString, pb.CapabilitiesResponse.SerializeToString
         ),
@@ -196,8 +250,9 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
         given = next((value for name, value in details.invocation_metadata if name == "authorization"), "")
         if hmac.compare_digest(given.encode() if isinstance(given, str) else given, self._expected):
             return await continuation(handler_call_details)
-        return grpc.unary_unary_rpc_method_handler(_unknown_caller)
+        # a handler of streams: it answers without waiting for a message, however large that is, or whether it ever comes
+        return grpc.stream_stream_rpc_method_handler(_unknown_caller)
 
 
-async def _unknown_caller(request: Any, context: Context) -> None:  # noqa: ARG001 - gRPC's shape
+async def _unknown_caller(requests: Any, context: Context) -> None:  # noqa: ARG001 - gRPC's shape
     await context.abort(grpc.StatusCode.UNAUTHENTICATED, "metadata `authorization: Bearer …` is missing or wrong")

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 import traceback
-from collections.abc import Callable
+import unicodedata
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, get_args
 
-from img_serving.backends.http import Redactor, prompts_of
+from img_serving.backends.http import prompts_of
 from img_serving.domain.capabilities import Capabilities
-from img_serving.domain.errors import AttemptError, BackendRefusal, InvalidRequest, NotFound, QueueFull
-from img_serving.domain.images import Artifact, Call, ImageRequest, Item, ItemFailure, Progress
+from img_serving.domain.errors import AttemptError, BackendRefusal, InvalidRequest, NotFound, Outcome, QueueFull
+from img_serving.domain.images import Artifact, Call, ImageRequest, Item, ItemFailure, Operation, Progress
+from img_serving.domain.vocabulary import Vocabulary
 from img_serving.engines.engine import Engine
-from img_serving.engines.runner import EngineRunner
+from img_serving.engines.runner import EngineRunner, words_of
+from img_serving.media.sniff import SIDE_LIMIT
+from img_serving.wire.generation import MAX_ITEMS, model_message
 from img_serving.worker.counts import Counts, memory_of
 from img_serving.worker.options import WorkerOptions
 
@@ -27,7 +33,7 @@ MAX_WAIT_SECONDS: Final = 60.0
 MAX_PIXELS: Final = 64 * 1024 * 1024
 """Of a picture, where the engine sets no bound of its own: no typing error may take all memory."""
 
-_NO_SECRETS = Redactor([])
+_WORD = re.compile(r"\w+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +64,7 @@ class Workshop:
         self._clock = clock
         self._runner = EngineRunner(engine_factory, threads=options.slots)
         self._capabilities = Capabilities()
+        self._seated = 0
 
     def __repr__(self) -> str:
         state = self.loading.doing if self.loading is not None else "ready"
@@ -70,8 +77,8 @@ class Workshop:
 
     @property
     def in_flight(self) -> int:
-        """Calls that are drawn or wait."""
-        return self._runner.in_flight
+        """Calls that are drawn, wait, or are being sent."""
+        return self._seated
 
     @property
     def capabilities(self) -> Capabilities:
@@ -95,8 +102,8 @@ class Workshop:
             loop.call_soon_threadsafe(note, share, doing)
 
         try:
-            engine = await self._runner.loaded(on_load)
-            self._capabilities = self._limited(engine.capabilities())
+            await self._runner.loaded(on_load)
+            self._capabilities = self._limited(checked(await self._runner.capabilities()))
         except AttemptError as error:
             self.loading = Loading(doing="failed", failed=error.message)
             raise
@@ -106,22 +113,34 @@ class Workshop:
         self.counts.load_seconds = self._clock() - began
         self.loading = None
 
+    @contextmanager
+    def seat(self) -> Iterator[bool]:
+        """A place for one call, from its first byte to its last; False: there is none."""
+        if self._seated >= self.options.slots + self.options.queue_size:
+            yield False
+            return
+        self._seated += 1
+        try:
+            yield True
+        finally:
+            self._seated -= 1
+
+    def full(self) -> QueueFull:
+        """What those are told who get no seat."""
+        wait = min(MAX_WAIT_SECONDS, max(0.1, self.counts.mean_draw_seconds))
+        return QueueFull(f"{self._seated} calls are drawn or wait already", retry_after_seconds=wait)
+
     def admit(self, call: Call) -> None:
-        """Look whether a call can be drawn here, and whether there is room.
+        """Look whether a call can be drawn here.
 
         Raises:
             InvalidRequest: it asks for what the model cannot do.
             NotFound: it asks for another model.
-            QueueFull: too many wait already.
         """
         can, options = self._capabilities, self.options
         if call.model not in {None, options.model} and not options.any_model:
             raise NotFound(f"this worker serves the model {options.model!r}", code="model_not_found", param="model")
         request = call.request
-        if len(call.items) > can.max_batch_size:
-            raise InvalidRequest(
-                f"a batch has at most {can.max_batch_size} items, not {len(call.items)}", param="items"
-            )
         if request.operation not in can.operations:
             raise InvalidRequest(f"this model does no {request.operation}", param="operation")
         refusal = can.sizes.refusal(call.width, call.height)
@@ -139,15 +158,8 @@ class Workshop:
             if asked is not None and known is not None and known.find(asked) is None:
                 raise InvalidRequest(f"there is no {name} {asked[:80]!r}; {known.hint(asked)}", param=name)
         for item in call.items:
-            if len(item.images) > can.max_images:
-                raise InvalidRequest(f"an item has at most {can.max_images} input images", param="image")
             if item.mask is not None and not can.masks:
                 raise InvalidRequest("this model cannot use a mask", param="mask")
-        if self._runner.in_flight >= options.slots + options.queue_size:
-            raise QueueFull(
-                f"{self._runner.in_flight} calls are drawn or wait already",
-                retry_after_seconds=min(MAX_WAIT_SECONDS, max(0.1, self.counts.mean_draw_seconds)),
-            )
 
     async def draw(
         self, call: Call, on_progress: Callable[[Progress], None], on_start: Callable[[], None]
@@ -252,13 +264,57 @@ def warm_up_call(can: Capabilities) -> Call:
     return Call(request, None, width, height, (Item("warm up", None, 0),), timeout_seconds=600.0)
 
 
+def checked(can: object) -> Capabilities:
+    """What an engine says that it can do, if it makes sense.
+
+    Raises:
+        AttemptError: it does not, and what is wrong.
+    """
+    fault = ""
+    if not isinstance(can, Capabilities):
+        fault = f"it returned {type(can).__name__}, not Capabilities"
+    elif not 1 <= can.max_batch_size <= MAX_ITEMS:
+        fault = f"max_batch_size must be from 1 to {MAX_ITEMS}, not {can.max_batch_size}"
+    elif not can.operations <= set(get_args(Operation)):
+        fault = f"operations are of {', '.join(get_args(Operation))}, not {', '.join(sorted(can.operations))}"
+    elif can.default_size is not None and not all(1 <= side <= SIDE_LIMIT for side in can.default_size):
+        fault = f"default_size must be two sides of 1 to {SIDE_LIMIT} pixels, not {can.default_size}"
+    elif not all(one is None or isinstance(one, Vocabulary) for one in (can.samplers, can.schedulers)):
+        fault = "samplers and schedulers are a Vocabulary each, or None"
+    else:
+        try:
+            model_message("model", can)
+        except (TypeError, ValueError, AttributeError, KeyError) as error:
+            fault = words_of(error) or type(error).__name__
+    if fault or not isinstance(can, Capabilities):
+        raise AttemptError(Outcome.FAILED, f"capabilities() of the engine cannot be used: {fault}")
+    return can
+
+
+def _quotes(words: str, call: Call) -> bool:
+    """Whether words may have been taken from a prompt: any but the shortest of its words is in them, however spelt."""
+    once = words.replace("\\\\", "\\")  # a KeyError writes its words as `repr` does
+    spelt = {form.casefold() for form in (words, once, _composed(words))}
+    for prompt in filter(None, prompts_of(call)):
+        for word in _WORD.findall(_composed(prompt).casefold()):
+            forms = (word, ascii(word)[1:-1], repr(word.encode())[2:-1])  # as it is, and as `repr` writes it
+            if len(word) >= (3 if word.isascii() else 1) and any(form in one for form in forms for one in spelt):
+                return True
+    return False
+
+
+def _composed(text: str) -> str:
+    return unicodedata.normalize("NFC", text)
+
+
 def _log_failure(error: AttemptError, call: Call) -> None:
-    """With where it happened; what it says only without the prompts, which are the client's."""
+    """With where it happened; what it says only where nothing in it may be from a prompt, which is the client's."""
     cause = error.__cause__
     fields = {"request_id": call.request_id, "items": len(call.items), "size": f"{call.width}x{call.height}"}
     if cause is None:
         log.error("%s", error.message, extra={"fields": fields})
         return
     where = "".join(traceback.format_tb(cause.__traceback__))
-    words = _NO_SECRETS.clean(str(cause), prompts_of(call))
+    words = words_of(cause)
+    words = f"{type(cause).__name__}: " + ("(its words may quote a prompt)" if _quotes(words, call) else words)
     log.error("%s: %s\n%s", error.message, words, where, extra={"fields": fields})

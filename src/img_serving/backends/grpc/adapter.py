@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from msgspec import structs
 
@@ -17,15 +19,16 @@ from img_serving.backends.http import patience, prompts_of
 from img_serving.backends.rpc import Line, error_of
 from img_serving.domain.capabilities import PARAMETERS, Capabilities
 from img_serving.domain.errors import AttemptError, BackendRefusal, Outcome
-from img_serving.domain.images import Artifact, Call, ItemFailure, MediaType, Preview
+from img_serving.domain.images import Artifact, Call, ItemFailure, MediaType, Preview, Progress
 from img_serving.media.sniff import sniff
 from img_serving.ports import HealthReport, OnProgress
-from img_serving.wire.generation import CHUNK_BYTES, GENERATE, SERVICE, capabilities_of, message_of
+from img_serving.wire.generation import CAPABILITIES, CHUNK_BYTES, GENERATE, SERVICE, capabilities_of, message_of
 from img_serving.wire.pictures import Carried, read_event
 from img_serving.wire.v1 import generation_pb2 as pb
-from img_serving.wire.v1 import generation_pb2_grpc
 
-MAX_MODELS: Final = 5000
+MAX_MODELS: Final = 500
+MAX_CAPABILITIES_BYTES: Final = 4 * 1024 * 1024
+SIGN_OF_LIFE_SECONDS: Final = 0.5
 MAX_NAME_CHARS: Final = 256
 
 UNKNOWN: Final = Capabilities(
@@ -98,19 +101,22 @@ class GrpcBackend:
                 nothing was heard for `call.timeout_seconds`; else `FAILED`.
             BackendRefusal: the request is at fault.
         """
-        await self._line.connect(min(call.timeout_seconds, self._options.connect_timeout_ms / 1000))
         able = self._capabilities.of(call.model)
-        # no deserializer: pictures are read where they are
-        generate: Any = self._line.channel.unary_stream(GENERATE, pb.GenerateRequest.SerializeToString, None)
         message = message_of(_spelt(call, able), able.honoured(call.request.operation))
+        telling = _Telling(on_progress)
         assembly = Assembly(call.items)
-        async with patience(call.timeout_seconds) as heard:
+        async with (
+            self._line.held(min(call.timeout_seconds, self._options.connect_timeout_ms / 1000)) as channel,
+            patience(call.timeout_seconds) as heard,
+        ):
+            # no deserializer: pictures are read where they are
+            generate: Any = channel.unary_stream(GENERATE, pb.GenerateRequest.SerializeToString, None)
             stream = generate(message, metadata=self._line.metadata_of(call))
             del message  # gRPC has its own copy of the input images
             try:
                 async for raw in stream:
                     heard()
-                    if self._take(read_event(raw), assembly, call, on_progress):
+                    if self._take(read_event(raw), assembly, call, telling):
                         return assembly.finished()
             except ValueError as error:
                 raise AttemptError(Outcome.FAILED, f"the worker does not speak {SERVICE}: {error}") from None
@@ -123,10 +129,9 @@ class GrpcBackend:
     async def check(self, timeout_seconds: float) -> HealthReport:
         """Ask for health, then for what the worker can do. A worker that still loads is not healthy yet."""
         try:
-            async with patience(timeout_seconds):
-                await self._line.connect(timeout_seconds)
-                told = await self._told()
-                healthy, detail = await self._health()
+            async with patience(timeout_seconds), self._line.held(timeout_seconds) as channel:
+                told = await self._told(channel)
+                healthy, detail = await self._health(channel)
         except AttemptError as error:
             return HealthReport(healthy=False, detail=error.message)
         except grpc.aio.AioRpcError as error:
@@ -149,42 +154,50 @@ class GrpcBackend:
         """Close the connection."""
         await self._line.close()
 
-    def _take(self, event: pb.GenerateEvent | Carried, assembly: Assembly, call: Call, on_progress: OnProgress) -> bool:
+    def _take(self, event: pb.GenerateEvent | Carried, assembly: Assembly, call: Call, telling: _Telling) -> bool:
         """Act on one event; True: it was the last."""
         if isinstance(event, Carried):
             if isinstance(event.head, pb.Picture):
                 assembly.picture(event.head, event.data)
             else:
                 assembly.chunk(event.head.index, event.data)
+            telling.alive()
             return False
         kind = event.WhichOneof("event")
         if kind == "progress":
-            on_progress(assembly.progress(event.progress))
-        elif kind == "preview":
-            shown = _preview_of(event.preview, len(call.items))
-            if shown is not None and call.previews:
-                on_progress(structs.replace(assembly.latest, preview=shown))
+            telling.progress(event.progress.done, event.progress.total)
+            return False
+        if kind == "preview" and call.previews:
+            telling.preview(_preview_of(event.preview, len(call.items)))
         elif kind == "picture":
             assembly.picture(event.picture, event.picture.data)
         elif kind == "chunk":
             assembly.chunk(event.chunk.index, event.chunk.data)
         elif kind == "error":
             assembly.error(event.error, self._line.redactor.clean(event.error.message, prompts_of(call)))
+        telling.alive()
         return kind == "done"
 
-    async def _told(self) -> pb.CapabilitiesResponse | None:
+    async def _told(self, channel: grpc.aio.Channel) -> pb.CapabilitiesResponse | None:
         """What the worker says of itself; None: it has no such method."""
-        stub = generation_pb2_grpc.ImageGenerationStub(self._line.channel)
+        # no deserializer: what is too large to be an answer is not unpacked
+        ask: Any = channel.unary_unary(CAPABILITIES, pb.CapabilitiesRequest.SerializeToString, None)
         try:
-            return await stub.Capabilities(pb.CapabilitiesRequest(), metadata=self._line.metadata)
+            raw = await ask(pb.CapabilitiesRequest(), metadata=self._line.metadata)
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.UNIMPLEMENTED:
                 return None
             raise
+        if len(raw) > MAX_CAPABILITIES_BYTES:
+            raise AttemptError(Outcome.FAILED, f"what the worker can do is told in {len(raw)} bytes: too many")
+        try:
+            return pb.CapabilitiesResponse.FromString(raw)
+        except DecodeError:
+            raise AttemptError(Outcome.FAILED, f"the worker does not speak {SERVICE}") from None
 
-    async def _health(self) -> tuple[bool, str]:
+    async def _health(self, channel: grpc.aio.Channel) -> tuple[bool, str]:
         """The standard health service's word, where there is one."""
-        stub: Any = health_pb2_grpc.HealthStub(self._line.channel)
+        stub: Any = health_pb2_grpc.HealthStub(channel)
         for name in (SERVICE, ""):
             try:
                 reply = await stub.Check(health_pb2.HealthCheckRequest(service=name), metadata=self._line.metadata)
@@ -194,7 +207,10 @@ class GrpcBackend:
                 if error.code() is grpc.StatusCode.UNIMPLEMENTED:
                     break
                 raise
-            status = health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status)
+            if reply is None:  # gRPC's way to say that it could not be read
+                return False, "its health service does not speak grpc.health.v1"
+            names = dict(health_pb2.HealthCheckResponse.ServingStatus.items())
+            status = next((word for word, value in names.items() if value == reply.status), str(reply.status))
             return status == "SERVING", f"health: {status}"
         return True, "it answers, and has no health service"
 
@@ -216,6 +232,39 @@ class GrpcBackend:
 
     def _meaning(self, error: grpc.aio.AioRpcError, call: Call | None = None) -> AttemptError | BackendRefusal:
         return error_of(error, self._line.redactor, () if call is None else prompts_of(call))
+
+
+class _Telling:
+    """What the gateway is told of a call: progress that never runs back, and now and then a sign of life between steps.
+
+    Every event of a worker's is one; but only what the gateway hears renews its own time-out.
+    """
+
+    def __init__(self, on_progress: OnProgress) -> None:
+        self._on_progress = on_progress
+        self._clock = asyncio.get_running_loop().time
+        self._latest = Progress(0, 1)
+        self._told_at = self._clock()
+
+    def progress(self, done: int, total: int) -> None:
+        """So many steps are done."""
+        total = max(1, total, self._latest.done)
+        self._tell(Progress(max(self._latest.done, min(done, total)), total))
+
+    def preview(self, preview: Preview | None) -> None:
+        """It looks like this by now; None: nothing that can be shown."""
+        if preview is not None:
+            self._on_progress(structs.replace(self._latest, preview=preview))
+            self._told_at = self._clock()
+
+    def alive(self) -> None:
+        """Something came that is no progress."""
+        if self._clock() - self._told_at >= SIGN_OF_LIFE_SECONDS:
+            self._tell(self._latest)
+
+    def _tell(self, progress: Progress) -> None:
+        self._latest, self._told_at = progress, self._clock()
+        self._on_progress(progress)
 
 
 def _spelt(call: Call, able: Capabilities) -> Call:

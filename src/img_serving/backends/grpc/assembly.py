@@ -6,11 +6,16 @@ from collections.abc import Sequence
 from typing import Final
 
 from img_serving.domain.errors import AttemptError, Outcome
-from img_serving.domain.images import Artifact, Item, ItemFailure, Progress
+from img_serving.domain.images import Artifact, Item, ItemFailure
 from img_serving.media.payload import artifact_from_bytes
 from img_serving.wire.v1 import generation_pb2 as pb
 
 MAX_PICTURE_BYTES: Final = 256 * 1024 * 1024
+MAX_PARTS: Final = 65_536
+"""Chunks of one picture: 256 of them are enough for the largest, but a worker may take smaller ones."""
+
+MAX_WRAPPING_BYTES: Final = 4096
+MAX_TEXT_CHARS: Final = 32_000
 
 
 class Assembly:
@@ -20,13 +25,6 @@ class Assembly:
         self._items = items
         self._results: list[Artifact | ItemFailure | None] = [None] * len(items)
         self._growing: dict[int, _Growing] = {}
-        self.latest = Progress(0, 1)
-
-    def progress(self, progress: pb.Progress) -> Progress:
-        """How far the batch is: never less than before, and never past its end."""
-        total = max(1, progress.total, self.latest.done)
-        self.latest = Progress(max(self.latest.done, min(progress.done, total)), total)
-        return self.latest
 
     def picture(self, picture: pb.Picture, data: bytes | memoryview) -> None:
         """A picture, or its beginning.
@@ -81,7 +79,15 @@ class Assembly:
         return index
 
     def _add(self, index: int, growing: _Growing, data: bytes | memoryview) -> None:
+        if (
+            isinstance(data, memoryview)
+            and isinstance(data.obj, bytes)
+            and len(data.obj) - len(data) > MAX_WRAPPING_BYTES
+        ):
+            data = bytes(data)  # else all that it came in would be held
         growing.parts.append(data)
+        if len(growing.parts) > MAX_PARTS:
+            raise AttemptError(Outcome.FAILED, f"the picture of item {index} comes in more than {MAX_PARTS} parts")
         growing.missing -= len(data)
         if growing.missing < 0:
             raise AttemptError(Outcome.FAILED, f"the picture of item {index} is longer than the worker said")
@@ -94,8 +100,8 @@ class Assembly:
         try:
             artifact = artifact_from_bytes(
                 whole,
-                head.seed if head.HasField("seed") else self._items[index].seed,
-                head.revised_prompt if head.HasField("revised_prompt") else None,
+                head.seed if head.HasField("seed") and head.seed >= 0 else self._items[index].seed,
+                head.revised_prompt[:MAX_TEXT_CHARS] if head.HasField("revised_prompt") else None,
             )
         except ValueError as error:
             raise AttemptError(Outcome.FAILED, f"the worker's picture is no use: {error}") from None

@@ -107,8 +107,10 @@ class KServeBackend:
             BackendRefusal: the request is at fault.
         """
         model = call.model or self._server.default_model or ""
-        await self._line.connect(min(PROBE_TIMEOUT_SECONDS, call.timeout_seconds))
-        async with patience(call.timeout_seconds) as heard:
+        async with (
+            self._line.held(min(PROBE_TIMEOUT_SECONDS, call.timeout_seconds)),
+            patience(call.timeout_seconds) as heard,
+        ):
             try:
                 model = model or await self._first_model(call.timeout_seconds)
                 return await self._draw(call, model, on_progress, heard)
@@ -124,9 +126,9 @@ class KServeBackend:
         """Ask whether the server and its models are ready; at the start, and when it was away, what the models' tensors are."""
         deadline = asyncio.get_running_loop().time() + timeout_seconds
         try:
-            await self._line.connect(timeout_seconds)
-            left = deadline - asyncio.get_running_loop().time()
-            found = await self._server.look(left, afresh=self._was_down)
+            async with self._line.held(timeout_seconds):
+                left = deadline - asyncio.get_running_loop().time()
+                found = await self._server.look(left, afresh=self._was_down)
         except AttemptError as error:
             return self._down(error.message)
         except TimeoutError:
