@@ -16,6 +16,7 @@ from tests.support.gateways import ADMIN, running, scripted
 from tests.support.virtual_time import run_virtual
 
 from img_serving.api.generation import CHOICES, GenerationBody
+from img_serving.api.images import TRACEPARENT
 from img_serving.storage.local_disk import LocalDiskStore
 
 ONE = scripted("one")
@@ -796,3 +797,19 @@ def test_a_breaker_that_opens_is_in_the_log(caplog: pytest.LogCaptureFixture) ->
     with caplog.at_level(logging.INFO, logger="img_serving.gateway.registry"):
         run_virtual(main())
     assert [one.message for one in caplog.records if "breaker" in one.message] == ["circuit breaker is open"]
+
+
+@pytest.mark.parametrize(
+    ("header", "passed_on"),
+    [
+        (b"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", True),
+        (b"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01-more", True),
+        (b"", False),
+        ("é".encode("latin-1"), False),
+        (b"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01\tx", False),
+        (b"00-AF7651916cd43dd8448eb211c80319c0-b7ad6b7169203331-01", False),
+    ],
+)
+def test_a_trace_goes_on_only_where_it_is_one(header: bytes, passed_on: bool) -> None:
+    """What is none would break the call that it travels with, and its endpoint would be blamed for it."""
+    assert bool(TRACEPARENT.fullmatch(header)) is passed_on

@@ -10,16 +10,18 @@ from typing import Any
 import grpc
 import msgspec
 import pytest
-from tests.support.fake_worker import FakeWorker
+from tests.support.fake_worker import CODES, FakeWorker
 from tests.transport.conftest import certificate as certificate  # noqa: PLC0414 - a fixture
 
 from img_serving.backends.grpc import GrpcBackend
 from img_serving.backends.grpc.adapter import UNKNOWN
+from img_serving.backends.grpc.assembly import Assembly
 from img_serving.backends.scripted import picture
 from img_serving.domain.capabilities import SizeRule
 from img_serving.domain.errors import AttemptError, BackendRefusal, Outcome
 from img_serving.domain.images import Artifact, Call, ImageRequest, InputImage, Item, ItemFailure, Progress
 from img_serving.ports import HealthReport
+from img_serving.wire.pictures import picture_event
 from img_serving.wire.v1 import generation_pb2 as pb
 
 SECRET = "sk-very-secret-token"
@@ -418,6 +420,8 @@ def test_keepalive_asks_as_often_as_it_is_told() -> None:
         ({"url": "http://a:1/prefix"}, "has no path"),
         ({"url": "https://a:1", "tls_verify": False}, "tls_verify"),
         ({"url": "https://a:1", "ca_file": "/nowhere/ca.pem"}, "ca_file: cannot be read"),
+        ({"url": "http://a:1", "headers": (("X-Trace-bin", "x"),)}, "X-Trace-bin means something else"),
+        ({"url": "http://a:1", "headers": (("grpc-timeout", "1n"),)}, "grpc-timeout means something else"),
         ({"url": "http://a:1", "options": {"keepalive": 3}}, "did you mean keepalive_seconds"),
         ({"url": "http://a:1", "options": {"keepalive_seconds": 1}}, "at least 5"),
         ({"url": "http://a:1", "options": {"connect_timeout_ms": 0}}, "connect_timeout_ms"),
@@ -434,3 +438,115 @@ def test_what_cannot_be_is_said_at_the_start(arguments: dict[str, Any], words: s
 )
 def test_addresses_are_those_of_any_backend(url: str, target: str) -> None:
     assert GrpcBackend(url)._line.target == target
+
+
+# workers that go away, are slow, or lie
+
+
+def test_a_call_that_runs_outlives_the_check_that_finds_its_worker_going_away() -> None:
+    async def act(backend: GrpcBackend, worker: FakeWorker) -> Any:
+        drawing = asyncio.create_task(backend.generate(call_of(7, timeout_seconds=20), nothing))
+        await until(lambda: worker.in_flight == 1)
+        assert worker._server is not None
+        stopping = asyncio.create_task(worker._server.stop(20))  # finishes what runs, takes nothing new
+        async with asyncio.timeout(10):
+            while (await backend.check(2.0)).healthy:  # noqa: ASYNC110 - the worker's doing
+                await asyncio.sleep(0.01)
+        later = await failing(backend, call_of(8))
+        assert not drawing.done()
+        worker.gate.set()
+        drawn = await drawing
+        await stopping
+        return later.outcome, drawn
+
+    outcome, drawn = run(act, FakeWorker("gate"))
+    assert outcome is Outcome.NOT_STARTED
+    assert isinstance(drawn[0], Artifact)
+
+
+def test_a_connection_that_is_closed_under_a_call_leaves_its_outcome_open() -> None:
+    async def act(backend: GrpcBackend, worker: FakeWorker) -> Any:
+        drawing = asyncio.create_task(failing(backend, call_of(7)))
+        await until(lambda: worker.in_flight == 1)
+        await backend.close()
+        return await drawing
+
+    assert run(act, FakeWorker("hang")).outcome is Outcome.UNKNOWN
+
+
+def test_whatever_comes_is_a_sign_of_life_for_the_gateway_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("img_serving.backends.grpc.adapter.SIGN_OF_LIFE_SECONDS", 0.0)
+    told: list[Progress] = []
+    run(lambda backend, _: backend.generate(call_of(7), told.append), FakeWorker("huge"))
+    assert [one.done for one in told[:3]] == [1, 2, 3]
+    assert len(told) > 4, "the chunks of the picture, too"
+    assert {(one.done, one.total) for one in told[3:]} == {(3, 3)}
+
+
+def test_a_picture_may_come_byte_by_byte_but_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    (drawn,) = run(lambda backend, _: backend.generate(call_of(7), nothing), FakeWorker("drip"))
+    assert drawn.data == picture("a quiet harbour", 7, 64, 48)
+    monkeypatch.setattr("img_serving.backends.grpc.assembly.MAX_PARTS", 100)
+    error = run(lambda backend, _: failing(backend, call_of(7)), FakeWorker("drip"))
+    assert error.outcome is Outcome.FAILED
+    assert "more than 100 parts" in error.message
+
+
+def test_what_a_chunk_is_wrapped_in_is_not_held() -> None:
+    assembly = Assembly([Item("x", None, 1)])
+    assembly.picture(pb.Picture(size_bytes=10_000), b"")
+    raw = picture_event(pb.Picture(), bytes(9000)) + b""
+    view = memoryview(raw + bytes(500_000))[:1]
+    assembly.chunk(0, view)
+    (part,) = assembly._growing[0].parts[1:]
+    assert isinstance(part, bytes)
+
+
+@pytest.mark.parametrize(
+    ("param", "told"),
+    [("size", "size"), (f"Bearer {SECRET}", None), (SECRET, None), ("x" * 7000, None), ("a quiet harbour", None)],
+)
+def test_a_parameter_that_a_worker_names_is_one(param: str, told: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, _ = CODES["refuse"]
+    monkeypatch.setitem(CODES, "refuse", (code, (("img-serving-param", param),)))
+
+    async def act(backend: GrpcBackend, _: FakeWorker) -> Any:
+        with pytest.raises(BackendRefusal) as caught:
+            await backend.generate(call_of(7), nothing)
+        return caught.value.error.param
+
+    assert run(act, FakeWorker("refuse"), api_key=SECRET) == told
+
+
+def test_capabilities_of_megabytes_are_not_unpacked() -> None:
+    worker = FakeWorker()
+    worker.told = pb.CapabilitiesResponse(name="x" * (5 << 20))
+    report = run(lambda backend, _: backend.check(5.0), worker)
+    assert not report.healthy
+    assert "too many" in report.detail
+
+
+@pytest.mark.parametrize("status", [0, 3, 99])
+def test_a_health_of_any_other_kind_is_none(status: int) -> None:
+    worker = FakeWorker()
+    worker.statuses = {"": status}  # type: ignore[dict-item]
+    report = run(lambda backend, _: backend.check(2.0), worker)
+    assert not report.healthy
+    assert report.detail.startswith("health: ")
+
+
+def test_a_size_that_nothing_can_have_is_no_default() -> None:
+    worker = FakeWorker()
+    worker.told.models[0].default_width = 2**32 - 1
+
+    async def act(backend: GrpcBackend, _: FakeWorker) -> Any:
+        await backend.check(2.0)
+        return backend.capabilities.default_size
+
+    assert run(act, worker) is None
+
+
+async def until(happened: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not happened():  # noqa: ASYNC110 - another task's doing
+            await asyncio.sleep(0.001)

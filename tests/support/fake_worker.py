@@ -66,6 +66,7 @@ class FakeWorker(generation_pb2_grpc.ImageGenerationServicer, health_pb2_grpc.He
         self.options: tuple[tuple[str, int], ...] = ()
         self.credentials: grpc.ServerCredentials | None = None
         self.port = 0
+        self.gate = asyncio.Event()
         self._server: grpc.aio.Server | None = None
 
     @property
@@ -135,6 +136,8 @@ class FakeWorker(generation_pb2_grpc.ImageGenerationServicer, health_pb2_grpc.He
             yield pb.GenerateEvent(progress=pb.Progress(done=done, total=3))
             if step == "hang":
                 await asyncio.Event().wait()
+            if step == "gate":
+                await self.gate.wait()
         count = len(request.items) - (step == "few")
         for index in range(count):
             item = request.items[index]
@@ -162,6 +165,11 @@ class FakeWorker(generation_pb2_grpc.ImageGenerationServicer, health_pb2_grpc.He
         size = len(data) + {"short": 10, "long": -10}.get(step, 0)
         if step == "boast":
             size = 2**40
+        if step == "drip":
+            events = [pb.GenerateEvent(picture=pb.Picture(index=index, media_type="image/png", size_bytes=size))]
+            return events + [
+                pb.GenerateEvent(chunk=pb.Chunk(index=index, data=data[at : at + 1])) for at in range(size)
+            ]
         head = pb.Picture(index=index, media_type="image/png", size_bytes=size, data=data[:CHUNK_BYTES])
         if step == "told":
             head.seed, head.revised_prompt = item.seed + 100, "a better one"

@@ -35,7 +35,7 @@ HELD_UPLOADS = 16
 EDIT_FIELDS = frozenset(EditBody.__struct_fields__)
 
 
-_TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(-[!-~]{0,256})?")
+TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(-[!-~]{0,256})?")
 """W3C Trace Context, 3.2: what is passed on."""
 
 
@@ -131,7 +131,7 @@ class Images:
             request,
             exchange.request_id,
             # one that is none would only break the call that it travels with
-            traceparent.decode("ascii") if _TRACEPARENT.fullmatch(traceparent) else None,
+            traceparent.decode("ascii") if TRACEPARENT.fullmatch(traceparent) else None,
         )
         exchange.extra_headers.append((b"x-job-id", job.id.encode()))
         # Node's fetch and proxies close at once when their user leaves: the job is not worth its slot then.
