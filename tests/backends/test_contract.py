@@ -240,9 +240,26 @@ def comfyui_refusal(node: str, kind: str, name: str) -> Answer:
     return Answer(400, msgspec.json.encode(document))
 
 
+STEPS_OF_A_WORKER = {
+    "not_picture": "junk",
+    "truncated_picture": "truncated",
+    "truncated": "short",
+    "wrong_shape": "long",
+    "negative_shape": "boast",
+    "no_outputs": "few",
+    "few_contents": "no_done",
+    "not_ready": "draining",
+    "503": "unavailable",
+    "late": "deadline",
+    "invalid": "refuse",
+    "cut": "hang",
+}
+"""What a worker can do that comes to the same as an inference server's mishap."""
+
+
 @asynccontextmanager
 async def grpc_rig(step: str) -> AsyncIterator[Rig]:
-    async with FakeWorker(step) as worker:
+    async with FakeWorker(STEPS_OF_A_WORKER.get(step, step)) as worker:
         backend = GrpcBackend(worker.url, api_key=KEY, headers=HEADERS)
         try:
             yield Rig(backend, worker)
@@ -292,7 +309,7 @@ OVER_HTTP = pytest.mark.parametrize(
     [openai_rig, a1111_rig, forge_rig, sdcpp_rig, comfyui_rig, detecting_rig],
     ids=["openai", "a1111", "forge", "sdcpp", "comfyui", "http"],
 )
-OVER_GRPC = pytest.mark.parametrize("rig_of", [kserve_rig, triton_rig], ids=["kserve", "triton"])
+OVER_GRPC = pytest.mark.parametrize("rig_of", [grpc_rig, kserve_rig, triton_rig], ids=["grpc", "kserve", "triton"])
 OVER_A_WIRE = pytest.mark.parametrize(
     "rig_of", [*OVER_HTTP.args[1], *OVER_GRPC.args[1]], ids=[*OVER_HTTP.kwargs["ids"], *OVER_GRPC.kwargs["ids"]]
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 from typing import Any, Self
 
 import grpc
@@ -28,6 +29,7 @@ CODES = {
     "403": (grpc.StatusCode.PERMISSION_DENIED, ()),
     "500": (grpc.StatusCode.INTERNAL, ()),
     "unimplemented": (grpc.StatusCode.UNIMPLEMENTED, ()),
+    "unknown": (grpc.StatusCode.UNKNOWN, ()),
     "deadline": (grpc.StatusCode.DEADLINE_EXCEEDED, ()),
 }
 """What ends a call at once, and what goes with it."""
@@ -68,6 +70,26 @@ class FakeWorker(generation_pb2_grpc.ImageGenerationServicer, health_pb2_grpc.He
         self.port = 0
         self.gate = asyncio.Event()
         self._server: grpc.aio.Server | None = None
+
+    @property
+    def echo(self) -> str:
+        """What its errors say."""
+        return self.words
+
+    @echo.setter
+    def echo(self, words: str) -> None:
+        self.words = words
+
+    @property
+    def seen(self) -> list[Any]:
+        """The calls that came, each with its `metadata`."""
+        return [SimpleNamespace(metadata=one) for one in self.metadata]
+
+    @property
+    def texts(self) -> str:
+        """Every prompt that came, a line each."""
+        items = [item for request in self.requests for item in request.items]
+        return "\n".join(text for item in items for text in (item.prompt, item.negative_prompt))
 
     @property
     def url(self) -> str:

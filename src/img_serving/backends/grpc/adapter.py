@@ -102,7 +102,9 @@ class GrpcBackend:
             BackendRefusal: the request is at fault.
         """
         able = self._capabilities.of(call.model)
-        message = message_of(_spelt(call, able), able.honoured(call.request.operation))
+        width, height = able.sizes.fit(call.width, call.height)  # rounded here, so that it can be said
+        fitting = structs.replace(_spelt(call, able), width=width, height=height)
+        message = message_of(fitting, able.honoured(call.request.operation))
         telling = _Telling(on_progress)
         assembly = Assembly(call.items)
         async with (

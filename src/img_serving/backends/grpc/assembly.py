@@ -66,6 +66,10 @@ class Assembly:
             AttemptError: `FAILED`: some are missing.
         """
         results = [one for one in self._results if one is not None]
+        for index, growing in self._growing.items():
+            raise AttemptError(
+                Outcome.FAILED, f"the picture of item {index} is {growing.missing} bytes shorter than the worker said"
+            )
         if len(results) < len(self._results):
             raise AttemptError(
                 Outcome.FAILED,
