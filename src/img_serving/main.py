@@ -270,7 +270,9 @@ def _over_grpc(config: BackendConfig, endpoint: EndpointConfig) -> Backend:
         from img_serving.backends.kserve import KServeBackend  # noqa: PLC0415
         from img_serving.backends.rpc import Line  # noqa: PLC0415
     except ImportError as error:
-        raise ValueError(f"protocol: gRPC is not installed ({error.name}): pip install 'img-serving[grpc]'") from None
+        raise ValueError(
+            f"protocol: gRPC is not installed ({error.name}): install img-serving with its extra `grpc`"
+        ) from None
     basic = (_basic(config.username, config.password or ""),) if config.username is not None else ()
     proxy = proxy_from_environment(f"http{endpoint.url.removeprefix('grpc').removeprefix('http')}")
     way: dict[str, Any] = {

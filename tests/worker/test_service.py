@@ -130,6 +130,7 @@ def test_previews_come_when_they_are_wanted() -> None:
         ({"items": [pb.Item(seed=1)] * 5}, "INVALID_ARGUMENT", "items"),
         ({"width": 0}, "INVALID_ARGUMENT", "size"),
         ({"width": 4}, "INVALID_ARGUMENT", "size"),
+        ({"width": 70}, "INVALID_ARGUMENT", "size"),
         ({"width": 2**31}, "INVALID_ARGUMENT", "size"),
         ({"items": [pb.Item(seed=-1)]}, "INVALID_ARGUMENT", "seed"),
         ({"steps": 0}, "INVALID_ARGUMENT", "num_inference_steps"),
@@ -488,11 +489,15 @@ def test_who_does_not_read_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     ("can", "words"),
     [
         (None, "it returned NoneType"),
-        (Capabilities(max_batch_size=-1), "max_batch_size must be from 1"),
-        (Capabilities(max_batch_size=2**40), "max_batch_size must be from 1"),
-        (Capabilities(default_size=(-1, 5)), "default_size must be"),
-        (Capabilities(operations=frozenset({"dream"})), "operations are of"),
-        (Capabilities(samplers=["euler"]), "a Vocabulary each"),  # type: ignore[arg-type]
+        (Capabilities(max_batch_size=-1), "max_batch_size is from 1"),
+        (Capabilities(max_batch_size=2**40), "max_batch_size is from 1"),
+        (Capabilities(default_size=(-1, 5)), "default_size is"),
+        (Capabilities(honours=frozenset({"steps"})), "did you mean 'num_inference_steps'"),
+        (Capabilities(sizes=(64, 64)), "sizes is a SizeRule"),  # type: ignore[arg-type]
+        (Capabilities(max_steps=0), "max_steps is"),
+        (Capabilities(formats=("gif",)), "formats has 'gif'"),  # type: ignore[arg-type]
+        (Capabilities(operations=frozenset({"dream"})), "operations has 'dream'"),
+        (Capabilities(samplers=["euler"]), "samplers is a Vocabulary"),  # type: ignore[arg-type]
     ],
 )
 def test_capabilities_that_make_no_sense_end_the_worker_with_what_is_wrong(can: Any, words: str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from img_serving.cli.endings import OK, CommandFailed
-from img_serving.cli.progress import Watch, progress
+from img_serving.cli.progress import progress
 from img_serving.cli.usage import Commands, number, size, whole, words
 
 if TYPE_CHECKING:
@@ -23,9 +23,8 @@ if TYPE_CHECKING:
 TOKEN_VARIABLE = "IMG_SERVING_WORKER_TOKEN"  # noqa: S105 - where it is, not what it is
 
 EXAMPLES = f"""\
-The engine is `procedural` (the built-in painter), `diffusers` (needs the extra:
-pip install 'img-serving[diffusers]'), or a class of your own: module:Class or
-file.py:Class. The gateway's side is a backend with protocol = "grpc" and
+The engine is `procedural` (the built-in painter), `diffusers` (needs the extra
+`diffusers`), or a class of your own: module:Class or file.py:Class. The gateway's side is a backend with protocol = "grpc" and
 endpoints = ["http://localhost:50051"]. Callers must know the token in
 ${TOKEN_VARIABLE}, if there is one; the gateway's side is `api_key`.
 
@@ -49,7 +48,11 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--port", type=whole(0, 65535), default=50051, help="port to listen on (default 50051; 0 = any)"
     )
-    parser.add_argument("--slots", type=whole(1, 64), help="calls drawn at the same time (default 1)")
+    parser.add_argument(
+        "--slots",
+        type=whole(1, 64),
+        help="calls drawn at the same time (default 1; procedural: 1 a processor)",
+    )
     parser.add_argument(
         "--queue-size", type=whole(0, 10_000), default=64, help="calls that may wait beyond (default 64)"
     )
@@ -122,19 +125,25 @@ def run(args: argparse.Namespace) -> int:
     tune_allocator()
     try:
         factory = _engine(args)
+        _check_grpc()
         return _try(args, factory) if args.prompt is not None else _serve(args, factory)
     except StartError as error:
+        if ":" in args.engine and error.__cause__ is not None:
+            raise _where_it_broke(error) from error
         raise CommandFailed(str(error)) from error
 
 
-def _serve(args: argparse.Namespace, factory: Callable[[], Engine]) -> int:
+def _check_grpc() -> None:
     from img_serving.wire import hush_grpc
 
     hush_grpc()
     try:
         import grpc  # noqa: F401 - is it there?
     except ImportError:
-        raise CommandFailed("a worker needs gRPC: pip install 'img-serving[grpc]'") from None
+        raise CommandFailed("a worker needs gRPC: install img-serving with its extra `grpc`") from None
+
+
+def _serve(args: argparse.Namespace, factory: Callable[[], Engine]) -> int:
     import asyncio
 
     from img_serving.telemetry.logs import choose_format, set_up
@@ -182,41 +191,67 @@ def _left(code: int) -> int:
 
 
 def _try(args: argparse.Namespace, factory: Callable[[], Engine]) -> int:
-    """Draw one picture in this process."""
-    from img_serving.domain.errors import AttemptError, BackendRefusal
-    from img_serving.domain.images import Artifact, Progress
-    from img_serving.engines.runner import EngineRunner
-    from img_serving.media.payload import raw_bytes
-
-    runner = EngineRunner(factory, threads=1)
-
-    async def draw(watch: Watch) -> Any:
-        def stepped(step: Progress) -> None:
-            watch(step.done / max(1, step.total))
-
-        return await runner.draw(_call(args, runner.load().capabilities()), stepped)
-
+    """Draw one picture in this process, as a worker would: what the engine says of itself is checked, and the request."""
     import asyncio
+    import logging
+
+    from img_serving.domain.errors import AttemptError, BackendRefusal, GatewayError
+    from img_serving.domain.images import Artifact, Progress
+    from img_serving.media.payload import raw_bytes
+    from img_serving.worker.options import WorkerOptions
+    from img_serving.worker.workshop import Workshop
+
+    logging.getLogger("img_serving.worker").disabled = True  # what goes wrong is shown below
+    shop = Workshop(factory, WorkerOptions(model=_model_name(args), any_model=True, warm_up=False))
+    previews = 0
+
+    async def draw() -> Any:
+        with _loading_bar() as on_loading:
+            await shop.load(on_loading or (lambda _: None))
+            if on_loading is not None:
+                on_loading(None)
+        call = _call(args, shop.capabilities)
+        shop.admit(call)
+        with progress("drawing", quiet=False, measured=True) as watch:
+
+            def stepped(step: Progress) -> None:
+                nonlocal previews
+                previews += step.preview is not None
+                watch(step.done / max(1, step.total))
+
+            return call, await shop.draw(call, stepped, lambda: None)
 
     try:
-        with progress("drawing", quiet=False, measured=True) as watch:
-            (result,) = asyncio.run(draw(watch))
+        call, (result,) = asyncio.run(draw())
     except AttemptError as error:
-        cause = error.__cause__
-        told = f": {cause}" if cause is not None and str(cause) and str(cause) not in error.message else ""
-        raise CommandFailed(f"{error.message}{told}") from error
+        raise _where_it_broke(error) from error
     except BackendRefusal as refusal:
-        raise CommandFailed(refusal.error.message) from refusal
+        raise CommandFailed(f"refused: {refusal.error.message}") from refusal
+    except GatewayError as error:
+        raise CommandFailed(error.message) from error
     finally:
-        runner.close()
+        shop.close()
     if not isinstance(result, Artifact):
-        raise CommandFailed(result.message)
+        raise CommandFailed(f"{'refused' if result.refused else 'failed'}: {result.message}")
     try:
         Path(args.output).write_bytes(raw_bytes(result))
     except OSError as error:
         raise CommandFailed(f"{args.output} cannot be written ({error.strerror or error})") from error
-    print(f"{args.output}: {result.width}x{result.height}, {result.media_type}, seed {result.seed}")
-    return OK
+    told = f"{args.output}: {result.width}x{result.height}, {result.media_type}, seed {result.seed}"
+    if (result.width, result.height) != (call.width, call.height):
+        told += f" (BUT {call.width}x{call.height} WAS ASKED FOR)"
+    print(told + (f", {previews} previews" if previews else ""))
+    return _left(OK)
+
+
+def _where_it_broke(error: Exception) -> CommandFailed:
+    """What an engine raised, with the way to it, for whoever writes the engine."""
+    import traceback
+
+    cause = error.__cause__
+    if cause is not None:
+        traceback.print_exception(cause)
+    return CommandFailed(str(error))
 
 
 def _call(args: argparse.Namespace, can: Capabilities) -> Call:
@@ -225,7 +260,7 @@ def _call(args: argparse.Namespace, can: Capabilities) -> Call:
     width, height = (
         (int(side) for side in args.size.split("x")) if args.size != "auto" else can.default_size or (512, 512)
     )
-    return call_of(args.prompt, seed=args.seed, width=width, height=height, steps=args.steps)
+    return call_of(args.prompt, seed=args.seed, width=width, height=height, steps=args.steps, previews=can.previews)
 
 
 def _engine(args: argparse.Namespace) -> Callable[[], Engine]:
@@ -294,17 +329,20 @@ def _announce(line: str) -> None:
 
 @contextmanager
 def _loading_bar() -> Iterator[Callable[[Loading | None], None] | None]:
-    """A bar while the model loads, on a terminal; gone when it is ready."""
+    """What is done while the model loads, on a terminal; gone when it is ready."""
     if not sys.stderr.isatty():
         yield None
         return
+    from rich.console import Console
+    from rich.markup import escape
+
     with ExitStack() as stack:
-        watch = stack.enter_context(progress("loading", quiet=False, measured=True))
+        status = stack.enter_context(Console(stderr=True).status("loading"))
 
         def on_loading(loading: Loading | None) -> None:
             if loading is None:
                 stack.close()
             else:
-                watch(loading.share)
+                status.update(f"loading {loading.share:.0%}: {escape(loading.doing)}")
 
         yield on_loading

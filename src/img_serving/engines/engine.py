@@ -131,6 +131,9 @@ def load_fully(engine: Engine, on_load: Callable[[float, str], None] | None = No
     Raises:
         Exception: what `load` raises.
     """
-    for share, doing in engine.load() or ():
+    steps: Iterable[object] = engine.load() or ()
+    for step in steps:
+        if not (isinstance(step, tuple) and len(step) == 2 and isinstance(step[0], (int, float))):
+            raise TypeError(f"load() yields (share done from 0 to 1, what comes next), not {step!r}")
         if on_load is not None:
-            on_load(share, doing)
+            on_load(float(step[0]), str(step[1]))

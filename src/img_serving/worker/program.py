@@ -107,9 +107,10 @@ async def _load(workshop: Workshop, on_loading: Callable[[Loading | None], None]
     """Load the model; False: told to stop before it was ready."""
 
     def tell(loading: Loading) -> None:
-        log.info("loading", extra={"fields": {"share": round(loading.share, 2), "doing": loading.doing}})
         if on_loading is not None:
             on_loading(loading)
+        else:
+            log.info("loading", extra={"fields": {"share": round(loading.share, 2), "doing": loading.doing}})
 
     loading = asyncio.ensure_future(workshop.load(tell))
     stopping = asyncio.ensure_future(stop.wait())

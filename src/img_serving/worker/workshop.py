@@ -11,17 +11,15 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Final, get_args
+from typing import Final
 
 from img_serving.backends.http import prompts_of
 from img_serving.domain.capabilities import Capabilities
-from img_serving.domain.errors import AttemptError, BackendRefusal, InvalidRequest, NotFound, Outcome, QueueFull
-from img_serving.domain.images import Artifact, Call, ImageRequest, Item, ItemFailure, Operation, Progress
-from img_serving.domain.vocabulary import Vocabulary
+from img_serving.domain.errors import AttemptError, BackendRefusal, InvalidRequest, NotFound, QueueFull
+from img_serving.domain.images import Artifact, Call, ImageRequest, Item, ItemFailure, Progress
 from img_serving.engines.engine import Engine
 from img_serving.engines.runner import EngineRunner, words_of
-from img_serving.media.sniff import SIDE_LIMIT
-from img_serving.wire.generation import MAX_ITEMS, model_message
+from img_serving.worker.checking import checked
 from img_serving.worker.counts import Counts, memory_of
 from img_serving.worker.options import WorkerOptions
 
@@ -144,6 +142,8 @@ class Workshop:
         if request.operation not in can.operations:
             raise InvalidRequest(f"this model does no {request.operation}", param="operation")
         refusal = can.sizes.refusal(call.width, call.height)
+        if refusal is None and can.sizes.fit(call.width, call.height) != (call.width, call.height):
+            refusal = f"both sides are multiples of {can.sizes.multiple}, not {call.width}x{call.height}"
         if refusal is None and call.width * call.height > MAX_PIXELS:
             refusal = f"{call.width}x{call.height} is over {MAX_PIXELS} pixels"
         if refusal is not None:
@@ -262,33 +262,6 @@ def warm_up_call(can: Capabilities) -> Call:
     steps = min(WARM_UP_STEPS, can.max_steps or WARM_UP_STEPS)
     request = ImageRequest("warm up", width=width, height=height, steps=steps)
     return Call(request, None, width, height, (Item("warm up", None, 0),), timeout_seconds=600.0)
-
-
-def checked(can: object) -> Capabilities:
-    """What an engine says that it can do, if it makes sense.
-
-    Raises:
-        AttemptError: it does not, and what is wrong.
-    """
-    fault = ""
-    if not isinstance(can, Capabilities):
-        fault = f"it returned {type(can).__name__}, not Capabilities"
-    elif not 1 <= can.max_batch_size <= MAX_ITEMS:
-        fault = f"max_batch_size must be from 1 to {MAX_ITEMS}, not {can.max_batch_size}"
-    elif not can.operations <= set(get_args(Operation)):
-        fault = f"operations are of {', '.join(get_args(Operation))}, not {', '.join(sorted(can.operations))}"
-    elif can.default_size is not None and not all(1 <= side <= SIDE_LIMIT for side in can.default_size):
-        fault = f"default_size must be two sides of 1 to {SIDE_LIMIT} pixels, not {can.default_size}"
-    elif not all(one is None or isinstance(one, Vocabulary) for one in (can.samplers, can.schedulers)):
-        fault = "samplers and schedulers are a Vocabulary each, or None"
-    else:
-        try:
-            model_message("model", can)
-        except (TypeError, ValueError, AttributeError, KeyError) as error:
-            fault = words_of(error) or type(error).__name__
-    if fault or not isinstance(can, Capabilities):
-        raise AttemptError(Outcome.FAILED, f"capabilities() of the engine cannot be used: {fault}")
-    return can
 
 
 def _quotes(words: str, call: Call) -> bool:

@@ -11,14 +11,14 @@ from img_serving.domain.errors import StartError
 from img_serving.engines.diffusers.quiet import import_libraries
 
 
-def test_a_missing_library_is_named_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_is_named_with_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
 
     def without(name: str, *more: Any) -> Any:
         return None if name in {"torch", "peft"} else object() if "." not in name else find(name, *more)
 
     monkeypatch.setattr(importlib.util, "find_spec", without)
-    with pytest.raises(StartError, match=r"needs torch, peft.*pip install 'img-serving\[diffusers\]'"):
+    with pytest.raises(StartError, match=r"needs torch, peft.*its extra `diffusers`"):
         import_libraries(offline=False)
 
 

@@ -24,7 +24,9 @@ def import_libraries(*, offline: bool) -> None:
     """
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        raise StartError(f"the diffusers engine needs {', '.join(missing)}: pip install 'img-serving[diffusers]'")
+        raise StartError(
+            f"the diffusers engine needs {', '.join(missing)}: install img-serving with its extra `diffusers`"
+        )
     for name in ("HF_HUB_DISABLE_TELEMETRY", "DISABLE_TELEMETRY", "DO_NOT_TRACK"):
         os.environ.setdefault(name, "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else tokenizers warn when the process forks
