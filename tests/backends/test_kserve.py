@@ -344,6 +344,8 @@ def test_models_differ_in_their_own_tables():
 def test_a_wrong_option_stops_the_start():
     with pytest.raises(ValueError, match=r"^inputs.sead: unknown option; did you mean seed\?$"):
         KServeBackend(Line("grpc://127.0.0.1:1"), options={"inputs": {"sead": "S"}})
+    with pytest.raises(ValueError, match=r"^models\.sdxx: is none of the backend's `models`; did you mean sdxl\?$"):
+        KServeBackend(Line("grpc://127.0.0.1:1"), options={"models": {"sdxx": {}}}, models=["sdxl"])
     with pytest.raises(ValueError, match=r"^tensors: the model cannot be given 2 values of A"):
         KServeBackend(Line("grpc://127.0.0.1:1"), options={"tensors": {"A": {"value": [1, 2], "shape": [3]}}})
 

@@ -23,6 +23,8 @@ from img_serving.backends.kserve.options import Constant, NamedTensor, read_kser
         ({"tensors": {"A": {"value": "x", "type": "INT32"}}}, "tensors.A: INT32 holds no text such as 'x'"),
         ({"tensors": {"A": {"value": 300, "type": "UINT8"}}}, "tensors.A: UINT8 cannot hold 300"),
         ({"tensors": {"A": ["x", 5]}}, "tensors.A: the values of a tensor are all texts, or all numbers"),
+        ({"inputs": {"prompt": {"name": "P", "type": "FP32"}}}, "inputs.prompt.type: words travel as BYTES"),
+        ({"tensors": {"A": {"value": 3.5, "type": "INT32"}}}, "tensors.A.value: INT32 has whole numbers only"),
         ({"parameters": {"a": 2**63}}, "parameters.a: 9223372036854775808 does not fit into 64 bits"),
         ({"parameters": {"a": 0.5}}, "parameters"),
         ({"layout": "nhwc"}, "layout: "),

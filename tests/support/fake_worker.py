@@ -143,7 +143,7 @@ class FakeWorker(generation_pb2_grpc.ImageGenerationServicer, health_pb2_grpc.He
             await context.send_initial_metadata(())
             async for event in self._drawn(request):
                 yield event
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, GeneratorExit):  # the second where it was just handing an event on
             self.cancelled += 1
             raise
         finally:

@@ -97,7 +97,8 @@ class DetectingBackend:
             try:
                 await self._detect(timeout_seconds)
             except AttemptError as error:
-                return HealthReport(healthy=False, detail=error.message)
+                hint = '; if it speaks gRPC, its address is grpc://… and protocol "grpc" or "kserve"'
+                return HealthReport(healthy=False, detail=error.message + hint * ("not HTTP" in error.message))
         report = await self._adapter.check(max(0.0, deadline - asyncio.get_running_loop().time()))
         if not report.healthy:
             self._doubt()

@@ -30,6 +30,8 @@ OVER_GRPC: Final = frozenset({"grpc", "kserve"})
 NAME_PATTERN: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 NAME_RULE: Final = "a name is 1 to 64 letters, digits, dots, underscores and dashes"
 
+_EXAMPLE = "http://localhost:7860"
+_EXAMPLES = {"comfyui": "http://localhost:8188", "grpc": "grpc://localhost:50051", "kserve": "grpc://localhost:8001"}
 _SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
 _HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,128}")
 _HOP_HEADERS = frozenset(
@@ -218,7 +220,7 @@ class BackendConfig(Section, frozen=True, kw_only=True):
         if not self.endpoints and self.protocol not in WITHOUT_ENDPOINTS:
             yield (
                 ("endpoints",),
-                f'protocol "{self.protocol}" needs at least one, for example ["http://localhost:7860"]',
+                f'protocol "{self.protocol}" needs at least one, for example ["{_EXAMPLES.get(self.protocol, _EXAMPLE)}"]',
             )
         if self.endpoints and self.protocol in WITHOUT_ENDPOINTS:
             yield ("endpoints",), f'protocol "{self.protocol}" draws by itself and has none: leave the key out'

@@ -172,3 +172,8 @@ def test_nothing_is_said_and_nobody_is_called_while_it_draws(model: Models, fami
     assert done.returncode == 0, done.stderr
     assert done.stdout == "drawn\n"
     assert done.stderr == ""
+
+
+def test_a_folder_of_loras_that_is_not_there_is_said(model: Models, tmp_path: Path) -> None:
+    with pytest.raises(StartError, match="lora_dir: there is no folder"):
+        load_fully(DiffusersEngine(DiffusersOptions(model=str(model("sd")), lora_dir=tmp_path / "nope")))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
@@ -76,6 +77,11 @@ class KServeBackend:
         """
         self._line = line
         read = read_kserve_options(options or {})
+        for name in read.models:
+            if models and name not in models:
+                near = difflib.get_close_matches(name, models, n=1)
+                hint = f"; did you mean {near[0]}?" if near else f" (they are: {', '.join(models)})"
+                raise ValueError(f"models.{name}: is none of the backend's `models`{hint}")
         self._server = KServeServer(line, read, models, max_batch_size)
         self._was_down = True
         try:

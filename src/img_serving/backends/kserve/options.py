@@ -189,6 +189,10 @@ def _over(common: ModelOptions, table: ModelTable, where: str) -> ModelOptions:
     for name in PARAMETERS:
         if (told := getattr(named, name)) is not None:
             inputs[name] = _named(told, f"{where}inputs.{name}")
+    for name in ("prompt", "negative_prompt"):
+        tensor = inputs.get(name)
+        if tensor is not None and tensor.datatype not in {None, "BYTES"}:
+            raise ValueError(f"{where}inputs.{name}.type: words travel as BYTES, not as {tensor.datatype}")
     if "prompt" in inputs and inputs["prompt"] is None:
         raise ValueError(f"{where}inputs.prompt: nothing could be drawn without it: name its tensor, or leave it out")
     taken: dict[str, str] = {}
@@ -239,6 +243,8 @@ def _constant(name: str, told: Any, where: str) -> Constant:
         raise ValueError(f"{where}: a tensor has at least one value")
     if isinstance(read.value, list) and len({isinstance(one, str) for one in values}) > 1:
         raise ValueError(f"{where}: the values of a tensor are all texts, or all numbers")
+    if read.type is not None and "INT" in read.type and any(isinstance(one, float) and one % 1 for one in values):
+        raise ValueError(f"{where}.value: {read.type} has whole numbers only")
     try:
         pack(read.type or usual_datatype(values), values)
     except ValueError as error:

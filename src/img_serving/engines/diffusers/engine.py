@@ -113,6 +113,8 @@ class DiffusersEngine:
         import_libraries(offline=options.offline)
         self._device = devices.choose_device(options.device)
         self._dtype = devices.choose_dtype(options.dtype, self._device)
+        if options.lora_dir is not None and not options.lora_dir.is_dir():
+            raise StartError(f"lora_dir: there is no folder {options.lora_dir}")
         if options.cpu_offload != "none" and self._device == "cpu":
             raise StartError("cpu_offload: there is no GPU to take work off; leave it out")
         yield 0.1, f"read the weights of {options.model}"
