@@ -21,6 +21,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import uvloop
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -237,13 +238,13 @@ def main() -> int:
     args = parser.parse_args()
     if args.serve is not None:
         with contextlib.suppress(KeyboardInterrupt):
-            asyncio.run((serve_worker if args.serve == "worker" else serve_bare)(args.bytes))
+            uvloop.run((serve_worker if args.serve == "worker" else serve_bare)(args.bytes))
         return 0
     from img_serving.transport.allocator import tune_allocator
 
     tune_allocator()  # as `img-serving serve` does; the bare call gains as well
     at_once = (1, 8)
-    turns = asyncio.run(measure(args.bytes, args.rounds, args.seconds, at_once))
+    turns = uvloop.run(measure(args.bytes, args.rounds, args.seconds, at_once))
     console = Console()
     ratios = report(turns, args.bytes, at_once, console)
     OUT.mkdir(exist_ok=True)

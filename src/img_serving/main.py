@@ -46,6 +46,7 @@ from img_serving.state.sqlite import SqliteState
 from img_serving.storage.local_disk import LocalDiskStore
 from img_serving.telemetry.logs import RequestLog, choose_format, set_up
 from img_serving.telemetry.metrics import Metrics
+from img_serving.transport.event_loop import run as run  # noqa: PLC0414 - `main.run` is how a gateway is run
 from img_serving.transport.fetch import FetchFailed, SafeFetcher
 from img_serving.transport.http import HttpTransport, make_ssl_context
 from img_serving.transport.proxy import proxy_from_environment
@@ -428,15 +429,3 @@ def _announce(
             'remove backends. Set auth.enabled = true, or server.host = "127.0.0.1"',
             host,
         )
-
-
-def run(main: Callable[[], Any]) -> None:
-    """Run a coroutine function on the fastest loop there is."""
-    try:
-        import uvloop  # noqa: PLC0415 - not there on Windows
-
-        factory: Callable[[], asyncio.AbstractEventLoop] | None = uvloop.new_event_loop
-    except ImportError:
-        factory = None
-    with asyncio.Runner(loop_factory=factory) as runner:
-        runner.run(main())

@@ -144,9 +144,8 @@ def _check_grpc() -> None:
 
 
 def _serve(args: argparse.Namespace, factory: Callable[[], Engine]) -> int:
-    import asyncio
-
     from img_serving.telemetry.logs import choose_format, set_up
+    from img_serving.transport.event_loop import run as run_loop
     from img_serving.worker.options import WorkerOptions
     from img_serving.worker.program import serve
 
@@ -169,7 +168,7 @@ def _serve(args: argparse.Namespace, factory: Callable[[], Engine]) -> int:
         warm_up=not args.no_warm_up,
     )
     with _loading_bar() as on_loading:
-        asyncio.run(serve(factory, options, announce=_announce, on_loading=on_loading))
+        run_loop(lambda: serve(factory, options, announce=_announce, on_loading=on_loading))
     return _left(OK)
 
 

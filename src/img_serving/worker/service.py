@@ -88,7 +88,8 @@ class GenerationService(generation_pb2_grpc.ImageGenerationServicer):
             while not drawing.done():
                 if not await news.wait():
                     await _send(context, pb.GenerateEvent(progress=pb.Progress(done=0, total=0)))
-                for progress in news.take():
+                # a step that was the last is told by the picture itself
+                for progress in news.take() if not drawing.done() else ():
                     for event in progress_events(progress):
                         await _send(context, event)
             results = await _result(drawing, context)
