@@ -24,8 +24,9 @@ TOKEN_VARIABLE = "IMG_SERVING_WORKER_TOKEN"  # noqa: S105 - where it is, not wha
 
 EXAMPLES = f"""\
 The engine is `procedural` (the built-in painter), `diffusers` (needs the extra
-`diffusers`), or a class of your own: module:Class or file.py:Class. The gateway's side is a backend with protocol = "grpc" and
-endpoints = ["http://localhost:50051"]. Callers must know the token in
+`diffusers`), or a class of your own: module:Class or file.py:Class.
+The gateway's side is a backend with protocol = "grpc" and
+endpoints = ["grpc://localhost:50051"]. Callers must know the token in
 ${TOKEN_VARIABLE}, if there is one; the gateway's side is `api_key`.
 
 examples:
@@ -38,7 +39,12 @@ examples:
 
 def register(commands: Commands[argparse.ArgumentParser]) -> None:
     """Tell argparse about the command."""
-    parser = commands.add_parser("worker", help="serve a model of your own over gRPC", epilog=EXAMPLES)
+    parser = commands.add_parser(
+        "worker",
+        help="serve a model of your own over gRPC",
+        usage="img-serving worker [--engine ENGINE] [--model MODEL] [--port PORT] [options]",
+        epilog=EXAMPLES,
+    )
     parser.add_argument("--engine", type=words, default="procedural", help="what draws (default: procedural)")
     parser.add_argument("--model", type=words, help="the folder, file or id that the engine loads")
     parser.add_argument(
