@@ -42,7 +42,7 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "worker",
         help="serve a model of your own over gRPC",
-        usage="img-serving worker [--engine ENGINE] [--model MODEL] [--port PORT] [options]",
+        usage="img-serving worker [--engine ENGINE] [--model MODEL] [options]",
         epilog=EXAMPLES,
     )
     parser.add_argument("--engine", type=words, default="procedural", help="what draws (default: procedural)")
