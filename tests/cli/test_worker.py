@@ -86,6 +86,8 @@ def test_a_request_is_checked_as_a_worker_checks_it(engine: str, capsys: Out) ->
         (("--engine", "diffusers", "--model", "x", "--buckets", "4,2"), "buckets: ascending batch sizes"),
         (("--tls-cert", "x.pem"), "--tls-cert and --tls-key go together"),
         (("--slots", "0"), "must be from 1 to 64"),
+        (("--model-name", "a\nb"), "--model-name: at most 256 printable characters"),
+        (("--model-name", "x" * 257), "--model-name: at most 256 printable characters"),
         (("--buckets", "a"), "no list of batch sizes"),
     ],
 )

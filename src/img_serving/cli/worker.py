@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 TOKEN_VARIABLE = "IMG_SERVING_WORKER_TOKEN"  # noqa: S105 - where it is, not what it is
 
+MODEL_NAME_CHARS = 256
+
 EXAMPLES = f"""\
 The engine is `procedural` (the built-in painter), `diffusers` (needs the extra
 `diffusers`), or a class of your own: module:Class or file.py:Class.
@@ -206,7 +208,8 @@ def _try(args: argparse.Namespace, factory: Callable[[], Engine]) -> int:
     from img_serving.worker.options import WorkerOptions
     from img_serving.worker.workshop import Workshop
 
-    logging.getLogger("img_serving.worker").disabled = True  # what goes wrong is shown below
+    worker_log = logging.getLogger("img_serving.worker")
+    worker_log.disabled = True  # what goes wrong is shown below
     shop = Workshop(factory, WorkerOptions(model=_model_name(args), any_model=True, warm_up=False))
     previews = 0
 
@@ -235,6 +238,7 @@ def _try(args: argparse.Namespace, factory: Callable[[], Engine]) -> int:
     except GatewayError as error:
         raise CommandFailed(error.message) from error
     finally:
+        worker_log.disabled = False
         shop.close()
     if not isinstance(result, Artifact):
         raise CommandFailed(f"{'refused' if result.refused else 'failed'}: {result.message}")
@@ -311,6 +315,8 @@ def _diffusers(args: argparse.Namespace, given: dict[str, Any]) -> Callable[[], 
 def _model_name(args: argparse.Namespace) -> str:
     """What was said, else the last part of the model's path or id, else the engine's name."""
     if args.model_name is not None:
+        if len(args.model_name) > MODEL_NAME_CHARS or not args.model_name.isprintable():
+            raise CommandFailed(f"--model-name: at most {MODEL_NAME_CHARS} printable characters", exit_code=2)
         return str(args.model_name)
     if args.model is not None:
         return Path(args.model.rstrip("/")).name.removesuffix(".safetensors") or "model"
