@@ -11,6 +11,7 @@ import grpc
 import msgspec
 import pytest
 from tests.support.fake_worker import CODES, FakeWorker
+from tests.support.programs import free_port
 from tests.transport.conftest import certificate as certificate  # noqa: PLC0414 - a fixture
 
 from img_serving.backends.grpc import GrpcBackend
@@ -322,7 +323,9 @@ def test_nobody_there_is_not_started_and_somebody_later_is_found() -> None:
         await worker.start()
         return before.outcome, report.healthy, await backend.generate(call_of(7), nothing)
 
-    outcome, healthy, drawn = run(act)
+    worker = FakeWorker()
+    worker.port = free_port()
+    outcome, healthy, drawn = run(act, worker)
     assert (outcome, healthy) == (Outcome.NOT_STARTED, False)
     assert isinstance(drawn[0], Artifact)
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from tests.support.fake_kserve import TXT2IMG_INPUTS, FakeKServe, FakeModel, In, Out
+from tests.support.programs import free_port
 
 from img_serving.backends.kserve import KServeBackend
 from img_serving.backends.kserve import adapter as adapter_module
@@ -600,7 +601,7 @@ def test_a_picture_too_large_for_the_server_to_send_is_a_failure_that_says_so():
 
 def test_the_connection_is_made_again_after_the_server_was_away():
     async def main() -> bytes:
-        first = FakeKServe()
+        first = FakeKServe(port=free_port())
         await first.__aenter__()
         backend = KServeBackend(Line(first.url))
         await backend.generate(call_of(7), quiet)
