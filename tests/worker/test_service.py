@@ -591,6 +591,19 @@ def test_drain_seconds_bound_how_long_that_takes() -> None:
     assert run(act, engine, warm_up=False, drain_seconds=0.05) in {"UNAVAILABLE", "CANCELLED"}
 
 
+def test_nobody_waits_for_those_who_only_watch() -> None:
+    async def act(worker: Running) -> float:
+        stub: Any = health_pb2_grpc.HealthStub(worker.channel)
+        watching = stub.Watch(health_pb2.HealthCheckRequest())
+        await watching.read()
+        began = time.monotonic()
+        worker.stop.set()
+        await worker.serving
+        return time.monotonic() - began
+
+    assert run(act, drain_seconds=20) < 10
+
+
 def test_a_taken_port_is_said() -> None:
     async def act(worker: Running) -> None:
         async with running(port=worker.port):

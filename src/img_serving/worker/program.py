@@ -7,7 +7,6 @@ import errno
 import logging
 import signal
 import socket
-import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -44,6 +43,9 @@ _OPTIONS: Final = (
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),
 )
+LAST_WORDS_SECONDS: Final = 0.5
+"""For the last answers to be on their way when everything is drawn."""
+
 _WATCHERS: Final = 16
 _QUESTIONS: Final = 64 + _WATCHERS
 """Health checks and the like at the same time."""
@@ -138,10 +140,15 @@ async def _drain(
     await health_service.enter_graceful_shutdown()
     if workshop.in_flight:
         log.info("stopping", extra={"fields": {"calls": workshop.in_flight, "drain_seconds": seconds}})
-    began = time.monotonic()
-    await server.stop(seconds)
-    if workshop.in_flight and time.monotonic() - began >= seconds:
+    stopping = asyncio.ensure_future(server.stop(seconds))
+    emptied = asyncio.ensure_future(workshop.emptied())
+    await asyncio.wait({stopping, emptied}, return_when=asyncio.FIRST_COMPLETED)
+    if not emptied.done():
+        emptied.cancel()
         log.warning("drain time is over; %d calls were cut", workshop.in_flight)
+    # who only watches its health is not waited for
+    await server.stop(min(seconds, LAST_WORDS_SECONDS))
+    await stopping
 
 
 class BoundedHealth(health.aio.HealthServicer):

@@ -63,6 +63,8 @@ class Workshop:
         self._runner = EngineRunner(engine_factory, threads=options.slots)
         self._capabilities = Capabilities()
         self._seated = 0
+        self._is_empty = asyncio.Event()
+        self._is_empty.set()
 
     def __repr__(self) -> str:
         state = self.loading.doing if self.loading is not None else "ready"
@@ -118,10 +120,17 @@ class Workshop:
             yield False
             return
         self._seated += 1
+        self._is_empty.clear()
         try:
             yield True
         finally:
             self._seated -= 1
+            if not self._seated:
+                self._is_empty.set()
+
+    async def emptied(self) -> None:
+        """Wait until nobody has a seat."""
+        await self._is_empty.wait()
 
     def full(self) -> QueueFull:
         """What those are told who get no seat."""
