@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from img_serving.cli import main
+from img_serving.cli import _parser, main
+from img_serving.cli.worker import _engine
+from img_serving.engines.diffusers import DiffusersEngine, DiffusersOptions
 
 ENGINE = """
 from img_serving.domain.capabilities import Capabilities
@@ -114,3 +118,39 @@ def test_the_help_fits_a_terminal(capsys: Out, monkeypatch: pytest.MonkeyPatch) 
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     assert re.search(r"--lora-dir DIR", "\n".join(lines))
+
+
+FLAGS: dict[str, tuple[list[str], Any]] = {
+    "device": (["--device", "cuda:1"], "cuda:1"),
+    "dtype": (["--dtype", "bfloat16"], "bfloat16"),
+    "offline": (["--offline"], True),
+    "revision": (["--revision", "main"], "main"),
+    "variant": (["--variant", "fp16"], "fp16"),
+    "config": (["--config", "folder"], "folder"),
+    "lora_dir": (["--lora-dir", "loras"], Path("loras")),
+    "max_loras": (["--max-loras", "3"], 3),
+    "buckets": (["--buckets", "2,4"], (2, 4)),
+    "padding": (["--no-padding"], False),
+    "allow_pickle": (["--allow-pickle"], True),
+    "safety_checker": (["--safety-checker"], True),
+    "vae_slicing": (["--no-vae-slicing"], False),
+    "vae_tiling": (["--vae-tiling"], True),
+    "cpu_offload": (["--cpu-offload", "model"], "model"),
+    "max_pixels": (["--max-pixels", "1048576"], 1048576),
+    "max_steps": (["--max-steps", "60"], 60),
+    "default_steps": (["--default-steps", "4"], 4),
+    "default_guidance_scale": (["--default-guidance-scale", "0"], 0.0),
+    "true_cfg_scale": (["--true-cfg-scale", "4"], 4.0),
+    "max_batch_size": (["--max-batch-size", "2"], 2),
+    "model": ([], "folder"),
+}
+
+
+@pytest.mark.parametrize("field", sorted(one.name for one in fields(DiffusersOptions)))
+def test_every_option_of_the_diffusers_engine_has_a_flag_that_sets_it(field: str) -> None:
+    flags, value = FLAGS[field]
+    args = _parser().parse_args(["worker", "--engine", "diffusers", "--model", "folder", *flags])
+    engine = _engine(args)()
+    assert isinstance(engine, DiffusersEngine)
+    assert getattr(engine.options, field) == value
+    assert engine.options == replace(DiffusersOptions(model="folder"), **{field: value}), "and nothing else"

@@ -98,7 +98,8 @@ class DetectingBackend:
                 await self._detect(timeout_seconds)
             except AttemptError as error:
                 hint = '; if it speaks gRPC, its address is grpc://… and protocol "grpc" or "kserve"'
-                return HealthReport(healthy=False, detail=error.message + hint * ("not HTTP" in error.message))
+                detail = error.message + hint if "not HTTP" in error.message else error.message
+                return HealthReport(healthy=False, detail=detail)
         report = await self._adapter.check(max(0.0, deadline - asyncio.get_running_loop().time()))
         if not report.healthy:
             self._doubt()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any, Final, Self
@@ -49,7 +50,7 @@ class Answer:
     """The body in chunks, instead of `body`, each sent when it comes; where it raises, the connection is cut."""
 
 
-class StubServer:
+class StubServer(ABC):
     """`async with SomeServer() as server:` listens on a free port; see `server.url`. Those who play one give `answer`.
 
     It knows how many requests are in flight, and which of their clients left before they had an answer.
@@ -80,13 +81,14 @@ class StubServer:
     async def __aexit__(self, *_: object) -> None:
         await self.stop()
 
+    @abstractmethod
     async def answer(self, exchange: Exchange) -> Answer:
         """What this server says to a request; cancelled when its client leaves."""
-        raise NotImplementedError
 
-    async def upgrade(self, exchange: Exchange, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def upgrade(  # noqa: B027 - most servers know no other protocol, and say nothing
+        self, exchange: Exchange, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         """Serve a connection that a request with `Upgrade` has taken over; the connection is closed when it returns."""
-        raise NotImplementedError
 
     async def start(self) -> None:
         """Listen; a stopped server listens again on the port it had."""

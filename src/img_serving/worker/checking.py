@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Iterable
-from typing import Any, Final, get_args
+from typing import Any, get_args
 
 from img_serving.domain.capabilities import PARAMETERS, Capabilities, SizeRule
 from img_serving.domain.errors import AttemptError, Outcome
 from img_serving.domain.images import Operation, OutputFormat
 from img_serving.domain.vocabulary import Vocabulary
 from img_serving.media.sniff import SIDE_LIMIT
-
-MAX_BATCH: Final = 1024
-"""Items that one message may have (`wire.generation.MAX_ITEMS`)."""
+from img_serving.wire.generation import MAX_ITEMS
 
 
 def checked(can: object) -> Capabilities:
@@ -31,10 +29,10 @@ def checked(can: object) -> Capabilities:
 def _fault_of(can: object) -> str | None:
     if not isinstance(can, Capabilities):
         return f"it returned {type(can).__name__}, not img_serving.domain.capabilities.Capabilities"
-    if not _is_count(can.max_batch_size, MAX_BATCH):
-        return f"max_batch_size is from 1 to {MAX_BATCH}, not {can.max_batch_size!r}"
-    if not _is_count(can.max_images, MAX_BATCH):
-        return f"max_images is from 1 to {MAX_BATCH}, not {can.max_images!r}"
+    if not _is_count(can.max_batch_size, MAX_ITEMS):
+        return f"max_batch_size is from 1 to {MAX_ITEMS}, not {can.max_batch_size!r}"
+    if not _is_count(can.max_images, MAX_ITEMS):
+        return f"max_images is from 1 to {MAX_ITEMS}, not {can.max_images!r}"
     if can.max_steps is not None and not _is_count(can.max_steps, 2**31):
         return f"max_steps is a number of steps, or None, not {can.max_steps!r}"
     sizes: object = can.sizes  # people write what they like, whatever the record says

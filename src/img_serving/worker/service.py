@@ -26,7 +26,6 @@ from img_serving.wire.generation import SERVICE, call_of, check_counts, model_me
 from img_serving.wire.pictures import event_bytes
 from img_serving.wire.swarm import has_too_many_fields
 from img_serving.wire.v1 import generation_pb2 as pb
-from img_serving.wire.v1 import generation_pb2_grpc
 from img_serving.worker.workshop import Workshop
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -43,7 +42,7 @@ _NOT_STARTED: Final = (("img-serving-not-started", "1"),)
 _HEALTH: Final = "/grpc.health.v1.Health/"
 
 
-class GenerationService(generation_pb2_grpc.ImageGenerationServicer):
+class GenerationService:
     """`img_serving.v1.ImageGeneration` in front of one workshop."""
 
     def __init__(self, workshop: Workshop) -> None:
@@ -66,7 +65,7 @@ class GenerationService(generation_pb2_grpc.ImageGenerationServicer):
             else pb.Loading(doing=loading.doing, share=loading.share, failed=loading.failed),
         )
 
-    async def Generate(self, request: bytes, context: Context) -> None:  # type: ignore[override] # noqa: N802
+    async def Generate(self, request: bytes, context: Context) -> None:  # noqa: N802
         """Draw a batch; `request` is a `GenerateRequest` as it came."""
         try:
             with self._workshop.seat() as is_free:
