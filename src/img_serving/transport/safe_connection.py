@@ -291,7 +291,12 @@ async def read_head(
         if not piece:
             raise ExchangeFailed("it was cut short", is_definite=False)
         received += len(piece)
-        _feed(reply, piece)
+        try:
+            _feed(reply, piece)
+        except ExchangeFailed:
+            if not reply.status:
+                raise
+            break  # nonsense after the head
         if not reply.status and received > _HEADERS_LIMIT:
             raise ExchangeFailed("its head is too large")
     with suppress(TimeoutError, OSError, ExchangeFailed):
