@@ -116,7 +116,7 @@ def test_a_redirect_is_not_followed():
     ],
 )
 def test_a_receivers_own_wait_is_read(said, seconds):
-    options = {"allow_private_addresses": True, "clock_unix": lambda: 1000.0}
+    options: dict[str, Any] = {"allow_private_addresses": True, "clock_unix": lambda: 1000.0}
     raw = b"HTTP/1.1 503 X\r\nContent-Length: 0\r\nRetry-After: %b\r\n\r\n" % said.encode()
     assert post(raw, **options)[1] == PostReply(503, seconds)
 

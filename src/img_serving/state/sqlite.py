@@ -10,18 +10,21 @@ import asyncio
 import contextlib
 import os
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
 from img_serving.domain.errors import GatewayError
+from img_serving.ports import StoredWebhook, WebhookState
+from img_serving.state import sqlite_webhooks as webhooks
 
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
     (
         "CREATE TABLE backends (place INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, record BLOB NOT NULL)",
         "CREATE TABLE named_values (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
     ),
+    webhooks.WEBHOOK_TABLES,
 )
 """What leads from each version of the file to the next. Entries are never edited once released, only added."""
 
@@ -104,6 +107,61 @@ class SqliteState:
             key,
             value,
         )
+
+    async def add_webhook(self, webhook: StoredWebhook) -> None:
+        """Add an event to the outbox; one whose id is there already is left as it is."""
+        await self._on_thread(lambda connection: webhooks.insert_webhook(connection, webhook))
+
+    async def due_webhooks(
+        self, now: float, limit: int, *, except_events: Collection[str] = (), except_hosts: Collection[str] = ()
+    ) -> list[StoredWebhook]:
+        """Events whose time has come: those never tried first, each kind longest due first."""
+        return await self._on_thread(
+            lambda connection: webhooks.due_webhooks(connection, now, limit, tuple(except_events), tuple(except_hosts))
+        )
+
+    async def next_webhook_at(self, after: float) -> float | None:
+        """When the next event is due that is not due at `after` yet; None: there is none."""
+        return await self._on_thread(lambda connection: webhooks.next_webhook_at(connection, after))
+
+    async def record_webhook(
+        self, event_id: str, *, attempts: int, next_at: float | None, delivered_at: float | None, last_error: str
+    ) -> None:
+        """Note how a try ended, on disk before it returns; an event that is gone meanwhile is fine."""
+        await self._on_thread(
+            lambda connection: webhooks.record_webhook(
+                connection,
+                event_id,
+                attempts=attempts,
+                next_at=next_at,
+                delivered_at=delivered_at,
+                last_error=last_error,
+            )
+        )
+
+    async def find_webhooks(
+        self,
+        *,
+        event_id: str | None = None,
+        job_id: str | None = None,
+        state: WebhookState | None = None,
+        limit: int,
+        after: str | None = None,
+    ) -> list[StoredWebhook]:
+        """Events, newest first, that have all of what is given; those older than the event `after`."""
+        return await self._on_thread(
+            lambda connection: webhooks.find_webhooks(
+                connection, event_id=event_id, job_id=job_id, state=state, limit=limit, after=after
+            )
+        )
+
+    async def requeue_webhook(self, event_id: str, now: float) -> bool:
+        """Have an event delivered (again), from the beginning of its schedule; False: there is no such event."""
+        return await self._on_thread(lambda connection: webhooks.requeue_webhook(connection, event_id, now))
+
+    async def sweep_webhooks(self, before: float) -> int:
+        """Forget events that are not tried any more and were queued before then; returns how many, 1000 a call at most."""
+        return await self._on_thread(lambda connection: webhooks.sweep_webhooks(connection, before))
 
     async def close(self) -> None:
         """Finish what is being written and let go of the file. Closing twice is fine."""

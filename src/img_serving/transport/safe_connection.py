@@ -228,6 +228,9 @@ class _Collector:
         self._max_bytes = max_bytes
         self._header_bytes = 0
 
+    def has_head(self) -> bool:
+        return self.status != 0
+
     def on_header(self, name: bytes, value: bytes) -> None:
         self._header_bytes += len(name) + len(value) + len(b": \r\n")
         self.is_too_large = self.is_too_large or self._header_bytes > _HEADERS_LIMIT
@@ -247,7 +250,7 @@ class _Collector:
         self.is_too_large = self.is_too_large or len(self.body) > self._max_bytes
 
     def on_message_complete(self) -> None:
-        self.is_complete = self.status != 0
+        self.is_complete = self.has_head()
 
 
 async def read_reply(reader: asyncio.StreamReader, max_bytes: int) -> tuple[int, dict[str, str], bytes]:
@@ -263,7 +266,7 @@ async def read_reply(reader: asyncio.StreamReader, max_bytes: int) -> tuple[int,
         received += len(piece)
         if not piece:
             framed = "content-length" in reply.headers or "transfer-encoding" in reply.headers
-            if not reply.status or framed:
+            if not reply.has_head() or framed:
                 raise ExchangeFailed("it was cut short", is_definite=False)
             break  # a body without a length ends where the connection does (RFC 9112, 6.3)
         _feed(reply, piece)
@@ -286,7 +289,7 @@ async def read_head(
     """
     reply = _Collector(drop_bytes)
     received = 0
-    while not reply.status:
+    while not reply.has_head():
         piece = await reader.read(_READ_BYTES)
         if not piece:
             raise ExchangeFailed("it was cut short", is_definite=False)
@@ -294,10 +297,10 @@ async def read_head(
         try:
             _feed(reply, piece)
         except ExchangeFailed:
-            if not reply.status:
+            if not reply.has_head():
                 raise
             break  # nonsense after the head
-        if not reply.status and received > _HEADERS_LIMIT:
+        if not reply.has_head() and received > _HEADERS_LIMIT:
             raise ExchangeFailed("its head is too large")
     with suppress(TimeoutError, OSError, ExchangeFailed):
         async with asyncio.timeout(linger_seconds):
