@@ -23,6 +23,7 @@ class AsgiConnection:
         self._waiting: asyncio.Task[None] | None = None
         self.method: str = scope["method"]
         self.path: str = scope["path"]
+        self.query: bytes = scope.get("query_string", b"")
         self.scheme: str = scope.get("scheme", "http")
         self.client: tuple[str, int] | None = scope.get("client")
         self.server: tuple[str, int | None] | None = scope.get("server")

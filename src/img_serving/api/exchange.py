@@ -10,6 +10,7 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Protocol
+from urllib.parse import parse_qsl
 
 from img_serving.domain.errors import InvalidRequest, PayloadTooLarge
 from img_serving.domain.jobs import Job
@@ -23,6 +24,8 @@ DISCARD_BYTES = 64 * 1024
 
 BODY_SECONDS = 60.0
 """How long the rest of a body may take once its first piece was there: a client that drips holds nothing for longer."""
+
+MAX_QUERY_FIELDS = 64
 
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
@@ -42,6 +45,11 @@ class Connection(Protocol):
     @property
     def path(self) -> str:
         """The path, percent-decoded, without the query."""
+        ...
+
+    @property
+    def query(self) -> bytes:
+        """What stands behind the path's question mark, as it came."""
         ...
 
     @property
@@ -156,6 +164,22 @@ class Exchange:
         self.disconnected = False
         self.extra_headers: Headers = []
         self.job: Job | None = None
+
+    @property
+    def query(self) -> dict[str, str]:
+        """The query's parameters, decoded; of repeated ones the first stands.
+
+        Raises:
+            InvalidRequest: there are too many of them.
+        """
+        raw = self.connection.query
+        if not raw:
+            return {}
+        try:
+            pairs = parse_qsl(raw.decode("latin-1"), keep_blank_values=True, max_num_fields=MAX_QUERY_FIELDS)
+        except ValueError:
+            raise InvalidRequest(f"the query has more than {MAX_QUERY_FIELDS} fields") from None
+        return dict(reversed(pairs))
 
     def header(self, name: bytes) -> bytes | None:
         """The first value of a header, or None."""

@@ -79,18 +79,27 @@ class HttpRequest:
         "method",
         "more_body",
         "path",
+        "query",
         "response_complete",
         "response_started",
     )
 
     def __init__(
-        self, protocol: HttpProtocol, method: str, path: str, headers: dict[bytes, bytes], *, keep_alive: bool
+        self,
+        protocol: HttpProtocol,
+        method: str,
+        path: str,
+        query: bytes,
+        headers: dict[bytes, bytes],
+        *,
+        keep_alive: bool,
     ) -> None:
         self._protocol = protocol
         self._callback: Callable[[], None] | None = None
         self._waiter: asyncio.Future[None] | None = None
         self.method = method
         self.path = path
+        self.query = query
         self.headers = headers
         self.keep_alive = keep_alive
         self.expects_continue = headers.get(b"expect", b"").lower() == b"100-continue"
@@ -336,16 +345,19 @@ class HttpProtocol(HttpToolsProtocol):
         self._head_bytes = 0
         parser = self.parser
         path = self.url.decode("ascii")
+        query = b""
         if not path.startswith("/") or "?" in path or "#" in path:
-            # another form of target, or a query, which nothing here reads
+            # another form of target, or a query
             parsed = httptools.parse_url(self.url)
             path = (parsed.path or b"*").decode("ascii")
+            query = parsed.query or b""
         if "%" in path:
             path = unquote(path)
         request = HttpRequest(
             self,
             parser.get_method().decode("ascii"),
             path,
+            query,
             self.head,
             keep_alive=parser.get_http_version() != "1.0" and parser.should_keep_alive(),
         )
