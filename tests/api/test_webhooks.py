@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from random import Random
 from typing import Any
 
@@ -49,7 +49,9 @@ def answer(reply: Reply) -> Any:
 def run(check: Callable[[Webhooks, MemoryState], Awaitable[None]]) -> None:
     """With five events: 2 was delivered, 4 was given up, the others wait."""
 
-    async def post(*_: Any) -> PostReply:
+    async def post(
+        url: str, headers: Sequence[tuple[str, str]], body: bytes, timeout_seconds: float
+    ) -> PostReply:
         raise AssertionError
 
     async def main() -> None:
