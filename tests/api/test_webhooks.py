@@ -49,9 +49,7 @@ def answer(reply: Reply) -> Any:
 def run(check: Callable[[Webhooks, MemoryState], Awaitable[None]]) -> None:
     """With five events: 2 was delivered, 4 was given up, the others wait."""
 
-    async def post(
-        url: str, headers: Sequence[tuple[str, str]], body: bytes, timeout_seconds: float
-    ) -> PostReply:
+    async def post(url: str, headers: Sequence[tuple[str, str]], body: bytes, timeout_seconds: float) -> PostReply:
         raise AssertionError
 
     async def main() -> None:

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ from img_serving.telemetry.metrics import Metrics
 from img_serving.transport.webhook_post import SafePoster
 
 EXAMPLE = Path(__file__).parent.parent.parent / "examples" / "webhook_receiver.py"
+PAGE = EXAMPLE.parent.parent / "docs" / "webhooks.md"
 KEY = b"k" * 32
 BODY = b'{"type":"job.succeeded"}'
 
@@ -148,6 +150,18 @@ def test_a_call_from_another_time_is_refused(example, now):
 def test_what_was_changed_on_the_way_is_refused(example, changed):
     with pytest.raises(example.NotGenuine):
         example.verify(KEY, {**headers(), **changed}, BODY, 1000.0)
+
+
+def test_the_snippet_of_the_page_works_as_it_is_pasted():
+    (snippet,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    pasted: dict[str, Any] = {}
+    exec(snippet, pasted)  # noqa: S102 - the page's own code
+    verify = pasted["verify"]
+    now = int(time.time())
+    assert verify(written_secret(KEY), headers(now, keys=(b"x" * 32, KEY)), BODY) == "evt_1"
+    for key, stamp, body in ((b"y" * 32, now, BODY), (KEY, now - 400, BODY), (KEY, now, BODY + b" ")):
+        with pytest.raises(ValueError, match=r"fits|old"):
+            verify(written_secret(key), headers(stamp), body)
 
 
 def test_what_it_remembers_is_bounded(example, monkeypatch):
