@@ -106,6 +106,7 @@ def test_a_body_without_a_length_or_in_chunks_is_read_to_its_end():
         (reply(b"<html>no</html>"), True, "no picture"),
         (reply(b""), True, "no picture"),
         (reply(status=404), True, "404"),
+        (b"HTTP/1.1 101 X\r\nConnection: upgrade\r\nUpgrade: h2c\r\n\r\n" + PNG, True, "101"),
         (reply(status=403), True, "403"),
         (reply(status=500), False, "500"),
         (reply(status=429), False, "429"),

@@ -10,6 +10,7 @@ import pytest
 from tests.support.tls import server_side
 
 from img_serving.ports import PostReply
+from img_serving.transport import safe_connection
 from img_serving.transport.safe_connection import ExchangeFailed
 from img_serving.transport.webhook_post import SafePoster
 
@@ -97,6 +98,11 @@ def test_an_answer_is_an_answer_whatever_it_says(status):
     assert post(answer(status, b"some text"))[1] == PostReply(status)
 
 
+def test_an_answer_that_wants_another_protocol_is_an_answer_too():
+    raw = b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: h2c\r\n\r\nnonsense"
+    assert post(raw)[1] == PostReply(101)
+
+
 def test_a_redirect_is_not_followed():
     receiver, reply = post(answer(307, Location="http://169.254.169.254/latest/meta-data"))
     assert reply == PostReply(307)
@@ -127,6 +133,7 @@ def test_the_status_stands_however_the_body_ends():
         b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * 1_000_000,
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nnonsense",
         b"HTTP/1.1 200 OK\r\nContent-Length: 99999999999\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nConnection: upgrade\r\nUpgrade: h2c\r\n\r\nnonsense",
         b"HTTP/1.1 103 Early Hints\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n",
     ):
         assert post(raw)[1] == PostReply(200), raw[:60]
@@ -152,6 +159,18 @@ def test_a_receiver_that_hangs_is_left_in_time():
     assert isinstance(error, ExchangeFailed)
     assert error.message == "no answer within 0.1 s"
     assert len(receiver.calls) == 1
+
+
+def test_a_connection_that_is_not_made_is_said_to_be_none(monkeypatch):
+    monkeypatch.setattr(safe_connection, "CONNECT_TIMEOUT_SECONDS", 0.05)
+
+    async def never(*_: Any, **__: Any) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(asyncio, "open_connection", never)
+    _, error = post(answer(200), timeout=5.0)
+    assert isinstance(error, ExchangeFailed)
+    assert "no connection within" in error.message
 
 
 def test_nobody_there_is_said_without_the_path():

@@ -312,5 +312,7 @@ async def read_head(
 def _feed(reply: _Collector, piece: bytes) -> None:
     try:
         reply.parser.feed_data(piece)
+    except httptools.HttpParserUpgrade:
+        reply.is_complete = True  # 101, which nobody asked for: what follows is not ours
     except httptools.HttpParserError:
         raise ExchangeFailed("the answer is not HTTP") from None

@@ -12,6 +12,7 @@ from typing import Final
 from img_serving.ports import PostReply
 from img_serving.transport.proxy import Proxy
 from img_serving.transport.safe_connection import (
+    CONNECT_TIMEOUT_SECONDS,
     ExchangeFailed,
     Resolve,
     SafeConnector,
@@ -73,7 +74,10 @@ class SafePoster:
     async def _post(
         self, target: Target, headers: Sequence[tuple[str, str]], body: bytes
     ) -> tuple[int, dict[str, str]]:
-        reader, writer = await self._connector.open(target)
+        try:
+            reader, writer = await self._connector.open(target)
+        except TimeoutError:  # the connector's own: ours comes as a cancellation in here
+            raise ExchangeFailed(f"no connection within {CONNECT_TIMEOUT_SECONDS:g} s", is_definite=False) from None
         try:
             lines = [f"POST {target.path} HTTP/1.1", f"Host: {target.host_header}"]
             lines += [f"{name}: {value}" for name, value in headers]
