@@ -51,6 +51,7 @@ from img_serving.gateway.delivery import Answer
 from img_serving.gateway.jobs import Order, Taken
 from img_serving.gateway.live import LiveJob
 from img_serving.gateway.returns import Key, Shared
+from img_serving.policy.webhooks import check_webhook_url
 
 HELD_UPLOADS = 16
 """Bodies of edits in memory at most, in units of the largest one: a queue of uploads must not fill the machine."""
@@ -213,9 +214,20 @@ class Images:
             request_id=exchange.request_id,
             traceparent=traceparent_of(exchange),
             idempotency_key=key,
-            webhook_url=wanted.webhook_url,
+            webhook_url=self._webhook_url(exchange, wanted) if is_async else None,
             is_async=is_async,
         )
+
+    def _webhook_url(self, exchange: Exchange, wanted: Asked) -> str | None:
+        """Who is told of the end of a job: the receiver that it names, or its key's own."""
+        webhooks = self._services.config.webhooks
+        url = wanted.webhook_url
+        if url is None:
+            return exchange.tenant.webhook_url if webhooks.enabled else None
+        if not webhooks.enabled:
+            raise InvalidRequest("webhooks are off here; the operator can allow them", param="webhook_url")
+        check_webhook_url(url, allow_private=webhooks.allow_private_addresses)
+        return url
 
     async def accept(self, exchange: Exchange, wanted: Asked, key: str | None) -> Reply:
         """Take a job and say so: 202, once it is on disk."""

@@ -12,7 +12,7 @@ import msgspec
 from img_serving.domain.stored import StoredJob
 from img_serving.ports import JobQuery
 
-TABLES: tuple[str, ...] = (
+JOB_TABLES: tuple[str, ...] = (
     """CREATE TABLE jobs (
         place INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, tenant TEXT NOT NULL, operation TEXT NOT NULL,
         status TEXT NOT NULL, is_over INTEGER NOT NULL, request_id TEXT NOT NULL, idempotency_key TEXT, expires_at REAL,
