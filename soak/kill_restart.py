@@ -39,7 +39,6 @@ from rich.console import Console
 PAID = "paid"
 SERVERS = {"free-1": (0.05, 0.4), "free-2": (0.05, 0.4), PAID: (0.05, 0.4)}
 MODELS = {"free": 2.0, PAID: 1.0}
-_FAILING_DELIVERIES = 0.1
 # Some kills hit a gateway that has not come up yet, and is about to take up what the one before left.
 _EARLY_SHARE = 0.2
 _SETTLE_SECONDS, _WEBHOOK_SECONDS = 60.0, 90.0
@@ -106,7 +105,7 @@ async def soak(
     async with (
         asyncio.timeout(options.seconds),
         upstreams(SERVERS, options.seed) as upstream,
-        Receiver(secret, _FAILING_DELIVERIES, random.Random(options.seed)) as receiver,
+        Receiver(secret, options.failing, 1 if options.quick else 2, random.Random(options.seed)) as receiver,
         serving(directory / "gateway", configuration(key, upstream.ports, secret), key) as gateway,
     ):
         receiver_url = f"http://127.0.0.1:{receiver.port}/hook"
@@ -197,6 +196,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--gap", type=float, default=3.0, help="most seconds between two kills (default 3; at least 0.2)"
     )
     parser.add_argument("--clients", type=int, default=16, help="default 16")
+    parser.add_argument("--failing", type=float, default=0.1, help="share of webhooks that get a 500 (default 0.1)")
     parser.add_argument("--seed", type=int, default=secrets.randbelow(1_000_000), help="of all chance; default: any")
     parser.add_argument("--seconds", type=float, default=600.0, help="give up after so long (default 600)")
     parser.add_argument("--quick", action="store_true", help="8 kills")
@@ -207,6 +207,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         options.kills = 8
     if not 1 <= options.kills <= 1000 or not 0.2 < options.gap <= 60 or not 1 <= options.clients <= 100:
         parser.error("--kills is 1 to 1000, --gap more than 0.2 and at most 60, --clients 1 to 100")
+    if not 0 <= options.failing <= 0.5:
+        parser.error("--failing is 0 to 0.5")
     return options
 
 
