@@ -182,7 +182,7 @@ class JobStore(Protocol):
         ...
 
     async def save_job(self, job: StoredJob) -> None:
-        """Replace a job that is there; one that was forgotten meanwhile stays forgotten."""
+        """Replace a job that is there and not over: a note of how an attempt went may come later than the end of its job."""
         ...
 
     async def find_job(self, tenant: str, job_id: str) -> StoredJob | None:

@@ -57,9 +57,9 @@ def add(connection: sqlite3.Connection, job: StoredJob, now: float) -> StoredJob
 
 
 def save(connection: sqlite3.Connection, job: StoredJob) -> None:
-    """Replace a job that is there."""
+    """Replace a job that is there and not over."""
     connection.execute(
-        "UPDATE jobs SET status = ?, is_over = ?, expires_at = ?, record = ? WHERE id = ?",
+        "UPDATE jobs SET status = ?, is_over = ?, expires_at = ?, record = ? WHERE id = ? AND is_over = 0",
         (job.status, job.is_over, job.expires_at, _encode(job), job.id),
     )
 

@@ -63,9 +63,10 @@ class MemoryState:
         return None
 
     async def save_job(self, job: StoredJob) -> None:
-        """Replace a job that is there."""
+        """Replace a job that is there and not over."""
         self._check()
-        if job.id in self._jobs:
+        known = self._jobs.get(job.id)
+        if known is not None and not known.is_over:
             self._jobs[job.id] = job
 
     async def find_job(self, tenant: str, job_id: str) -> StoredJob | None:

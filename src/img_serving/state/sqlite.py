@@ -157,7 +157,7 @@ class SqliteState:
         return await self._changed(lambda connection: job_table.add(connection, job, now))
 
     async def save_job(self, job: StoredJob) -> None:
-        """Replace a job that is there."""
+        """Replace a job that is there and not over."""
         await self._changed(lambda connection: job_table.save(connection, job))
 
     async def find_job(self, tenant: str, job_id: str) -> StoredJob | None:
