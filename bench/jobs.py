@@ -179,21 +179,22 @@ def body_of(model: str) -> dict[str, Any]:
     return {"model": model, "prompt": "a lighthouse in the fog, seen from a small boat", "size": "64x64", "seed": 7}
 
 
-def count_jobs(port: int, key: str) -> int:
-    """How many jobs the gateway lists. Raises BenchError."""
+def jobs_in_line(port: int, key: str, wanted: int) -> int:
+    """How many jobs wait or run, once they are `wanted` or no more come: they are brought back one after the other."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-    known, after = 0, ""
+    seen = -1
     try:
         while True:
-            connection.request("GET", f"/v1/jobs?limit=100{after}", headers={"Authorization": f"Bearer {key}"})
+            connection.request("GET", "/v1/queue", headers={"Authorization": f"Bearer {key}"})
             reply = connection.getresponse()
-            page = json.loads(reply.read())
+            told = json.loads(reply.read())
             if reply.status != 200:
-                raise BenchError(f"GET /v1/jobs: {reply.status} {page}")
-            known += len(page["data"])
-            if not page["has_more"]:
+                raise BenchError(f"GET /v1/queue: {reply.status} {told}")
+            known = int(told["depth"]) + int(told["running"])
+            if known in {wanted, seen}:
                 return known
-            after = f"&after={page['last_id']}"
+            seen = known
+            time.sleep(_BEFORE_A_LOOK_SECONDS)
     finally:
         connection.close()
 
@@ -276,6 +277,7 @@ def configuration(directory: Path, key: str, jobs: int) -> str:
     return f"""
 [server]
 data_dir = "{directory}/data"
+drain_timeout_seconds = 1
 
 [auth]
 api_keys = ["{key}"]
@@ -345,7 +347,7 @@ def measure(options: argparse.Namespace, directory: Path, cores: Cores, advance:
     again, ready_seconds = start()
     with again:
         advance("counting the jobs")
-        known = count_jobs(port, key)
+        known = jobs_in_line(port, key, options.jobs + 1)
     return Figures(
         accepted=accepted, bare_seconds=bare_seconds, bare_tables=tables, plain=synchronous, before=before, after=after,
         after_a_job=after_a_job, ready_seconds=ready_seconds, known_after_kill=known,

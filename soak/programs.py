@@ -19,7 +19,10 @@ from pathlib import Path
 
 from calls import Caller, NoAnswer
 
+import img_serving
+
 READY_SECONDS = 20.0
+_SOURCE = str(Path(img_serving.__file__).resolve().parents[1])
 _UPSTREAMS = Path(__file__).parent / "upstreams.py"
 _TROUBLE = re.compile(r"Traceback|Task was destroyed|never retrieved|never awaited|\"level\":\s?\"error\"")
 
@@ -154,6 +157,7 @@ class Gateway:
         """Start it, and do not wait for anything."""
         # settings of whoever runs the soak must not reach the gateway under test
         environment = {name: value for name, value in os.environ.items() if not name.startswith("IMG_SERVING")}
+        environment["PYTHONPATH"] = _SOURCE  # that which we run, wherever it is started from
         words = [
             "-m",
             "img_serving",
