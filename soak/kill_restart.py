@@ -39,8 +39,8 @@ from rich.console import Console
 PAID = "paid"
 SERVERS = {"free-1": (0.05, 0.4), "free-2": (0.05, 0.4), PAID: (0.05, 0.4)}
 MODELS = {"free": 2.0, PAID: 1.0}
-# Some kills hit a gateway that has not come up yet, and is about to take up what the one before left.
-_EARLY_SHARE = 0.2
+# Every fifth kill hits a gateway that has not come up yet, and is about to take up what the one before left.
+_EARLY_EVERY = 5
 _SETTLE_SECONDS, _WEBHOOK_SECONDS = 60.0, 90.0
 
 
@@ -88,7 +88,7 @@ async def kill_again_and_again(
         await gateway.kill()
         begun = time.monotonic()
         await gateway.spawn()
-        is_ready = number == options.kills or rng.random() >= _EARLY_SHARE
+        is_ready = number == options.kills or number % _EARLY_EVERY != _EARLY_EVERY - 2
         if is_ready:
             await gateway.ready()
             kills.ready_seconds.append(round(time.monotonic() - begun, 3))

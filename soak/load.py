@@ -80,7 +80,10 @@ class Order:
         return picture(f"input of {self.tag}", 7, SIDE, SIDE)
 
     def request(self) -> tuple[str, bytes, dict[str, str]]:
-        """Path, body and headers; the same ones whenever it is asked."""
+        """Path, body and headers; they say the same whenever it is asked, but a form has a new boundary each time.
+
+        So do the forms of the official clients, whose retries are still the same request.
+        """
         headers = {"X-Request-Id": self.tag}
         if self.key is not None:
             headers["Idempotency-Key"] = self.key
