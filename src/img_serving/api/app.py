@@ -116,7 +116,12 @@ class App:
         try:
             await self._serve(exchange)
         finally:
+            if exchange.trickle is not None:
+                exchange.trickle.end()
             if exchange.on_end is not None:
+                connection.on_disconnect(
+                    None
+                )  # the handler has ended, or its stream has: there is nothing left to stop
                 exchange.on_end()
 
     async def _serve(self, exchange: Exchange) -> None:

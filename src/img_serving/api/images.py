@@ -448,8 +448,6 @@ async def _until_left(exchange: Exchange, frames: AsyncIterator[bytes]) -> Async
         if exchange.disconnected:
             raise ClientDisconnected from None
         raise
-    finally:
-        exchange.connection.on_disconnect(None)
 
 
 def _headers(job: Job, ignored: tuple[str, ...] = ()) -> Headers:

@@ -33,13 +33,19 @@ class Trickle:
         return self._is_out
 
     async def stop(self) -> bool:
-        """No more of it; whether the head is out."""
-        self._keep_alive.forget(self)
-        task, self.task = self.task, None
+        """No more of it before the rest of the reply; whether the head is out."""
+        task = self.task
+        self.end()
         if task is not None and not task.done():
-            task.cancel()
             await asyncio.wait({task})
         return self._is_out
+
+    def end(self) -> None:
+        """No more of it: the exchange is over. Asking twice is fine."""
+        self._keep_alive.forget(self)
+        task, self.task = self.task, None
+        if task is not None:
+            task.cancel()
 
     async def run(self, headers: Headers) -> None:
         """Send the head, then blanks for as long as the client is there."""

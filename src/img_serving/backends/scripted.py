@@ -24,7 +24,17 @@ from img_serving.media.png import SIGNATURE
 from img_serving.ports import HealthReport, OnProgress
 
 Step = Literal[
-    "ok", "fail", "fail_midway", "refuse", "refuse_content", "hang", "busy", "unknown", "not_started", "bad_size", "partial"
+    "ok",
+    "fail",
+    "fail_midway",
+    "refuse",
+    "refuse_content",
+    "hang",
+    "busy",
+    "unknown",
+    "not_started",
+    "bad_size",
+    "partial",
 ]
 """What one call does: `fail_midway` fails after half of its steps; `hang` never answers; `bad_size` draws half the size;
 `partial` fails the last picture only."""

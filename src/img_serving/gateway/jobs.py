@@ -133,7 +133,16 @@ class Jobs:
             if holder is not None:
                 return await self._again(order, holder)
         # not to be left half done by a client that leaves
-        return await asyncio.shield(self._tasks.spawn(self._take_new(order), "taking a job"))
+        taken = await asyncio.shield(self._tasks.spawn(self._take_or_refuse(order), "taking a job"))
+        if isinstance(taken, GatewayError):
+            raise taken
+        return taken
+
+    async def _take_or_refuse(self, order: Order) -> Taken | GatewayError:
+        try:
+            return await self._take_new(order)
+        except GatewayError as error:
+            return error  # told to the client; a task that raises is a fault of ours
 
     async def _take_new(self, order: Order) -> Taken:
         patience = self._options.max_age_seconds if order.is_async else self._pipeline.timeout_seconds
@@ -147,28 +156,35 @@ class Jobs:
             patience_seconds=patience,
         )
         job.durable = True
-        count = len(job.tasks)
         self._dispatcher.check(job, self._accepting)
-        self._accepting += count
+        live = self._live[stored.id] = self._follow(job, stored, durable=True, kept=True)
+        live.to_submit = len(job.tasks)
+        self._accepting += live.to_submit
         try:
             request = job.request = await self._spooled(order.request)
-            stored = structs.replace(stored, request=request)
-            live = self._live[stored.id] = self._follow(job, stored, durable=True, kept=True)
-            try:
-                holder = await self._store.add_job(stored)
-            except BaseException:
-                del self._live[stored.id]
-                await self._unspool(stored)
-                raise
-        finally:
-            self._accepting -= count
+            stored = live.stored = structs.replace(stored, request=request)
+            holder = await self._store.add_job(stored)
+        except BaseException as error:
+            self._drop(live)
+            if isinstance(error, GatewayError):
+                await self._unspool(stored)  # where it was stopped instead, it may have been written
+            raise
         if holder is not None:
             # another request with the same key was a moment earlier
-            del self._live[stored.id]
+            self._drop(live)
             await self._unspool(stored)
             return await self._again(order, holder)
         self._tasks.spawn(self._run(live), "job")
         return Taken(stored, live)
+
+    def _drop(self, live: LiveJob) -> None:
+        del self._live[live.stored.id]
+        self._submitted(live)
+
+    def _submitted(self, live: LiveJob) -> None:
+        """Its tasks stand in line now, or never will: they are no longer among those that are let in and do not yet."""
+        self._accepting -= live.to_submit
+        live.to_submit = 0
 
     async def _again(self, order: Order, holder: StoredJob) -> Taken:
         """What a known idempotency key stands for."""
@@ -237,7 +253,9 @@ class Jobs:
         )
 
     def _follow(self, job: Job, stored: StoredJob, *, durable: bool, kept: bool) -> LiveJob:
-        return LiveJob(job, stored, durable=durable, kept=kept, on_drawn=self._convert_soon)
+        return LiveJob(
+            job, stored, durable=durable, kept=kept, on_drawn=self._convert_soon, unix_clock=self._unix_clock
+        )
 
     # following
 
@@ -340,7 +358,7 @@ class Jobs:
             self._metrics.internal_errors.add("job")
             await self._fail(live, AllAttemptsFailed("an internal error in the gateway; its log has it"))
         finally:
-            del self._live[live.stored.id]
+            self._drop(live)
             if live.leaving is not None:
                 live.leaving.cancel()
             live.job.watcher = None
@@ -379,11 +397,12 @@ class Jobs:
                 if not live.job.route:
                     live.tried_again(self._revived(live.stored))
                 live.is_submitted = True
+                self._submitted(live)
                 try:
                     return await self._pipeline.draw(live.job)
                 finally:
                     live.is_submitted = False
-            except (NoUsableBackend, NotFound) as error:
+            except (NoUsableBackend, NotFound, AllAttemptsFailed) as error:
                 if not self._may_try_again(live, error):
                     raise
                 wait = min(LONGEST_PAUSE_SECONDS, max(pause, error.retry_after_seconds or 0.0))
@@ -409,6 +428,8 @@ class Jobs:
         was_there_before = recovered is not None and live.stored.created_at < recovered
         if isinstance(error, NotFound):
             return just_began and was_there_before
+        if isinstance(error, AllAttemptsFailed) and any(task.attempts for task in live.job.tasks):
+            return False  # somebody tried to draw it
         return live.stored.is_async or (just_began and was_there_before)
 
     def _convert_soon(self, live: LiveJob, index: int, artifact: Artifact) -> None:
