@@ -183,7 +183,7 @@ class JobStore(Protocol):
         ...
 
     async def save_job(self, job: StoredJob, webhook: StoredWebhook | None = None) -> None:
-        """Replace a job that is there; one that was forgotten meanwhile stays forgotten.
+        """Replace a job that is there and not over: a note of how a call went may come later than the end of its job.
 
         In the same transaction its event is added to the outbox: what its client is to be told of its end.
         """

@@ -66,12 +66,13 @@ class MemoryState:
         return None
 
     async def save_job(self, job: StoredJob, webhook: StoredWebhook | None = None) -> None:
-        """Replace a job that is there, and add its event to the outbox."""
+        """Replace a job that is there and not over, and add its event to the outbox."""
         self._check()
-        if job.id in self._jobs:
+        known = self._jobs.get(job.id)
+        if known is not None and not known.is_over:
             self._jobs[job.id] = job
-        if webhook is not None:
-            await self.add_webhook(webhook)
+            if webhook is not None:
+                await self.add_webhook(webhook)
 
     async def find_job(self, tenant: str, job_id: str) -> StoredJob | None:
         """A tenant's job, unless it is past its `expires_at`."""

@@ -158,11 +158,10 @@ class SqliteState:
         return await self._changed(lambda connection: jobs.add(connection, job, now))
 
     async def save_job(self, job: StoredJob, webhook: StoredWebhook | None = None) -> None:
-        """Replace a job that is there, and add its event to the outbox in the same transaction."""
+        """Replace a job that is there and not over, and add its event to the outbox in the same transaction."""
 
         def save(connection: sqlite3.Connection) -> None:
-            jobs.save(connection, job)
-            if webhook is not None:
+            if jobs.save(connection, job) and webhook is not None:
                 webhooks.insert_webhook(connection, webhook)
 
         await self._changed(save)

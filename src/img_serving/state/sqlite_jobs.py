@@ -56,12 +56,13 @@ def add(connection: sqlite3.Connection, job: StoredJob, now: float) -> StoredJob
     return None
 
 
-def save(connection: sqlite3.Connection, job: StoredJob) -> None:
-    """Replace a job that is there."""
-    connection.execute(
-        "UPDATE jobs SET status = ?, is_over = ?, expires_at = ?, record = ? WHERE id = ?",
+def save(connection: sqlite3.Connection, job: StoredJob) -> bool:
+    """Replace a job that is there and not over; whether there is one."""
+    changed = connection.execute(
+        "UPDATE jobs SET status = ?, is_over = ?, expires_at = ?, record = ? WHERE id = ? AND is_over = 0",
         (job.status, job.is_over, job.expires_at, _encode(job), job.id),
     )
+    return changed.rowcount > 0
 
 
 def find(connection: sqlite3.Connection, tenant: str, job_id: str, now: float) -> StoredJob | None:
