@@ -293,6 +293,21 @@ def test_progress_grows_and_shows_unfinished_pictures_where_they_are_wanted():
     assert len({one.data for one in shown}) == len(shown)
 
 
+def test_what_is_shown_of_several_pictures_is_one_of_them():
+    """Of a batch the server shows a contact sheet; so those that somebody watches are drawn one after the other."""
+    server = FakeA1111(steps=5, step_seconds=0.03)
+    told: list[Progress] = []
+    drawn = run(server, lambda backend: backend.generate(call_of(7, 8, 9, previews=True), told.append))
+    assert [one.seed for one in drawn] == [7, 8, 9]
+    assert [(one["batch_size"], one["n_iter"]) for one in server.drawn] == [(1, 3)]
+    shown = [one.preview for one in told if one.preview is not None]
+    assert {one.index for one in shown} == {0, 1, 2}
+    for one in shown:
+        step = round((one.share or 0.0) * 5)
+        # the fake never tells the last step
+        assert one.data in {picture(f"step {at}", 7 + one.index, 8, 8) for at in (step, step + 1)}
+
+
 def test_pictures_are_not_asked_for_where_nobody_wants_them():
     server = FakeA1111(steps=4, step_seconds=0.02)
     draw(server, call_of(7))

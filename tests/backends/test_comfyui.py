@@ -409,6 +409,9 @@ def test_previews_are_handed_on_as_they_come(wants_metadata: bool) -> None:
         await rig.draw(call_of(previews=True))
         shown = [one.preview for one in rig.told if one.preview]
         assert [(one.data, one.media_type, one.index) for one in shown] == [(JPEG, "image/jpeg", 0)] * 3
+        shares = [one.share for one in shown if one.share is not None]
+        assert len(shares) == 3
+        assert shares == sorted(shares)
         assert rig.server.posts[0].json["extra_data"] == {"preview_method": "auto"}
         assert rig.server.flags[0] == {"type": "feature_flags", "data": {"supports_preview_metadata": True}}
 

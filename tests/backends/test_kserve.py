@@ -415,6 +415,7 @@ def test_a_model_that_answers_more_than_once_tells_how_far_it_is():
     assert [(one.done, one.total) for one in told] == [(1, 4), (2, 4), (3, 4), (4, 4)]
     shown = [None if one.preview is None else one.preview.data for one in told]
     assert shown == [*(picture(f"a fox unfinished {step}", 7, 64, 64) for step in (1, 2, 3)), None]
+    assert [one.preview.share for one in told[:3] if one.preview is not None] == [0.25, 0.5, 0.75]
 
 
 def test_unfinished_pictures_are_not_shown_to_nobody():

@@ -69,6 +69,15 @@ def test_a_large_picture_comes_in_chunks_of_a_mebibyte() -> None:
     assert b"".join(parts) == data
 
 
+def test_every_picture_is_shown_as_often_as_a_stream_may_want_however_quick_the_engine_is() -> None:
+    async def act(worker: Running) -> Any:
+        return await worker.draw(request_of(5, 6, steps=4, previews=True))
+
+    events = run(act, ProceduralEngine())
+    shown = [(e.preview.index, e.preview.share) for e in events if e.WhichOneof("event") == "preview"]
+    assert shown == [(index, share) for index in (0, 1) for share in (0.25, 0.5, 0.75, 1.0)]
+
+
 @pytest.mark.parametrize("step", [(-1, 2), (2**40, 2), (1.5, 2)])
 def test_odd_steps_do_no_harm(step: tuple[Any, Any]) -> None:
     class Odd(ToyEngine):

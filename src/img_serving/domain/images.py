@@ -141,11 +141,16 @@ class ItemFailure(msgspec.Struct, frozen=True, gc=False):
 
 
 class Preview(msgspec.Struct, frozen=True, gc=False):
-    """An unfinished picture, as the engine sent it: a JPEG, PNG or WebP of any size. `index`: of which item of the call."""
+    """An unfinished picture, as the engine sent it: a JPEG, PNG or WebP of any size. `index`: of which item of the call.
+
+    `share` is how far that one picture is, from 0 to 1; None: nobody knows. It is not the call's: an engine that draws its
+    items one after the other is a quarter through a call of four when the first is done.
+    """
 
     data: bytes
     media_type: MediaType
     index: int = 0
+    share: float | None = None
 
 
 class Progress(msgspec.Struct, frozen=True, gc=False):

@@ -453,5 +453,6 @@ class ComfyUIBackend:
 
 def _progress(news: News, index: int, count: int) -> Progress:
     total = max(1, news.total)
-    preview = None if news.preview is None else Preview(*news.preview, index=index)
+    share = min(1.0, news.done / news.total) if news.total > 0 else None
+    preview = None if news.preview is None else Preview(*news.preview, index=index, share=share)
     return Progress(index * total + news.done, count * total, preview)

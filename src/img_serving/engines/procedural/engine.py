@@ -45,7 +45,7 @@ class ProceduralEngine:
         total = steps * len(batch.items)
         pictures: list[bytes] = []
         for number, item in enumerate(batch.items):
-            progress = _Progress(number, number * steps, total, on_step)
+            progress = _Progress(number, steps, total, on_step)
             pixels = paint(
                 item.prompt,
                 item.negative_prompt,
@@ -65,15 +65,15 @@ class ProceduralEngine:
 class _Progress:
     """One picture's steps, told as steps of its batch, with what it looked like."""
 
-    def __init__(self, index: int, before: int, total: int, on_step: OnStep) -> None:
-        self._index, self._before, self._total, self._on_step = index, before, total, on_step
+    def __init__(self, index: int, steps: int, total: int, on_step: OnStep) -> None:
+        self._index, self._steps, self._total, self._on_step = index, steps, total, on_step
         self._previews: tuple[Preview, ...] = ()
 
-    def show(self, _: int, pixels: Array) -> None:
+    def show(self, done: int, pixels: Array) -> None:
         """How it looks; told with the step that comes next."""
-        self._previews = (Preview(encode_png(pixels), "image/png", self._index),)
+        self._previews = (Preview(encode_png(pixels), "image/png", self._index, done / self._steps),)
 
     def stepped(self, done: int, _: int) -> None:
         """One step of this picture is done."""
         previews, self._previews = self._previews, ()
-        self._on_step(self._before + done, self._total, previews)
+        self._on_step(self._index * self._steps + done, self._total, previews)

@@ -19,7 +19,8 @@ Stepped = Callable[[int, int], None]
 Preview = Callable[[int, Array], None]
 """Given the number of steps done and a small uint8 picture [h, w, 3] of how it looks by then."""
 
-_PREVIEW_SIDE = 128
+_PREVIEW_SIDE = 256
+"""Pixels: enough to see what it will be, at a few hundredths of a second each."""
 
 
 def paint(  # noqa: PLR0917 - a picture's arguments in the order in which people name them
@@ -46,7 +47,7 @@ def paint(  # noqa: PLR0917 - a picture's arguments in the order in which people
         height: pixels, likewise.
         on_step: told (done, total) after every step.
         is_cancelled: asked before every step, and while the picture is drawn every few milliseconds.
-        preview: given (done, small picture) after every step; only then previews are drawn (longer side 128 pixels).
+        preview: given (done, small picture) after every step; only then previews are drawn (longer side 256 pixels).
 
     Raises:
         GenerationCancelled: `is_cancelled()` was true.
