@@ -263,6 +263,19 @@ def test_an_edit_sends_its_picture_and_a_mask_that_is_white_where_it_may_paint()
     assert (one.width, one.height) == (64, 48)
 
 
+@pytest.mark.parametrize(("strength", "sent"), [(None, 0.5), (0.3, 0.3)])
+def test_a_variation_is_an_edit_without_words_that_leaves_half_of_it(strength, sent):
+    server = FakeA1111()
+    draw(server, call_of(7, prompt="", operation="variation", images=(IMAGE,), strength=strength))
+    body = server.posts[0].json
+    assert server.posts[0].path == "/sdapi/v1/img2img"
+    assert [pybase64.b64decode(text) for text in body["init_images"]] == [IMAGE.data]
+    assert (body["prompt"], body["denoising_strength"]) == ("", sent)
+    # an edit has the server's own
+    draw(other := FakeA1111(), call_of(7, operation="edit", images=(IMAGE,)))
+    assert "denoising_strength" not in other.posts[0].json
+
+
 BLACK = io.BytesIO()
 Image.new("L", (64, 48), 0).save(BLACK, "PNG")
 

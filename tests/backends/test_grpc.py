@@ -82,7 +82,7 @@ def test_what_a_worker_can_do_is_learned_at_the_check() -> None:
     able = backend.capabilities
     assert able.batch == "items"
     assert (able.max_batch_size, able.max_concurrency, able.max_steps, able.max_images) == (8, 2, 50, 2)
-    assert able.operations == {"generation", "edit"}
+    assert able.operations == {"generation", "edit", "variation"}
     assert able.sizes == SizeRule(multiple=8, min_side=8, max_side=2048)
     assert able.default_size == (64, 48)
     assert able.masks
@@ -128,7 +128,7 @@ def test_words_that_we_do_not_know_are_left_out() -> None:
 
     able = run(act, worker)
     assert "telepathy" not in able.honours
-    assert able.operations == {"generation", "edit"}
+    assert able.operations == {"generation", "edit", "variation"}
     assert able.formats == ("png",)
 
 

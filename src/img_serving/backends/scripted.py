@@ -97,10 +97,13 @@ class ScriptedBackend:
         """As the script says; every parameter is taken, none changes the picture but prompt, seed and size."""
         script = self.script
         return Capabilities(
+            operations=frozenset({"generation", "edit", "variation"}),
             batch=script.batch,
             max_batch_size=script.max_batch_size,
             max_concurrency=script.max_concurrency,
             honours=PARAMETERS - {"output_format", "output_compression"},
+            max_images=16,
+            masks=True,
             progress=script.steps > 0,
             switches_models=script.switches_models,
         )

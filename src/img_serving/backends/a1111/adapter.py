@@ -270,7 +270,7 @@ class A1111Backend:
         # one that was asked and has no list of them is older than the parameter
         schedules = () if self._is_known and server.schedulers is None and server.is_complete else ("scheduler",)
         return Capabilities(
-            operations=frozenset({"generation", "edit"}),
+            operations=frozenset({"generation", "edit", "variation"}),
             batch="seeds",
             max_batch_size=min(self._max_batch_size, SDCPP_BATCH) if server.is_sdcpp else self._max_batch_size,
             max_concurrency=1,

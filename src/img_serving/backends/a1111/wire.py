@@ -16,9 +16,9 @@ from img_serving.media.scan import SKELETON_BYTES, split_string_list_json
 HONOURED: Final = {
     "num_inference_steps": ("steps", "steps"),
     "guidance_scale": ("guidance_scale", "cfg_scale"),
-    "strength": ("strength", "denoising_strength"),
+    "strength": ("usual_strength", "denoising_strength"),
 }
-"""Parameters that are passed on as they are: the field of `ImageRequest` that holds each, and its name in this protocol."""
+"""Parameters that are passed on as they are: the attribute of `ImageRequest` that holds each, and its name in this protocol."""
 
 SDCPP_SEED_LIMIT: Final = 2**31
 """stable-diffusion.cpp's server (97d2990) reads the field `seed` as 32 bits with a sign, and draws any seed from here on

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final, NamedTuple
 
+from img_serving.domain.images import VARIATION_STRENGTH
 from img_serving.engines.engine import GenerationCancelled, IsCancelled
 from img_serving.engines.procedural import edit, variation
 from img_serving.engines.procedural.canvas import Pause, draw
@@ -120,7 +121,7 @@ def vary(
     """A variation of a picture, of the size of `start`; `strength` as in `retouch`, None means 0.5. The rest as in `paint`."""
     height, width = start.ground.shape[:2]
     steps = DEFAULT_STEPS if steps is None else steps
-    strength = variation.DEFAULT_STRENGTH if strength is None else strength
+    strength = VARIATION_STRENGTH if strength is None else strength
     check(seed, DEFAULT_GUIDANCE, steps, width, height)
     check_strength(strength)
 

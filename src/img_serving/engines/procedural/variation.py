@@ -13,8 +13,6 @@ from img_serving.engines.procedural.noise import tile
 from img_serving.engines.procedural.start import Start
 from img_serving.engines.procedural.steps import Latent
 
-DEFAULT_STRENGTH = 0.5
-
 _REACH = 0.06
 """How far a point wanders at full strength, in shorter sides (root of the mean square)."""
 
