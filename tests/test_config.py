@@ -143,6 +143,7 @@ class TestDefaults:
                     "max_wait_seconds": None,
                     "ageing_seconds": 60,
                     "request_timeout_seconds": 600,
+                    "coalesce": False,
                 },
             ),
             ("retry", {"max_attempts": 3, "budget_ratio": 0.2, "hedge_after_factor": None}),
@@ -171,7 +172,15 @@ class TestDefaults:
             ),
             ("response", {"default_format": "url", "allow_file": False}),
             ("logging", {"level": "info", "format": None, "prompts": False}),
-            ("jobs", {"cancel_on_disconnect": True, "disconnect_grace_seconds": 2, "result_ttl_hours": 24}),
+            (
+                "jobs",
+                {
+                    "cancel_on_disconnect": True,
+                    "disconnect_grace_seconds": 2,
+                    "result_ttl_hours": 24,
+                    "max_age_hours": 24,
+                },
+            ),
             ("webhooks", {"enabled": True, "secret": None, "max_age_hours": 24, "allow_private_addresses": False}),
         ],
     )
@@ -795,7 +804,7 @@ class TestNotes:
 
     def test_every_key_that_does_nothing_yet_is_said_when_it_is_set(self, from_text):
         notes = [note for note in from_text(self.ONE_OF_EACH).notes if "does not act on it yet" in note]
-        assert len(notes) == len(NOT_YET) == 9
+        assert len(notes) == len(NOT_YET) == 6
         assert all("this version does not act on it yet" in note and "settings.toml" in note for note in notes)
         assert any(note.startswith("backends[0].cut_through is set") for note in notes)
         assert not any("hunter2" in note for note in notes)

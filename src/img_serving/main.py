@@ -29,21 +29,25 @@ from img_serving.backends.detection import DetectingBackend
 from img_serving.backends.openai import OpenAIBackend
 from img_serving.backends.scripted import ScriptedBackend
 from img_serving.config import BackendConfig, Config, EndpointConfig
-from img_serving.domain.errors import StartError, StorageFailed
+from img_serving.domain.errors import GatewayError, StartError, StorageFailed
 from img_serving.domain.tenants import Tenant
 from img_serving.gateway.delivery import Delivery
 from img_serving.gateway.dispatcher import Dispatcher
-from img_serving.gateway.options import breaker_options, routing_options, scheduler_options
+from img_serving.gateway.job_records import JobRecords
+from img_serving.gateway.jobs import Jobs
+from img_serving.gateway.options import breaker_options, job_options, routing_options, scheduler_options
 from img_serving.gateway.pipeline import Pipeline
 from img_serving.gateway.registry import Registry
+from img_serving.gateway.returns import Returns
 from img_serving.gateway.tasks import TaskRegistry
 from img_serving.policy.api_keys import KeyRing, digest_of
 from img_serving.policy.rate_limits import Allowance, RateLimits
 from img_serving.policy.scheduler import Scheduler
-from img_serving.ports import ArtifactStore, Backend, StateStore
+from img_serving.ports import ArtifactStore, Backend, State
 from img_serving.state.admin_key import ENV_KEY, admin_key, remember_keys
 from img_serving.state.sqlite import SqliteState
 from img_serving.storage.local_disk import LocalDiskStore
+from img_serving.storage.memory import MemoryStore
 from img_serving.telemetry.logs import RequestLog, choose_format, set_up
 from img_serving.telemetry.metrics import Metrics
 from img_serving.transport.event_loop import run as run  # noqa: PLC0414 - `main.run` is how a gateway is run
@@ -67,7 +71,7 @@ class Gateway:
     config: Config
     services: Services
     app: App
-    state: StateStore
+    state: State
     store: ArtifactStore
     registry: Registry
     dispatcher: Dispatcher
@@ -78,6 +82,9 @@ class Gateway:
     async def start(self) -> None:
         """Bring the backends up. A dead endpoint never stops the start."""
         await self.registry.load(self.config.backends, builtin=BUILTIN)
+        left = await self.services.jobs.recover()
+        if left:
+            log.info("%d jobs from before go on", left)
         self.tasks.spawn(self._sweep(), "sweeper")
 
     async def drain(self, seconds: float) -> None:
@@ -107,6 +114,10 @@ class Gateway:
             else:
                 if swept:
                     self.services.metrics.artifacts.add("swept", by=swept)
+            try:
+                await self.services.jobs.sweep()
+            except GatewayError as error:
+                log.warning("cleaning up old jobs failed: %s", error)
             # with a limit in bytes it is looked at more often: much can be drawn in a minute
             await asyncio.sleep(SWEEP_SECONDS if not self.config.storage.max_bytes else SWEEP_SECONDS / 12)
 
@@ -114,15 +125,17 @@ class Gateway:
 async def build(
     config: Config,
     *,
-    state: StateStore,
+    state: State,
     store: ArtifactStore,
     key_hashes: list[bytes],
     request_log: RequestLog,
     config_file: str | None = None,
     rng: Random | None = None,
     clock: Callable[[], float] = time.monotonic,
+    unix_clock: Callable[[], float] = time.time,
+    spool: ArtifactStore | None = None,
 ) -> Gateway:
-    """Put the parts together on the running loop. Nothing is started yet.
+    """Put the parts together on the running loop. Nothing is started yet. `spool` keeps the input pictures of durable jobs.
 
     `clock` gives seconds that never go back; the loop's own would do, but uvloop's has steps of a millisecond.
     """
@@ -149,6 +162,7 @@ async def build(
     dispatcher = Dispatcher(scheduler, registry, tasks, metrics, clock)
     registry.on_resolved = dispatcher.settle_all
     delivery = Delivery(store, metrics, clock, strip=config.storage.strip_metadata)
+    keys = _key_ring(config, key_hashes)
     pipeline = Pipeline(
         registry,
         dispatcher,
@@ -157,16 +171,35 @@ async def build(
         clock,
         timeout_seconds=config.queue.request_timeout_seconds,
     )
+    jobs = Jobs(
+        pipeline=pipeline,
+        dispatcher=dispatcher,
+        delivery=delivery,
+        store=state,
+        spool=spool if spool is not None else MemoryStore(),
+        tasks=tasks,
+        metrics=metrics,
+        unix_clock=unix_clock,
+        tenant_of=keys.tenant_named,
+        options=job_options(config),
+    )
+    dispatcher.journal = jobs
     services = Services(
         config=config,
         version=__version__,
         started_at=int(time.time()),
         clock=clock,
-        keys=_key_ring(config, key_hashes),
+        unix_clock=unix_clock,
+        tasks=tasks,
+        keys=keys,
         limits=_limits(config),
         registry=registry,
         dispatcher=dispatcher,
         pipeline=pipeline,
+        delivery=delivery,
+        jobs=jobs,
+        records=JobRecords(dispatcher, delivery, clock),
+        returns=Returns(clock),
         store=store,
         metrics=metrics,
         request_log=request_log,
@@ -375,6 +408,8 @@ async def serve(
         stack.push_async_callback(state.close)
         store = open_store(config)
         stack.callback(store.close)
+        spool = LocalDiskStore(Path(config.server.data_dir) / "job_inputs", ttl_seconds=None, max_bytes=0)
+        stack.callback(spool.close)
         try:
             await store.prepare()
         except StorageFailed as error:
@@ -387,6 +422,7 @@ async def serve(
             key_hashes=digests,
             request_log=RequestLog(sys.stderr.fileno(), chosen, enabled=logging.getLogger().isEnabledFor(logging.INFO)),
             config_file=str(source) if source else None,
+            spool=spool,
         )
         stack.push_async_callback(gateway.stop)
         await gateway.start()

@@ -9,7 +9,9 @@ from typing import Protocol
 import msgspec
 
 from img_serving.domain.capabilities import Capabilities
-from img_serving.domain.images import Artifact, Call, ItemFailure, Progress
+from img_serving.domain.images import Artifact, Call, ItemFailure, Operation, Progress
+from img_serving.domain.jobs import JobStatus
+from img_serving.domain.stored import StoredJob
 
 OnProgress = Callable[[Progress], None]
 
@@ -78,8 +80,10 @@ class StoredArtifact:
 class ArtifactStore(Protocol):
     """Keeps finished pictures by unguessable name (`<id>.<ext>`)."""
 
-    async def put(self, data: bytes | memoryview, extension: str) -> StoredArtifact:
+    async def put(self, data: bytes | memoryview, extension: str, name: str | None = None) -> StoredArtifact:
         """Store atomically: a reader sees the whole picture or none.
+
+        `name` is one that `is_name` knows, for who has to be able to store the same picture again: it replaces what is there.
 
         Raises:
             StorageFailed: the disk is full, read-only or gone.
@@ -92,6 +96,14 @@ class ArtifactStore(Protocol):
 
     def read(self, name: str, start: int, stop: int) -> AsyncIterator[bytes]:
         """Bytes `start` (inclusive) to `stop` (exclusive) in chunks of at most 1 MiB."""
+        ...
+
+    async def delete(self, name: str) -> bool:
+        """Remove a picture; whether it was there."""
+        ...
+
+    async def names(self) -> list[str]:
+        """The names of all pictures, expired ones too."""
         ...
 
     async def sweep(self) -> int:
@@ -113,6 +125,18 @@ class ArtifactStore(Protocol):
     def close(self) -> None:
         """Finish what is being written."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class JobQuery:
+    """Which of a tenant's jobs are asked for; None: all. `after` is the id of the last one that was seen."""
+
+    status: JobStatus | None = None
+    operation: Operation | None = None
+    idempotency_key: str | None = None
+    request_id: str | None = None
+    limit: int = 20
+    after: str | None = None
 
 
 class StateStore(Protocol):
@@ -145,6 +169,53 @@ class StateStore(Protocol):
     async def close(self) -> None:
         """Finish what is being written and let go of the file."""
         ...
+
+
+class JobStore(Protocol):
+    """Keeps the durable jobs. What a method has confirmed is on disk, also after a power cut."""
+
+    async def add_job(self, job: StoredJob) -> StoredJob | None:
+        """Take a new job; or return the one of the same tenant that has its idempotency key already, and take nothing.
+
+        A key is free again once its job is `expires_at`.
+        """
+        ...
+
+    async def save_job(self, job: StoredJob) -> None:
+        """Replace a job that is there; one that was forgotten meanwhile stays forgotten."""
+        ...
+
+    async def find_job(self, tenant: str, job_id: str) -> StoredJob | None:
+        """A tenant's job, unless it is past its `expires_at`."""
+        ...
+
+    async def find_key(self, tenant: str, idempotency_key: str) -> StoredJob | None:
+        """The job that was made with this key and is not past its `expires_at`."""
+        ...
+
+    async def list_jobs(self, tenant: str, query: JobQuery) -> list[StoredJob]:
+        """A tenant's jobs, newest first, at most `query.limit`."""
+        ...
+
+    async def unfinished_jobs(self) -> list[str]:
+        """The ids of all jobs that are not over, oldest first."""
+        ...
+
+    async def load_job(self, job_id: str) -> StoredJob | None:
+        """A job of whatever tenant."""
+        ...
+
+    async def forget_job(self, job_id: str) -> None:
+        """Remove a job; unknown ones are fine."""
+        ...
+
+    async def forget_expired(self, now: float) -> int:
+        """Remove the jobs whose `expires_at` has passed; returns how many there were."""
+        ...
+
+
+class State(StateStore, JobStore, Protocol):
+    """Everything that survives a restart, in one place."""
 
 
 class UpstreamReply(msgspec.Struct, frozen=True):

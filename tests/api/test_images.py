@@ -16,7 +16,7 @@ from tests.support.gateways import ADMIN, running, scripted
 from tests.support.virtual_time import run_virtual
 
 from img_serving.api.generation import CHOICES, GenerationBody
-from img_serving.api.images import TRACEPARENT
+from img_serving.api.asked import TRACEPARENT
 from img_serving.storage.local_disk import LocalDiskStore
 
 ONE = scripted("one")
@@ -199,7 +199,6 @@ def test_the_painter_says_when_it_stands_in_for_a_model() -> None:
         ({"quality": "best"}, "quality"),
         ({"style": "gothic"}, "style"),
         ({"background": "transparent", "output_format": "jpeg"}, "background"),
-        ({"stream": True}, "stream"),
         ({"partial_images": 4}, "partial_images"),
     ],
 )

@@ -287,7 +287,8 @@ async def builtin_rig(step: str) -> AsyncIterator[Rig]:
 
 @asynccontextmanager
 async def scripted_rig(step: str) -> AsyncIterator[Rig]:
-    yield Rig(ScriptedBackend({"sequence": [{"500": "fail"}.get(step, step)]}))
+    operations = ["generation", "edit", "variation"]
+    yield Rig(ScriptedBackend({"sequence": [{"500": "fail"}.get(step, step)], "operations": operations}))
 
 
 RIGS = {

@@ -6,12 +6,14 @@ import asyncio
 import json
 
 import pytest
+from msgspec import structs
 from PIL import Image
 
 from img_serving.backends.scripted import STEPS, ScriptedBackend, picture
 from img_serving.backends.scripted_server import ScriptedServer
 from img_serving.domain.errors import AttemptError, BackendRefusal, Outcome
 from img_serving.domain.images import Call, ImageRequest, Item, ItemFailure, Progress
+from img_serving.media.sniff import dimensions
 
 
 def call_of(count: int = 1, prompt: str = "a fox") -> Call:
@@ -42,6 +44,7 @@ def run_of(script, calls: int) -> list[str]:
     [
         ("ok", "64x48"), ("fail", "failed"), ("refuse", "invalid_value"), ("refuse_content", "moderation_blocked"),
         ("busy", "not_started 2.5"), ("unknown", "unknown"), ("not_started", "not_started"), ("bad_size", "32x24"),
+        ("fail_midway", "failed"),
     ],
 )  # fmt: skip
 def test_a_step_does_what_it_is_called(step, result):
@@ -79,6 +82,36 @@ def test_latency_is_spread_over_the_steps_reported():
     assert reports == [Progress(done, 4) for done in range(1, 5)]
     assert took >= 0.01
     assert progress
+
+
+def reports_of(script, call: Call) -> list[Progress]:
+    reports: list[Progress] = []
+    backend = ScriptedBackend(script)
+    try:
+        asyncio.run(backend.generate(call, reports.append))
+    except AttemptError:
+        reports.append(Progress(-1, -1))
+    return reports
+
+
+def test_a_call_can_fail_after_half_of_its_steps():
+    assert reports_of({"sequence": ["fail_midway"], "steps": 5}, call_of()) == [
+        Progress(1, 5), Progress(2, 5), Progress(3, 5), Progress(-1, -1)
+    ]  # fmt: skip
+
+
+def test_each_step_shows_every_picture_to_who_wants_previews():
+    script = {"steps": 2, "previews": True}
+    reports = reports_of(script, structs.replace(call_of(2), previews=True))
+    shown = [one.preview for one in reports if one.preview is not None]
+    assert [(one.done, one.preview and one.preview.index) for one in reports] == [(1, 0), (1, 1), (2, 0), (2, 1)]
+    assert len({one.data for one in shown}) == 4
+    assert {dimensions(one.data) for one in shown} == {(16, 12)}
+    assert reports == reports_of(script, structs.replace(call_of(2), previews=True))
+
+
+def test_who_wants_no_previews_is_told_of_steps_only():
+    assert reports_of({"steps": 2, "previews": True}, call_of(2)) == [Progress(1, 2), Progress(2, 2)]
 
 
 def test_a_call_that_hangs_is_ended_by_cancelling_and_counted():
@@ -126,6 +159,8 @@ def test_its_pictures_are_real_and_small(width, height, tmp_path):
         ({"batch": "all"}, "batch: "),
         ({"models": "one"}, "models: "),
         ({"healthy": "yes"}, "healthy: "),
+        ({"operations": ["paint"]}, r"operations\[0\]: "),
+        ({"previews": True}, "previews: are shown at steps"),
     ],
 )
 def test_an_impossible_script_is_refused_by_the_name_of_the_option(script, words):
@@ -138,6 +173,7 @@ def test_options_show_in_capabilities_and_health():
         {"models": ["a", "b"], "batch": "seeds", "max_batch_size": 3, "max_concurrency": 2, "healthy": False}
     )
     shown = backend.capabilities
+    assert (shown.operations, shown.previews) == (frozenset({"generation"}), False)
     assert (shown.batch, shown.max_batch_size, shown.max_concurrency, shown.progress) == ("seeds", 3, 2, False)
     report = asyncio.run(backend.check(1.0))
     assert (report.healthy, report.models) == (False, ("a", "b"))

@@ -12,7 +12,7 @@ from typing import Any
 from img_serving.config import Config, load
 from img_serving.main import Gateway, build
 from img_serving.policy.api_keys import digest_of
-from img_serving.ports import ArtifactStore, StateStore
+from img_serving.ports import ArtifactStore, State
 from img_serving.state.memory import MemoryState
 from img_serving.storage.memory import MemoryStore
 from img_serving.telemetry.logs import RequestLog
@@ -70,7 +70,7 @@ class Harness:
 
 @asynccontextmanager
 async def running(
-    toml: str = "", *, state: StateStore | None = None, store: ArtifactStore | None = None
+    toml: str = "", *, state: State | None = None, store: ArtifactStore | None = None
 ) -> AsyncIterator[Harness]:
     """Bring a gateway up and down around a test."""
     config = config_of(toml)

@@ -18,10 +18,12 @@ from img_serving.api.backends import Backends
 from img_serving.api.cross_origin import CrossOrigin
 from img_serving.api.docs import Docs
 from img_serving.api.errors import reply_to
-from img_serving.api.exchange import ClientDisconnected, Connection, Exchange, Reply
+from img_serving.api.exchange import ClientDisconnected, Connection, Exchange, Headers, Reply
 from img_serving.api.files import Files
 from img_serving.api.health import Health
 from img_serving.api.images import Images
+from img_serving.api.jobs import Jobs
+from img_serving.api.keep_alive import KeepAlive
 from img_serving.api.models import Models
 from img_serving.api.queue import Queue
 from img_serving.api.services import Services
@@ -75,13 +77,17 @@ class App:
         self._auth = services.config.auth.enabled
         self._prompts = services.config.logging.prompts
         self._cross_origin = CrossOrigin(services.config.server.cors_allow_origins)
-        images, models, backends = Images(services), Models(services), Backends(services)
+        self._keep_alive = KeepAlive(services.config.server.keepalive_after_seconds, services.tasks, self._head)
+        images, models, backends = Images(services, self._keep_alive), Models(services), Backends(services)
+        jobs = Jobs(services, images)
         files, health, docs = Files(services), Health(services), Docs(services)
         metrics_access: Access = "public" if services.config.auth.metrics_public else "admin"
         routes = [
             Route("/images/generations", "user", {"POST": images.generate}),
             Route("/images/edits", "user", {"POST": images.edit}),
             Route("/images/variations", "user", {"POST": images.not_yet}),
+            Route("/jobs", "user", {**_read(jobs.list), "POST": jobs.create}),
+            Route("/jobs/", "user", {**_read(jobs.get), "DELETE": jobs.cancel}, "id"),
             Route("/models", "user", _read(models.list)),
             Route("/models/", "user", _read(models.get), "id"),
             Route("/backends", "admin", {**_read(backends.list), "POST": backends.add}),
@@ -106,8 +112,15 @@ class App:
 
     async def serve(self, connection: Connection) -> None:
         """Answer one request, whatever happens."""
+        exchange = Exchange(connection, self._services.clock())
+        try:
+            await self._serve(exchange)
+        finally:
+            if exchange.on_end is not None:
+                exchange.on_end()
+
+    async def _serve(self, exchange: Exchange) -> None:
         services = self._services
-        exchange = Exchange(connection, services.clock())
         keep_alive = True
         try:
             reply = await self._answer(exchange)
@@ -126,13 +139,17 @@ class App:
             services.metrics.internal_errors.add("api")
             keep_alive = await exchange.discard_body()
             reply = reply_to(InternalError(f"an internal error; the log has it as {exchange.request_id}"))
-        headers = [(b"x-request-id", exchange.request_id.encode()), *exchange.extra_headers]
+        headers = self._head(exchange)
         if not keep_alive:
             headers.append((b"connection", b"close"))
-        headers += self._cross_origin.headers(exchange)
         try:
             await exchange.send(reply, headers)
         except ClientDisconnected:
+            self._client_left(exchange)
+            return
+        except asyncio.CancelledError:
+            if not exchange.disconnected:
+                raise
             self._client_left(exchange)
             return
         except Exception:
@@ -142,6 +159,12 @@ class App:
             self._finish(exchange)
             raise
         self._finish(exchange)
+
+    def _head(self, exchange: Exchange) -> Headers:
+        """The headers that go out with every reply."""
+        headers: Headers = [(b"x-request-id", exchange.request_id.encode()), *exchange.extra_headers]
+        headers += self._cross_origin.headers(exchange)
+        return headers
 
     async def _answer(self, exchange: Exchange) -> Reply:
         route = self._find(exchange)

@@ -21,8 +21,10 @@ class AsgiConnection:
         self._receive = receive
         self._send = send
         self._waiting: asyncio.Task[None] | None = None
+        self.is_cut = False
         self.method: str = scope["method"]
         self.path: str = scope["path"]
+        self.query: bytes = scope.get("query_string", b"")
         self.scheme: str = scope.get("scheme", "http")
         self.client: tuple[str, int] | None = scope.get("client")
         self.server: tuple[str, int | None] | None = scope.get("server")
@@ -60,6 +62,22 @@ class AsgiConnection:
         for index in range(last):
             await self._send({"type": "http.response.body", "body": parts[index], "more_body": True})
         await self._send({"type": "http.response.body", "body": parts[last] if parts else b""})
+
+    async def begin(self, status: int, headers: Headers) -> None:
+        """Send the head; the server finds a way to say where the reply ends."""
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+
+    async def write(self, piece: bytes | memoryview) -> None:
+        """Send one piece."""
+        await self._send({"type": "http.response.body", "body": piece, "more_body": True})
+
+    async def finish(self) -> None:
+        """It is complete."""
+        await self._send({"type": "http.response.body", "body": b""})
+
+    def abort(self) -> None:
+        """A server cuts what its application does not finish."""
+        self.is_cut = True
 
     async def stream(self, status: int, headers: Headers, chunks: AsyncIterator[bytes]) -> None:
         """Send a reply piece by piece."""

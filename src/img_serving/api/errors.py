@@ -31,9 +31,7 @@ class ErrorBody(msgspec.Struct, frozen=True):
 
 def reply_to(error: GatewayError) -> Reply:
     """The reply that tells a client of `error`."""
-    body = msgspec.json.encode(
-        ErrorBody(ErrorDetail(message=_printable(error.message), type=error.kind, param=error.param, code=error.code))
-    )
+    body = msgspec.json.encode(ErrorBody(error_detail(error)))
     headers: list[tuple[bytes, bytes]] = []
     if error.retry_after_seconds is not None:
         seconds = max(1, min(MAX_RETRY_AFTER_SECONDS, math.ceil(error.retry_after_seconds)))
@@ -48,6 +46,11 @@ def reply_to(error: GatewayError) -> Reply:
     if error.status == HTTPStatus.UNAUTHORIZED:
         headers.append((b"www-authenticate", b'Bearer realm="img-serving"'))
     return Reply(error.status, (body,), headers=headers)
+
+
+def error_detail(error: GatewayError) -> ErrorDetail:
+    """The error object."""
+    return ErrorDetail(message=_printable(error.message), type=error.kind, param=error.param, code=error.code)
 
 
 def _printable(message: str) -> str:

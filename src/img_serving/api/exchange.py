@@ -10,6 +10,7 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Protocol
+from urllib.parse import parse_qsl
 
 from img_serving.domain.errors import InvalidRequest, PayloadTooLarge
 from img_serving.domain.jobs import Job
@@ -23,6 +24,8 @@ DISCARD_BYTES = 64 * 1024
 
 BODY_SECONDS = 60.0
 """How long the rest of a body may take once its first piece was there: a client that drips holds nothing for longer."""
+
+MAX_QUERY_FIELDS = 64
 
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
@@ -42,6 +45,11 @@ class Connection(Protocol):
     @property
     def path(self) -> str:
         """The path, percent-decoded, without the query."""
+        ...
+
+    @property
+    def query(self) -> bytes:
+        """What stands behind the path's question mark, as it came."""
         ...
 
     @property
@@ -88,11 +96,44 @@ class Connection(Protocol):
         """Send a reply piece by piece. `headers` say its length."""
         ...
 
+    async def begin(self, status: int, headers: Headers) -> None:
+        """Send the head of a reply whose length nobody knows yet: `write` its pieces, then `finish`."""
+        ...
+
+    async def write(self, piece: bytes | memoryview) -> None:
+        """Send one piece of it.
+
+        Raises:
+            ClientDisconnected: the client has left, or does not read.
+        """
+        ...
+
+    async def finish(self) -> None:
+        """It is complete."""
+        ...
+
+    def abort(self) -> None:
+        """Cut it: the client must not take it for complete."""
+        ...
+
+
+class Trickle(Protocol):
+    """What may have sent the head of a reply, and goes on to send blanks, while its handler works (see `keep_alive`)."""
+
+    @property
+    def is_out(self) -> bool:
+        """Whether the head is out."""
+        ...
+
+    async def stop(self) -> bool:
+        """No more of it; whether the head is out."""
+        ...
+
 
 class Reply:
     """Status, extra headers (lower-case names) and a body: parts in memory, or a stream of known length."""
 
-    __slots__ = ("headers", "length", "media_type", "parts", "status", "stream")
+    __slots__ = ("headers", "is_open", "length", "media_type", "parts", "status", "stream")
 
     def __init__(
         self,
@@ -104,12 +145,13 @@ class Reply:
         stream: AsyncIterator[bytes] | None = None,
         length: int | None = None,
     ) -> None:
-        """`length` in bytes is needed with `stream`, and for a reply to HEAD without a body."""
+        """`length` in bytes is known of a `stream`, or it ends when it ends; for HEAD without a body it is needed."""
         self.status = status
         self.parts = parts
         self.media_type = media_type
         self.headers = headers if headers is not None else []
         self.stream = stream
+        self.is_open = stream is not None and length is None
         self.length = length if length is not None else sum(map(len, parts))
 
 
@@ -126,6 +168,7 @@ class Exchange:
         "extra_headers",
         "job",
         "method",
+        "on_end",
         "path",
         "reply_started",
         "request_id",
@@ -133,6 +176,7 @@ class Exchange:
         "started",
         "status",
         "tenant",
+        "trickle",
         "variables",
     )
 
@@ -156,6 +200,28 @@ class Exchange:
         self.disconnected = False
         self.extra_headers: Headers = []
         self.job: Job | None = None
+        self.trickle: Trickle | None = None
+        self.on_end: Callable[[], None] | None = None
+        """Called once when the exchange is over, however it ends."""
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    @property
+    def query(self) -> dict[str, str]:
+        """The query's parameters, decoded; of repeated ones the first stands.
+
+        Raises:
+            InvalidRequest: there are too many of them.
+        """
+        raw = self.connection.query
+        if not raw:
+            return {}
+        try:
+            pairs = parse_qsl(raw.decode("latin-1"), keep_blank_values=True, max_num_fields=MAX_QUERY_FIELDS)
+        except ValueError:
+            raise InvalidRequest(f"the query has more than {MAX_QUERY_FIELDS} fields") from None
+        return dict(reversed(pairs))
 
     def header(self, name: bytes) -> bytes | None:
         """The first value of a header, or None."""
@@ -233,8 +299,17 @@ class Exchange:
     async def send(self, reply: Reply, headers: Headers) -> None:
         """Send a complete reply; `headers` come before the reply's own."""
         self.status = reply.status
+        trickle = self.trickle
+        if trickle is not None and await trickle.stop():
+            await self._send_late(reply)
+            return
         self.reply_started = True
         head = [*headers, *reply.headers]
+        if reply.is_open:
+            if reply.media_type is not None:
+                head.append((b"content-type", reply.media_type))
+            await self._send_open(reply, head)
+            return
         if reply.status not in {204, 304}:
             head.append((b"content-length", b"%d" % reply.length))
             if reply.media_type is not None:
@@ -244,6 +319,28 @@ class Exchange:
             await self.connection.respond(reply.status, head, reply.parts)
         else:
             await self.connection.stream(reply.status, head, reply.stream)
+
+    async def _send_open(self, reply: Reply, head: Headers) -> None:
+        """A reply that ends when its stream does."""
+        connection = self.connection
+        if reply.stream is None:
+            raise AssertionError("an open reply has a stream")
+        await connection.begin(reply.status, head)
+        if self.method != "HEAD":
+            async for chunk in reply.stream:
+                self.bytes_out += len(chunk)
+                await connection.write(chunk)
+        await connection.finish()
+
+    async def _send_late(self, reply: Reply) -> None:
+        """The head went out while the handler was still at work: only a success can still be told."""
+        if reply.status != 200:
+            self.connection.abort()
+            return
+        for part in reply.parts:
+            self.bytes_out += len(part)
+            await self.connection.write(part)
+        await self.connection.finish()
 
     @property
     def declared_length(self) -> int | None:

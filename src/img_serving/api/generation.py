@@ -13,7 +13,7 @@ from msgspec import Meta, structs
 
 from img_serving.domain.errors import InvalidRequest
 from img_serving.domain.images import SEED_LIMIT, ImageRequest, OutputFormat
-from img_serving.gateway.delivery import ResponseFormat
+from img_serving.domain.stored import ResponseFormat
 from img_serving.gateway.identifiers import random_bytes
 
 _SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
@@ -61,9 +61,19 @@ class GenerationBody(msgspec.Struct, kw_only=True, gc=False):
     output_compression: Annotated[
         Annotated[int, Meta(ge=0, le=100)] | None, Meta(description="Quality of JPEG and WebP, 0 to 100 (default 100).")
     ] = None
-    stream: bool | None = None
-    partial_images: Annotated[int, Meta(ge=0, le=3)] | None = None
+    stream: Annotated[bool | None, Meta(description="Answer with server-sent events.")] = None
+    partial_images: Annotated[
+        Annotated[int, Meta(ge=0, le=3)] | None,
+        Meta(description="How many unfinished pictures to show of each (default 0)."),
+    ] = None
     user: str | None = None
+    cancel_on_disconnect: Annotated[
+        bool | None, Meta(description="false: draw on when the client leaves; the result can be fetched as a job.")
+    ] = None
+    webhook_url: Annotated[
+        Annotated[str, Meta(max_length=2048)] | None,
+        Meta(description="Called when the job ends; goes with `Prefer: respond-async`."),
+    ] = None
     negative_prompt: Annotated[str | None, Meta(description="What not to draw.")] = None
     seed: Annotated[
         Annotated[int, Meta(ge=-1)] | None,
@@ -158,8 +168,6 @@ def to_request(body: GenerationBody, bounds: Bounds) -> ImageRequest:
     Raises:
         InvalidRequest: a value is impossible; `param` names the field as the client spelled it.
     """
-    if body.stream:
-        raise InvalidRequest("streaming is not supported for this model", code="unsupported_parameter", param="stream")
     _check_text(body.prompt, "prompt", bounds)
     if not body.prompt.strip():
         raise InvalidRequest("prompt is empty", param="prompt")
@@ -214,6 +222,7 @@ def to_request(body: GenerationBody, bounds: Bounds) -> ImageRequest:
         output_format=output_format,
         output_compression=body.output_compression,
         user=body.user,
+        previews=body.partial_images or 0,
         strict=bool(body.strict),
         given=_given(body, width, steps, guidance, sampler, seed_given=seed_given),
     )

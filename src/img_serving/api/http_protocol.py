@@ -69,6 +69,8 @@ class HttpRequest:
 
     __slots__ = (
         "_callback",
+        "_chunked",
+        "_may_chunk",
         "_protocol",
         "_waiter",
         "body",
@@ -79,24 +81,36 @@ class HttpRequest:
         "method",
         "more_body",
         "path",
+        "query",
         "response_complete",
         "response_started",
     )
 
     def __init__(
-        self, protocol: HttpProtocol, method: str, path: str, headers: dict[bytes, bytes], *, keep_alive: bool
+        self,
+        protocol: HttpProtocol,
+        method: str,
+        path: str,
+        query: bytes,
+        headers: dict[bytes, bytes],
+        *,
+        keep_alive: bool,
+        may_chunk: bool,
     ) -> None:
+        self._may_chunk = may_chunk
         self._protocol = protocol
         self._callback: Callable[[], None] | None = None
         self._waiter: asyncio.Future[None] | None = None
         self.method = method
         self.path = path
+        self.query = query
         self.headers = headers
         self.keep_alive = keep_alive
         self.expects_continue = headers.get(b"expect", b"").lower() == b"100-continue"
         self.body = bytearray()
         self.more_body = True
         self.disconnected = False
+        self._chunked = False
         self.response_started = False
         self.response_complete = False
 
@@ -190,6 +204,45 @@ class HttpRequest:
                 if self.disconnected:
                     raise ClientDisconnected
         self._finish()
+
+    async def begin(self, status: int, headers: Headers) -> None:
+        """Send the head of a reply of unknown length; see `Connection`."""
+        if self.disconnected:
+            raise ClientDisconnected
+        self._chunked = self._may_chunk
+        if self._chunked:
+            headers.append((b"transfer-encoding", b"chunked"))
+        else:
+            self.keep_alive = False  # HTTP/1.0 has no chunks: the end of the connection is the end of the reply
+        self._protocol.transport.write(self._head(status, headers))
+
+    async def write(self, piece: bytes | memoryview) -> None:
+        """Send one piece; see `Connection`."""
+        if not piece:
+            return  # an empty chunk would be the last
+        if not self._chunked:
+            await self._write(piece)
+        elif len(piece) <= JOIN_BYTES:
+            await self._write(b"".join((b"%x\r\n" % len(piece), piece, b"\r\n")))
+        else:
+            for part in (b"%x\r\n" % len(piece), piece, b"\r\n"):
+                await self._write(part)
+        if self.disconnected:
+            raise ClientDisconnected
+
+    async def finish(self) -> None:
+        """It is complete; see `Connection`."""
+        if self.disconnected:
+            return
+        if self._chunked:
+            await self._write(b"0\r\n\r\n")
+        self._finish()
+
+    def abort(self) -> None:
+        """Cut it; see `Connection`."""
+        self.response_complete = True
+        self._callback = None
+        self._protocol.transport.abort()
 
     async def _write(self, part: bytes | memoryview) -> None:
         flow = self._protocol.flow
@@ -336,18 +389,23 @@ class HttpProtocol(HttpToolsProtocol):
         self._head_bytes = 0
         parser = self.parser
         path = self.url.decode("ascii")
+        query = b""
         if not path.startswith("/") or "?" in path or "#" in path:
-            # another form of target, or a query, which nothing here reads
+            # another form of target, or a query
             parsed = httptools.parse_url(self.url)
             path = (parsed.path or b"*").decode("ascii")
+            query = parsed.query or b""
         if "%" in path:
             path = unquote(path)
+        is_new = parser.get_http_version() != "1.0"
         request = HttpRequest(
             self,
             parser.get_method().decode("ascii"),
             path,
+            query,
             self.head,
-            keep_alive=parser.get_http_version() != "1.0" and parser.should_keep_alive(),
+            keep_alive=is_new and parser.should_keep_alive(),
+            may_chunk=is_new,
         )
         self.cycle = request
         if self.serving is None:

@@ -18,15 +18,26 @@ from msgspec import Meta
 from img_serving.backends.options import read_options
 from img_serving.domain.capabilities import PARAMETERS, BatchShape, Capabilities
 from img_serving.domain.errors import AttemptError, BackendRefusal, ContentRefused, InvalidRequest, Outcome
-from img_serving.domain.images import Artifact, Call, ItemFailure, Progress
+from img_serving.domain.images import Artifact, Call, ItemFailure, Operation, Preview, Progress
 from img_serving.media.payload import artifact_from_bytes
 from img_serving.media.png import SIGNATURE
 from img_serving.ports import HealthReport, OnProgress
 
 Step = Literal[
-    "ok", "fail", "refuse", "refuse_content", "hang", "busy", "unknown", "not_started", "bad_size", "partial"
+    "ok",
+    "fail",
+    "fail_midway",
+    "refuse",
+    "refuse_content",
+    "hang",
+    "busy",
+    "unknown",
+    "not_started",
+    "bad_size",
+    "partial",
 ]
-"""What one call does: `hang` never answers; `bad_size` draws half the size; `partial` fails the last picture only."""
+"""What one call does: `fail_midway` fails after half of its steps; `hang` never answers; `bad_size` draws half the size;
+`partial` fails the last picture only."""
 
 STEPS: Final = tuple(str(step) for step in get_args(Step))
 CALLS_KEPT: Final = 1000
@@ -45,7 +56,7 @@ class Script(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     stays (`"last"`). `fail_rate` makes that share of the `ok` steps fail. Jitter and chance come from
     `random_seed`, so a run can be repeated. `steps` progress reports are spread over the latency, to which
     `latency_per_picture_seconds` are added for each picture of the call, and `load_seconds` when it wants another model than
-    the one before.
+    the one before. With `previews`, each step shows an unfinished picture of every item, where they are wanted.
     """
 
     latency_seconds: _Seconds = 0.0
@@ -55,12 +66,14 @@ class Script(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     sequence: tuple[Step, ...] = ("ok",)
     repeat: Literal["cycle", "last"] = "cycle"
     models: tuple[str, ...] = ("scripted",)
+    operations: tuple[Operation, ...] = ("generation",)
     healthy: bool = True
     batch: BatchShape = "items"
     max_batch_size: _Count = 4
     max_concurrency: _Count = 32
     busy_seconds: _Seconds = 1.0
     steps: Annotated[int, Meta(ge=0)] = 0
+    previews: bool = False
     switches_models: bool = False
     load_seconds: _Seconds = 0.0
     latency_per_picture_seconds: _Seconds = 0.0
@@ -76,6 +89,8 @@ class ScriptedBackend:
             ValueError: an unknown option, naming the nearest known one, or an impossible value.
         """
         self.script = read_script(Script, script or {})
+        if self.script.previews and not self.script.steps:
+            raise ValueError("previews: are shown at steps, so it needs `steps` too")
         self.calls: deque[Call] = deque(maxlen=CALLS_KEPT)
         self.count = 0
         self.cancelled = 0
@@ -97,7 +112,7 @@ class ScriptedBackend:
         """As the script says; every parameter is taken, none changes the picture but prompt, seed and size."""
         script = self.script
         return Capabilities(
-            operations=frozenset({"generation", "edit", "variation"}),
+            operations=frozenset(script.operations),
             batch=script.batch,
             max_batch_size=script.max_batch_size,
             max_concurrency=script.max_concurrency,
@@ -105,6 +120,7 @@ class ScriptedBackend:
             max_images=16,
             masks=True,
             progress=script.steps > 0,
+            previews=script.previews,
             switches_models=script.switches_models,
         )
 
@@ -158,8 +174,21 @@ class ScriptedBackend:
         for done in range(1, parts + 1):
             if latency:
                 await asyncio.sleep(latency / parts)
-            if script.steps:
-                on_progress(Progress(done, script.steps))
+            for preview in self._previews(call, done):
+                on_progress(Progress(done, script.steps, preview))
+            if step == "fail_midway" and done * 2 >= parts:
+                raise AttemptError(Outcome.FAILED, "failed half-way, as scripted")
+
+    def _previews(self, call: Call, done: int) -> Sequence[Preview | None]:
+        """What is told of one step: None is progress without a picture."""
+        if not self.script.previews or not call.previews:
+            return (None,) if self.script.steps else ()
+        width, height = (max(1, side // 4) for side in (call.width, call.height))
+        share = done / self.script.steps  # all pictures at once
+        return [
+            Preview(picture(f"{item.prompt}, step {done}", item.seed, width, height), "image/png", index, share)
+            for index, item in enumerate(call.items)
+        ]
 
     def _outcome(self, step: Step, call: Call) -> list[Artifact | ItemFailure]:
         if step == "fail":

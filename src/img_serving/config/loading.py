@@ -23,10 +23,7 @@ MOST_BYTES: Final = 16 * 2**20
 _NO_WEBHOOKS: Final = "webhooks are not sent"
 
 NOT_YET: Final[Mapping[str, str]] = {
-    "server.keepalive_after_seconds": "waiting replies are not kept open with blanks",
     "storage.signed_urls": "URLs carry no signature",
-    "jobs.disconnect_grace_seconds": "work is cancelled at once",
-    "jobs.result_ttl_hours": "finished jobs are not remembered",
     "webhooks.enabled": _NO_WEBHOOKS,
     "webhooks.secret": _NO_WEBHOOKS,
     "webhooks.max_age_hours": _NO_WEBHOOKS,

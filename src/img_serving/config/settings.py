@@ -232,8 +232,11 @@ class Queue(Section, frozen=True, kw_only=True):
         float, Meta(ge=0, description="A priority counts one more for every so many seconds waited; 0 = never.")
     ] = 60
     request_timeout_seconds: Annotated[
-        float, Meta(gt=0, description="The deadline of a job, from its arrival to its last picture.")
+        float, Meta(gt=0, description="The deadline of a request, from its arrival to its last picture.")
     ] = 600
+    coalesce: Annotated[
+        bool, Meta(description="Whether equal requests of one key that name their seed share one job while it runs.")
+    ] = False
 
 
 class Retry(Section, frozen=True, kw_only=True):
@@ -330,6 +333,9 @@ class Jobs(Section, frozen=True, kw_only=True):
         float, Meta(ge=0, description="Seconds that a client which retries by itself has to come back.")
     ] = 2
     result_ttl_hours: Annotated[float, Meta(ge=0, description="Hours that a finished job is remembered.")] = 24
+    max_age_hours: Annotated[
+        float, Meta(gt=0, description="The deadline of a job that nobody waits for on a connection.")
+    ] = 24
 
 
 class Webhooks(Section, frozen=True, kw_only=True):

@@ -13,9 +13,9 @@ from typing import ClassVar
 class GatewayError(Exception):
     """Anything that a caller is told. `message` is safe to show: it never holds a secret or a prompt."""
 
-    kind: ClassVar[str] = "server_error"
+    kind: str = "server_error"
     default_code: ClassVar[str | None] = None
-    status: ClassVar[int] = 500
+    status: int = 500
 
     def __init__(
         self,
@@ -168,6 +168,23 @@ class Cancelled(GatewayError):
 
     default_code = "cancelled"
     status = 499
+
+
+class OutcomeUnknown(GatewayError):
+    """The gateway stopped while a call was running that may have been paid for: nobody knows how it ended."""
+
+    default_code = "outcome_unknown"
+    status = 502
+
+
+class Recorded(GatewayError):
+    """How a job failed earlier, told again. Asking once more would tell the same."""
+
+    def __init__(self, message: str, *, kind: str, status: int, code: str | None, param: str | None) -> None:
+        """All as it was told the first time."""
+        super().__init__(message, code=code, param=param, should_retry=False)
+        self.kind = kind
+        self.status = status
 
 
 class StartError(Exception):

@@ -25,12 +25,17 @@ SEED_LIMIT = 2**63
 
 
 class InputImage(msgspec.Struct, frozen=True, gc=False):
-    """A picture that a client sent along, sniffed: `width` and `height` in pixels."""
+    """A picture that a client sent along, sniffed: `width` and `height` in pixels.
+
+    One of a durable job is on disk under `spooled` and has no `data` here: what waits must not fill the memory. A call to a
+    backend has the data always.
+    """
 
     data: bytes
     media_type: MediaType
     width: int
     height: int
+    spooled: str | None = None
 
     def fitted(self, pixels: int) -> tuple[int, int]:
         """Its own size, or where that is more than `pixels`, the largest of the same shape that is not."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
 from img_serving.domain.errors import GatewayError, Outcome
-from img_serving.domain.images import Artifact, ImageRequest, ItemFailure
+from img_serving.domain.images import Artifact, ImageRequest, ItemFailure, Preview
 from img_serving.domain.tenants import Tenant
 
 
@@ -37,6 +37,22 @@ class Target(msgspec.Struct, frozen=True, gc=False):
 
 Route = tuple[Target, ...]
 """The backends that could serve a request, in file order; the queue is chosen by it."""
+
+
+class JobWatcher(Protocol):
+    """Hears of a job while it is drawn. Its methods only take note: they neither wait nor raise."""
+
+    def started(self) -> None:
+        """Its first call was made."""
+        ...
+
+    def progressed(self, index: int, share: float, preview: Preview | None) -> None:
+        """Picture `index` is done to `share` (0 to 1), and looks like `preview` by now, where the engine shows it."""
+        ...
+
+    def drawn(self, index: int, artifact: Artifact) -> None:
+        """Picture `index` is there. It may be told twice."""
+        ...
 
 
 class Task(msgspec.Struct, eq=False):
@@ -93,6 +109,9 @@ class Job(msgspec.Struct, eq=False):
     steps_done: int = 0
     steps_total: int = 0
     error: GatewayError | None = None
+    watcher: JobWatcher | None = None
+    durable: bool = False
+    """It is in the job store: what happens to it is written down there, and it goes on after a restart."""
 
     def __post_init__(self) -> None:
         request = self.request
@@ -133,6 +152,8 @@ class Batch(msgspec.Struct, eq=False):
     loads_model: bool = False
     """Whether the endpoint had another model loaded: its seconds say nothing about drawing."""
     is_hedge: bool = False
+    retry_unknown: bool = True
+    """Whether it may be made again where nobody knows how it ended: false where somebody pays for each."""
 
     @property
     def is_unwanted(self) -> bool:

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
 
 import msgspec
+import pybase64
 
-from img_serving.domain.errors import AllAttemptsFailed, StorageFailed
+from img_serving.domain.errors import AllAttemptsFailed, GatewayError, NotFound, StorageFailed
 from img_serving.domain.images import EXTENSIONS, FORMATS, MEDIA_TYPES, Artifact, ImageRequest
 from img_serving.domain.jobs import Job
+from img_serving.domain.stored import ResponseFormat, StoredJob, StoredPicture, StoredResult
 from img_serving.media.payload import artifact_from_bytes, base64_text, raw_bytes
 from img_serving.media.strip import strip_metadata
 from img_serving.media.transcode import transcode
 from img_serving.ports import ArtifactStore
 from img_serving.telemetry.metrics import Metrics
-
-ResponseFormat = Literal["url", "b64_json", "file"]
 
 TRANSCODE_THREADS = 2
 """Bounds how many decoded pictures are in memory at once; Pillow lets go of the interpreter while it encodes PNG and WebP."""
@@ -34,9 +34,16 @@ class Answer:
     """The body of an image reply in parts (never joined: pictures are big), and what its headers tell."""
 
     parts: tuple[bytes | memoryview, ...]
-    job: Job
     ignored: tuple[str, ...] = ()
     """Parameters that the client set and that were not honoured, sorted."""
+
+
+class ResultGone(GatewayError):
+    """The job succeeded, and its pictures are not kept any more."""
+
+    kind = "invalid_request_error"
+    default_code = "result_expired"
+    status = 410
 
 
 class Delivery:
@@ -71,7 +78,6 @@ class Delivery:
         """
         started = self._clock()
         request = job.request
-        backend = job.backend or ""
         artifacts: list[Artifact] = []
         for task in job.tasks:
             if task.artifact is None:  # a succeeded job has them all
@@ -81,11 +87,7 @@ class Delivery:
                 artifact = await self._in_format(artifact, request)
             artifacts.append(artifact)
             task.artifact = None  # the reply holds the only copy from here on
-        self._metrics.pictures.add(backend, by=len(artifacts))
-        for one in artifacts:
-            if request.width and (one.width != request.width or one.height != request.height):
-                self._metrics.wrong_size.add(backend)
-                break
+        self.count(job, artifacts)
         parts: list[bytes | memoryview] = []
         opening = b'{"created":%d,"data":[{' % int(time.time())
         for artifact in artifacts:
@@ -102,7 +104,124 @@ class Delivery:
             closing + _effective(first.width, first.height, request.quality, first.media_type, transparent=transparent)
         )
         self._metrics.stage_seconds.observe(self._clock() - started, "deliver")
-        return Answer(tuple(parts), job, ignored)
+        return Answer(tuple(parts), ignored)
+
+    def count(self, job: Job, artifacts: list[Artifact]) -> None:
+        """Count what is delivered."""
+        backend, request = job.backend or "", job.request
+        self._metrics.pictures.add(backend, by=len(artifacts))
+        for one in artifacts:
+            if request.width and (one.width != request.width or one.height != request.height):
+                self._metrics.wrong_size.add(backend)
+                break
+
+    async def as_delivered(self, artifact: Artifact, request: ImageRequest) -> Artifact:
+        """One picture in the format that was asked for, without what is to be removed from it.
+
+        Raises:
+            AllAttemptsFailed: it cannot be decoded.
+        """
+        return await self._in_format(artifact, request)
+
+    # results that are kept
+
+    async def keep(self, stored: StoredJob, artifacts: list[Artifact], ignored: tuple[str, ...]) -> StoredResult:
+        """Store the pictures of a job under names of its own, so that a second try replaces those of the first.
+
+        Raises:
+            StorageFailed: one could not be stored; then none is.
+        """
+        pictures: list[StoredPicture] = []
+        try:
+            for index, artifact in enumerate(artifacts):
+                name = artifact_name(stored.artifact_key, index, artifact)
+                kept = await self._store.put(raw_bytes(artifact), EXTENSIONS[artifact.media_type], name)
+                self._metrics.artifacts.add("stored")
+                self._metrics.artifact_bytes.add(by=kept.size_bytes)
+                pictures.append(
+                    StoredPicture(
+                        name,
+                        artifact.media_type,
+                        artifact.width,
+                        artifact.height,
+                        artifact.seed,
+                        artifact.revised_prompt,
+                    )
+                )
+        except StorageFailed as error:
+            self._metrics.storage_failures.add()
+            for picture in pictures:
+                await self._store.delete(picture.name)
+            raise StorageFailed(error.message, should_retry=False) from error
+        return StoredResult(int(time.time()), tuple(pictures), stored.response_format, stored.base_url, ignored)
+
+    async def again(
+        self, stored: StoredJob, at_hand: Sequence[Artifact] | None = None, *, inline: bool = True
+    ) -> Answer:
+        """The answer of a succeeded job: the same bytes each time.
+
+        `at_hand` are its pictures, where they need not be read. Not `inline`: URLs also where base64 was asked for.
+
+        Raises:
+            ResultGone: a picture that has to be read is not there any more.
+        """
+        result = stored.result
+        if result is None:
+            raise ResultGone("the result of this job is not kept")
+        request = stored.request
+        parts: list[bytes | memoryview] = []
+        opening = b'{"created":%d,"data":[{' % result.created
+        for index, picture in enumerate(result.pictures):
+            if result.response_format == "b64_json" and inline:
+                text = (
+                    base64_text(at_hand[index])
+                    if at_hand is not None
+                    else pybase64.b64encode(await self._read(picture.name))
+                )
+                parts += (opening + b'"b64_json":"', text)
+                closing = b'"' + _about(picture)
+            else:
+                parts.append(opening)
+                if result.response_format == "file":
+                    closing = b'"file_path":' + _quoted(self._store.path_of(picture.name))
+                else:
+                    closing = b'"url":' + _quoted(f"{result.base_url}/images/{picture.name}")
+                closing += _about(picture)
+            opening = closing + b",{"
+        first = result.pictures[0]
+        transparent = request.background == "transparent" and "background" not in result.ignored
+        parts.append(
+            closing + _effective(first.width, first.height, request.quality, first.media_type, transparent=transparent)
+        )
+        return Answer(tuple(parts), result.ignored)
+
+    async def artifacts_of(self, stored: StoredJob) -> list[Artifact]:
+        """The pictures of a succeeded job.
+
+        Raises:
+            ResultGone: one is not there any more.
+        """
+        pictures = stored.result.pictures if stored.result is not None else ()
+        return [
+            Artifact(
+                media_type=one.media_type,
+                width=one.width,
+                height=one.height,
+                seed=one.seed,
+                data=await self._read(one.name),
+                revised_prompt=one.revised_prompt,
+            )
+            for one in pictures
+        ]
+
+    async def _read(self, name: str) -> bytes:
+        found = await self._store.find(name)
+        if found is None:
+            raise ResultGone("the pictures of this job are not kept any more")
+        try:
+            return b"".join([chunk async for chunk in self._store.read(name, 0, found.size_bytes)])
+        except NotFound:
+            raise ResultGone("the pictures of this job are not kept any more") from None
 
     def close(self) -> None:
         """Give up the codec threads."""
@@ -150,7 +269,12 @@ class Delivery:
         return b'"url":' + _quoted(f"{base_url()}/images/{stored.name}")
 
 
-def _about(artifact: Artifact) -> bytes:
+def artifact_name(key: bytes, index: int, artifact: Artifact) -> str:
+    """The name of a durable job's picture: as unguessable as its key (16 random bytes), and the same at each try."""
+    return f"img-{hashlib.sha256(key + b'%d' % index).hexdigest()[:32]}.{EXTENSIONS[artifact.media_type]}"
+
+
+def _about(artifact: Artifact | StoredPicture) -> bytes:
     seed = b"" if artifact.seed is None else b',"seed":%d' % artifact.seed
     revised = b"" if artifact.revised_prompt is None else b',"revised_prompt":' + _quoted(artifact.revised_prompt)
     return seed + revised + b"}"

@@ -51,6 +51,30 @@ class EndpointLookup(Protocol):
         ...
 
 
+class AttemptJournal(Protocol):
+    """Writes down what happens to durable jobs, so that a crash in the middle of a call is known of afterwards."""
+
+    async def starting(self, batch: Batch) -> None:
+        """The batch, which holds durable jobs, is about to be sent: on disk before this returns, where that matters.
+
+        Raises:
+            GatewayError: it could not be written down; then it is not sent.
+        """
+        ...
+
+    def ended(self, batch: Batch, ended: Ended) -> None:
+        """Its call is over."""
+        ...
+
+    async def filled(self, call: Call) -> Call:
+        """The call with the bytes of those of its input pictures that wait on disk.
+
+        Raises:
+            GatewayError: one is not there any more.
+        """
+        ...
+
+
 class _Attempt:
     """One running call, and why it was stopped, if it was."""
 
@@ -79,6 +103,7 @@ class Dispatcher:
         clock: Callable[[], float],
     ) -> None:
         self.scheduler = scheduler
+        self.journal: AttemptJournal | None = None
         self._endpoints = endpoints
         self._tasks = tasks
         self._metrics = metrics
@@ -96,8 +121,24 @@ class Dispatcher:
         """Whether new jobs are refused because the gateway is stopping."""
         return self._draining
 
+    def check(self, job: Job, others: int) -> None:
+        """Whether a job would be taken now; `others` are tasks that were told so and have not been submitted yet.
+
+        Raises:
+            GatewayError: why it would not.
+        """
+        if self._draining:
+            raise Draining("the gateway is stopping", retry_after_seconds=5.0)
+        try:
+            self.scheduler.check(job, others)
+        except GatewayError as refusal:
+            self._metrics.queue_refusals.add(refusal.code or "other")
+            raise
+
     async def run(self, job: Job) -> None:
         """Submit a job and wait until it is resolved. A cancelled wait cancels the job, all the way to the endpoint.
+
+        A durable job was checked before it was taken, and is not refused for want of room any more.
 
         Raises:
             GatewayError: how the job failed.
@@ -186,6 +227,9 @@ class Dispatcher:
         """What the call needs is looked up now: the backend may be removed before its first step."""
         attempt = _Attempt(batch, self._call(batch), self._endpoints.adapter_of(batch.endpoint_id))
         self._attempts[batch] = attempt
+        for task in batch.tasks:
+            if task.job.watcher is not None:
+                task.job.watcher.started()
         self._watch_the_clock()
         return attempt
 
@@ -210,6 +254,10 @@ class Dispatcher:
     async def drain(self, seconds: float) -> None:
         """Take no new jobs, let what runs finish for at most `seconds`, then answer the rest with 503."""
         self._draining = True
+        for job in list(self.scheduler.jobs):
+            if job.durable and job.started_at is None:
+                # it goes on after the restart; what runs may finish
+                self.cancel(job, Draining("the gateway is stopping", retry_after_seconds=5.0))
         if self._waiting:
             self._idle = asyncio.get_running_loop().create_future()
             try:
@@ -235,8 +283,15 @@ class Dispatcher:
 
     async def _run(self, attempt: _Attempt) -> None:
         batch = attempt.batch
+        call = attempt.call
         try:
-            results = tuple(await attempt.adapter.generate(attempt.call, lambda step: self._on_progress(attempt, step)))
+            if self.journal is not None and any(task.job.durable for task in batch.tasks):
+                try:
+                    call = await self.journal.filled(call)
+                    await self.journal.starting(batch)
+                except GatewayError as error:
+                    raise BackendRefusal(error) from error
+            results = tuple(await attempt.adapter.generate(call, lambda step: self._on_progress(attempt, step)))
             if len(results) == len(batch.tasks):
                 attempt.ended = Ended(results=results)
             else:
@@ -303,9 +358,15 @@ class Dispatcher:
 
     def _on_progress(self, attempt: _Attempt, progress: Progress) -> None:
         self.scheduler.heard_of(attempt.batch, self._clock())
-        for task in attempt.batch.tasks:
-            task.job.steps_done = progress.done
-            task.job.steps_total = progress.total
+        preview = progress.preview
+        for index, task in enumerate(attempt.batch.tasks):
+            job = task.job
+            job.steps_done = progress.done
+            job.steps_total = progress.total
+            if job.watcher is not None:
+                own = preview if preview is not None and preview.index == index else None
+                share = progress.done / progress.total if progress.total else 0.0
+                job.watcher.progressed(task.index, share, own)
 
     def _finish(self, attempt: _Attempt) -> None:
         batch, ended = attempt.batch, attempt.ended
@@ -332,6 +393,11 @@ class Dispatcher:
             resolved = [task.job for task in batch.tasks]
             for job in resolved:
                 self.scheduler.cancel(job, now, error)
+        for task in batch.tasks:
+            if task.job.watcher is not None and task.artifact is not None:
+                task.job.watcher.drawn(task.index, task.artifact)
+        if self.journal is not None and any(task.job.durable for task in batch.tasks):
+            self.journal.ended(batch, ended)
         for job in resolved:
             self._settle(job)
         self._stop(self.scheduler.unwanted())

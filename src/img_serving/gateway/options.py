@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from img_serving.config import Config
 from img_serving.policy.circuit_breaker import BreakerOptions
-from img_serving.policy.options import SchedulerOptions
+from img_serving.policy.options import JobOptions, SchedulerOptions
 from img_serving.policy.retry import RetryOptions
 from img_serving.policy.routing import RoutingOptions
 
@@ -51,4 +51,14 @@ def routing_options(config: Config) -> RoutingOptions:
         default_backend=routing.default_backend,
         aliases=dict(routing.aliases),
         unknown_model=routing.unknown_model,
+    )
+
+
+def job_options(config: Config) -> JobOptions:
+    """`[jobs]`, in seconds."""
+    jobs = config.jobs
+    return JobOptions(
+        max_age_seconds=jobs.max_age_hours * 3600,
+        result_ttl_seconds=jobs.result_ttl_hours * 3600,
+        disconnect_grace_seconds=jobs.disconnect_grace_seconds,
     )

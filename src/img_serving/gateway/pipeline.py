@@ -9,8 +9,9 @@ from msgspec import structs
 from img_serving.domain.errors import InvalidRequest
 from img_serving.domain.images import ImageRequest
 from img_serving.domain.jobs import Job, Route
+from img_serving.domain.stored import ResponseFormat, StoredJob
 from img_serving.domain.tenants import Tenant
-from img_serving.gateway.delivery import Answer, Delivery, ResponseFormat
+from img_serving.gateway.delivery import Answer, Delivery
 from img_serving.gateway.dispatcher import Dispatcher
 from img_serving.gateway.identifiers import new_id
 from img_serving.gateway.registry import Registry
@@ -47,23 +48,56 @@ class Pipeline:
         self._lost: dict[tuple[object, ...], frozenset[str]] = {}
         self._planned_with: tuple[Candidate, ...] = ()
 
-    def admit(self, tenant: Tenant, request: ImageRequest, request_id: str, traceparent: str | None = None) -> Job:
+    def admit(
+        self,
+        tenant: Tenant,
+        request: ImageRequest,
+        request_id: str,
+        traceparent: str | None = None,
+        *,
+        job_id: str | None = None,
+        patience_seconds: float | None = None,
+        age_seconds: float = 0.0,
+    ) -> Job:
         """Find the route and make the job.
+
+        `job_id` and `age_seconds` are those of one that was there before a restart; `patience_seconds` is how long it may take
+        from its arrival, where that is another time than a request's.
 
         Raises:
             GatewayError: nobody can, or may, serve this.
         """
-        now = self._clock()
+        arrived = self._clock() - age_seconds
+        patience = self._timeout_seconds if patience_seconds is None else patience_seconds
         return Job(
-            id=new_id("job_"),
+            id=job_id or new_id("job_"),
             request=request,
             route=self._route(tenant, request),
             tenant=tenant,
-            submitted_at=now,
-            deadline=now + self._timeout_seconds,
+            submitted_at=arrived,
+            deadline=arrived + patience,
             request_id=request_id,
             traceparent=traceparent,
         )
+
+    def placeholder(self, tenant: Tenant, stored: StoredJob) -> Job:
+        """A job from before a restart, without a route: `admit` finds one when it is its turn."""
+        now = self._clock()
+        return Job(
+            id=stored.id,
+            request=stored.request,
+            route=(),
+            tenant=tenant,
+            submitted_at=now,
+            deadline=now,
+            request_id=stored.request_id,
+            durable=True,
+        )
+
+    @property
+    def timeout_seconds(self) -> float:
+        """How long a request may take whose client waits for it."""
+        return self._timeout_seconds
 
     def _route(self, tenant: Tenant, request: ImageRequest) -> Route:
         """`plan`, remembered for as long as the backends are what they were: most requests are like one before."""
@@ -101,6 +135,15 @@ class Pipeline:
         """Wait for the pictures and make the answer of them; `base_url` is asked for where URLs are made.
 
         Raises:
+            GatewayError: as `draw` does; `StorageFailed` where a picture could not be stored.
+        """
+        ignored = await self.draw(job)
+        return await self._delivery.answer(job, response_format, base_url, ignored)
+
+    async def draw(self, job: Job) -> tuple[str, ...]:
+        """Wait until every task of the job has its picture; the parameters that were not honoured, sorted.
+
+        Raises:
             GatewayError: how the job failed; `InvalidRequest` also where a strict request was not honoured after all.
         """
         request = job.request
@@ -118,7 +161,7 @@ class Pipeline:
         if ignored and request.strict:
             reason = f"{job.backend} could not honour {', '.join(ignored)}"
             raise InvalidRequest(reason, code="unsupported", param=ignored[0])
-        return await self._delivery.answer(job, response_format, base_url, ignored)
+        return ignored
 
     def _ignored(self, job: Job, wanted: tuple[int | None, int | None]) -> tuple[str, ...]:
         """Parameters the client set that were not honoured: the backend cannot, or its engine did otherwise.

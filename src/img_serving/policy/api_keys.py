@@ -6,7 +6,7 @@ import hashlib
 import hmac
 from collections.abc import Iterable
 
-from img_serving.domain.tenants import Tenant
+from img_serving.domain.tenants import ANONYMOUS, Tenant
 
 
 def digest_of(key: str | bytes) -> bytes:
@@ -25,6 +25,13 @@ class KeyRing:
 
     def __len__(self) -> int:
         return len(self._tenants)
+
+    def tenant_named(self, name: str) -> Tenant:
+        """The owner of a job from before a restart; whose key is gone may do no more than any user."""
+        for _, tenant in self._tenants.values():
+            if tenant.name == name:
+                return tenant
+        return ANONYMOUS if name == ANONYMOUS.name else Tenant(name=name)
 
     def authenticate(self, key: bytes) -> Tenant | None:
         """The owner of `key`, or None.

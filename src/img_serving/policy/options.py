@@ -34,3 +34,12 @@ class SchedulerOptions:
     tier_overflow_seconds: float | None = None
     panic_mode: bool = True
     retry: RetryOptions = field(default_factory=RetryOptions)
+
+
+@dataclass(frozen=True, slots=True)
+class JobOptions:
+    """How long things last, in seconds."""
+
+    max_age_seconds: float = 24 * 3600.0
+    result_ttl_seconds: float = 24 * 3600.0
+    disconnect_grace_seconds: float = 2.0

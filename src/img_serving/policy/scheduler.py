@@ -53,6 +53,7 @@ AGAIN_WINDOW = 64
 MOST_BUSY_CALLS = 20
 """So many calls may tell a task that they are busy before it is not sent there again."""
 
+NO_ENDPOINT = "no endpoint of the route is left"
 REMOVED = "the backend that should serve this was removed"
 
 
@@ -130,7 +131,7 @@ class Scheduler:
         return self._jobs.all
 
     def submit(self, job: Job) -> None:
-        """The job's tasks stand in line, all or none.
+        """The job's tasks stand in line, all or none. A durable job was checked when it was taken, and is not refused now.
 
         Raises:
             NoUsableBackend: the route has no endpoint at all (its backend was removed since it was planned).
@@ -138,14 +139,27 @@ class Scheduler:
             DeadlineUnreachable: what stands before it takes longer than it may.
             RateLimited: the same, because of its tenant's own cap.
         """
-        job.cost = cost_of(job.request)
-        if not self._fleet.has_untried(job.route, ()):
-            raise NoUsableBackend("no endpoint of the route is left", retry_after_seconds=1.0)
-        account = self._lines.account(job.tenant)
-        check_admission(job, account, self._placement, self._queued, self.options)
-        self._lines.enter(job, account)
+        if job.durable:
+            job.cost = cost_of(job.request)
+            if not self._fleet.has_untried(job.route, ()):
+                raise NoUsableBackend(NO_ENDPOINT, retry_after_seconds=1.0)
+        else:
+            self.check(job)
+        self._lines.enter(job, self._lines.account(job.tenant))
         self._queued += len(job.tasks)
         self._jobs.add(job)
+
+    def check(self, job: Job, others: int = 0) -> None:
+        """Whether a job may stand in line; `others` are tasks that may and do not yet.
+
+        Raises:
+            GatewayError: as `submit` does.
+        """
+        job.cost = cost_of(job.request)
+        if not self._fleet.has_untried(job.route, ()):
+            raise NoUsableBackend(NO_ENDPOINT, retry_after_seconds=1.0)
+        account = self._lines.account(job.tenant)
+        check_admission(job, account, self._placement, self._queued + others, self.options)
 
     def start_at_once(self, job: Job, now: float) -> Batch | None:
         """`submit` and `next_batches` in one, for a single picture while nobody waits; None where that is not so.
@@ -372,6 +386,7 @@ class Scheduler:
                 self._lines.account(job.tenant).started(task)
         batch = Batch(endpoint.id, endpoint.backend, model, tuple(members), endpoint.breaker.start(now), cost, now, now)
         batch.is_hedge = is_hedge
+        batch.retry_unknown = endpoint.retry_unknown
         self._placement.expect(batch, endpoint, now)
         for task in members:
             if is_hedge:

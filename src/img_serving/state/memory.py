@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
+from img_serving.domain.stored import StoredJob
+from img_serving.ports import JobQuery
 from img_serving.state.sqlite import StateError
 
 
 class MemoryState:
     """The contract of a state store without the disk."""
 
-    def __init__(self) -> None:
-        """Starts empty."""
+    def __init__(self, *, clock: Callable[[], float] = time.time) -> None:
+        """Starts empty. `clock` gives Unix seconds: what is past its time is not found any more."""
+        self._clock = clock
+        self._jobs: dict[str, StoredJob] = {}
+        self._keys: dict[tuple[str, str], str] = {}
         self._backends: dict[str, bytes] = {}
         self._values: dict[str, str] = {}
         self._closed = False
@@ -42,6 +50,84 @@ class MemoryState:
         """Set a small named value."""
         self._check()
         self._values[key] = value
+
+    async def add_job(self, job: StoredJob) -> StoredJob | None:
+        """Take a new job; or return the one that has its idempotency key already."""
+        self._check()
+        if job.idempotency_key is not None:
+            holder = await self.find_key(job.tenant, job.idempotency_key)
+            if holder is not None:
+                return holder
+            self._keys[job.tenant, job.idempotency_key] = job.id
+        self._jobs[job.id] = job
+        return None
+
+    async def save_job(self, job: StoredJob) -> None:
+        """Replace a job that is there."""
+        self._check()
+        if job.id in self._jobs:
+            self._jobs[job.id] = job
+
+    async def find_job(self, tenant: str, job_id: str) -> StoredJob | None:
+        """A tenant's job, unless it is past its `expires_at`."""
+        self._check()
+        found = self._jobs.get(job_id)
+        return found if found is not None and found.tenant == tenant and self._is_kept(found) else None
+
+    async def find_key(self, tenant: str, idempotency_key: str) -> StoredJob | None:
+        """The job that was made with this key."""
+        self._check()
+        job_id = self._keys.get((tenant, idempotency_key))
+        return None if job_id is None else await self.find_job(tenant, job_id)
+
+    async def list_jobs(self, tenant: str, query: JobQuery) -> list[StoredJob]:
+        """A tenant's jobs, newest first."""
+        self._check()
+        newest_first = list(reversed(self._jobs.values()))
+        if query.after is not None:
+            places = [place for place, job in enumerate(newest_first) if (job.id, job.tenant) == (query.after, tenant)]
+            newest_first = newest_first[places[0] + 1 :] if places else []
+        found = [
+            job
+            for job in newest_first
+            if job.tenant == tenant
+            and self._is_kept(job)
+            and query.status in {None, job.status}
+            and query.operation in {None, job.request.operation}
+            and query.idempotency_key in {None, job.idempotency_key}
+            and query.request_id in {None, job.request_id}
+        ]
+        return found[: query.limit]
+
+    async def unfinished_jobs(self) -> list[str]:
+        """The ids of all jobs that are not over, oldest first."""
+        self._check()
+        return [job.id for job in self._jobs.values() if not job.is_over]
+
+    async def load_job(self, job_id: str) -> StoredJob | None:
+        """A job of whatever tenant."""
+        self._check()
+        return self._jobs.get(job_id)
+
+    async def forget_job(self, job_id: str) -> None:
+        """Remove a job; unknown ones are fine."""
+        self._check()
+        gone = self._jobs.pop(job_id, None)
+        if gone is None or gone.idempotency_key is None:
+            return
+        held = gone.tenant, gone.idempotency_key
+        if self._keys.get(held) == job_id:
+            del self._keys[held]
+
+    async def forget_expired(self, now: float) -> int:
+        """Remove the jobs whose `expires_at` has passed."""
+        gone = [job.id for job in self._jobs.values() if job.expires_at is not None and job.expires_at <= now]
+        for job_id in gone:
+            await self.forget_job(job_id)
+        return len(gone)
+
+    def _is_kept(self, job: StoredJob) -> bool:
+        return job.expires_at is None or job.expires_at > self._clock()
 
     async def close(self) -> None:
         """No more calls. Closing twice is fine."""

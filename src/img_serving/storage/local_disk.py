@@ -109,13 +109,16 @@ class LocalDiskStore:
         """
         await self._in_pool(self._prepare)
 
-    async def put(self, data: bytes | memoryview, extension: str) -> StoredArtifact:
-        """Store atomically and durably; the bytes are not copied.
+    async def put(self, data: bytes | memoryview, extension: str, name: str | None = None) -> StoredArtifact:
+        """Store atomically and durably; the bytes are not copied. With a `name`, what is there is replaced.
 
         Raises:
             StorageFailed: the disk is full, read-only or gone. Nothing is left behind.
+            ValueError: `name` is none that this store gives.
         """
-        return await self._in_pool(self._put, data, new_name(extension))
+        if name is not None and not (is_name(name) and name.endswith(f".{extension}")):
+            raise ValueError(f"{name!r} is no name of a picture with the extension {extension!r}")
+        return await self._in_pool(self._put, data, name or new_name(extension))
 
     async def find(self, name: str) -> StoredArtifact | None:
         """The picture's record; None if unknown, expired (also before it is swept) or not a name that this store gives.
@@ -142,6 +145,18 @@ class LocalDiskStore:
                 yield chunk
         finally:
             os.close(file)
+
+    async def delete(self, name: str) -> bool:
+        """Remove a picture; whether it was there. What cannot be removed now is left for the sweep."""
+        return is_name(name) and await self._in_pool(self._remove, str(self._directory / name))
+
+    async def names(self) -> list[str]:
+        """The names of all pictures, expired ones too.
+
+        Raises:
+            StorageFailed: the directory cannot be listed.
+        """
+        return await self._in_pool(self._names)
 
     async def sweep(self) -> int:
         """Remove what is expired, then the oldest past `max_bytes`, and our own stale temporary files; the pictures gone.
@@ -223,7 +238,8 @@ class LocalDiskStore:
 
     def _write(self, data: bytes | memoryview, name: str) -> StoredArtifact:
         now = self._clock()
-        temporary = self._directory / f".{name.partition('.')[0]}.part"
+        # a name of its own: one that a crash has left behind must not be in the way of the same picture's second try
+        temporary = self._directory / f".img-{secrets.token_hex(16)}.part"
         final = self._directory / name
         file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         try:
@@ -237,11 +253,14 @@ class LocalDiskStore:
             finally:
                 os.close(file)
             temporary.rename(final)
-            self._sync_directory()
+            try:
+                self._sync_directory()
+            except OSError:
+                final.unlink(missing_ok=True)
+                raise
         except BaseException:
-            for path in (temporary, final):
-                with contextlib.suppress(OSError):
-                    path.unlink()
+            with contextlib.suppress(OSError):
+                temporary.unlink()
             raise
         return StoredArtifact(name, media_type_of(name), size, now)
 
@@ -265,6 +284,15 @@ class LocalDiskStore:
         if not stat.S_ISREG(status.st_mode) or self._is_expired(status.st_mtime, self._clock()):
             return None
         return StoredArtifact(name, media_type_of(name), status.st_size, status.st_mtime)
+
+    def _names(self) -> list[str]:
+        try:
+            with os.scandir(self._directory) as entries:
+                return [entry.name for entry in entries if is_name(entry.name)]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            raise self._failed("pictures cannot be listed in", error) from error
 
     def _is_expired(self, modified_at: float, now: float) -> bool:
         return self._ttl_seconds is not None and now - modified_at >= self._ttl_seconds

@@ -34,13 +34,18 @@ class MemoryStore:
     async def prepare(self) -> None:
         """Nothing to make: memory is always writable."""
 
-    async def put(self, data: bytes | memoryview, extension: str) -> StoredArtifact:
-        """Store a copy.
+    async def put(self, data: bytes | memoryview, extension: str, name: str | None = None) -> StoredArtifact:
+        """Store a copy. With a `name`, what is there is replaced.
 
         Raises:
             StorageFailed: the picture alone is over `max_bytes`.
+            ValueError: `name` is none that this store gives.
         """
-        name = new_name(extension)
+        if name is not None and not (is_name(name) and name.endswith(f".{extension}")):
+            raise ValueError(f"{name!r} is no name of a picture with the extension {extension!r}")
+        name = name or new_name(extension)
+        if name in self._pictures:
+            self._held_bytes -= self._pictures.pop(name)[1].size_bytes
         size = data.nbytes if isinstance(data, memoryview) else len(data)
         if size > self._max_bytes:
             self._counts = replace(self._counts, failures=self._counts.failures + 1)
@@ -77,6 +82,17 @@ class MemoryStore:
                 raise StorageFailed(f"the picture {name} ends before byte {stop}")
             start += len(chunk)
             yield chunk
+
+    async def delete(self, name: str) -> bool:
+        """Remove a picture; whether it was there."""
+        if name not in self._pictures:
+            return False
+        self._held_bytes -= self._pictures.pop(name)[1].size_bytes
+        return True
+
+    async def names(self) -> list[str]:
+        """The names of all pictures, expired ones too."""
+        return list(self._pictures)
 
     async def sweep(self) -> int:
         """Remove what is expired; room is made when a picture comes, so nothing is ever over the limit."""

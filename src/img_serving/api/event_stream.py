@@ -1,0 +1,136 @@
+"""Server-sent events as OpenAI's clients read them: frames, comments that keep a connection open, and the image events.
+
+Every frame has an `event` line and ends with a blank line, an error is nested under `error`, and nothing but comments fills
+the pauses: other forms are lost or taken for something else by one client library or another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+
+import msgspec
+import pybase64
+
+from img_serving.api.errors import error_detail
+from img_serving.api.exchange import Headers, Reply
+from img_serving.domain.errors import GatewayError
+from img_serving.domain.images import FORMATS, Artifact, ImageRequest
+from img_serving.gateway.delivery import effective_quality
+from img_serving.gateway.live import LiveJob, News, PartialNews
+from img_serving.media.payload import base64_text
+
+HEARTBEAT_SECONDS = 15.0
+COMMENT = b": keep-alive\n\n"
+
+_PREFIXES = {"generation": "image_generation", "edit": "image_edit", "variation": "image_variation"}
+_encode = msgspec.json.Encoder().encode
+
+NO_USAGE = {
+    "total_tokens": 0,
+    "input_tokens": 0,
+    "output_tokens": 0,
+    "input_tokens_details": {"text_tokens": 0, "image_tokens": 0},
+}
+"""Nothing here is counted in tokens; clients expect the field."""
+
+
+def reply_of(frames: AsyncIterator[bytes], headers: Headers | None = None) -> Reply:
+    """A reply that is a stream of events. No proxy may hold it back (`x-accel-buffering` is nginx's word for that)."""
+    own: Headers = [(b"cache-control", b"no-cache, no-transform"), (b"x-accel-buffering", b"no")]
+    return Reply(200, media_type=b"text/event-stream", headers=[*own, *(headers or [])], stream=frames)
+
+
+def frame(event: str, data: bytes, event_id: int | None = None) -> bytes:
+    """One event; `data` is JSON, which has no line breaks."""
+    number = b"" if event_id is None else b"id: %d\n" % event_id
+    return b"event: %b\n%bdata: %b\n\n" % (event.encode(), number, data)
+
+
+def error_frame(error: GatewayError) -> bytes:
+    """What went wrong after the head was out."""
+    return frame("error", _encode({"type": "error", "error": error_detail(error)}))
+
+
+async def follow(live: LiveJob, heartbeat_seconds: float = HEARTBEAT_SECONDS) -> AsyncIterator[News | None]:
+    """Everything that happens to a job's pictures, from the first on; None where nothing has for a while. Ends with the job."""
+    read = 0
+    while True:
+        version = live.version
+        while read < len(live.news):
+            read += 1
+            yield live.news[read - 1]
+        if live.is_over:
+            return
+        try:
+            async with asyncio.timeout(heartbeat_seconds):
+                await live.changed(version)
+        except TimeoutError:
+            yield None
+
+
+async def image_events(live: LiveJob) -> AsyncIterator[bytes]:
+    """The frames of a job, as OpenAI's API streams them; an error is the last of them."""
+    request = live.job.request
+    async for news in follow(live):
+        yield COMMENT if news is None else news_frame(request, news)
+    if live.error is not None:
+        yield error_frame(live.error)
+
+
+async def finished_events(request: ImageRequest, artifacts: list[Artifact]) -> AsyncIterator[bytes]:
+    """The frames of a job that was over before anybody asked."""
+    for index, artifact in enumerate(artifacts):
+        yield completed_frame(request, index, artifact)
+
+
+def news_frame(request: ImageRequest, news: News, event_id: int | None = None) -> bytes:
+    """What happened, as a frame."""
+    if isinstance(news, PartialNews):
+        return _partial_frame(request, news, event_id)
+    return completed_frame(request, news.index, news.artifact, event_id)
+
+
+def _partial_frame(request: ImageRequest, news: PartialNews, event_id: int | None) -> bytes:
+    """An unfinished picture: `output_format` is that of the preview itself, `size` that of the picture it will be."""
+    size = f"{request.width}x{request.height}" if request.width is not None else "auto"
+    event = f"{_PREFIXES[request.operation]}.partial_image"
+    head = _encode(
+        {
+            "type": event,
+            "created_at": int(time.time()),
+            "size": size,
+            "quality": effective_quality(request.quality),
+            "background": request.background or "auto",
+            "output_format": FORMATS[news.preview.media_type],
+            "partial_image_index": news.number,
+            "image_index": news.index,
+        }
+    )
+    return frame(event, _with_picture(head, pybase64.b64encode(news.preview.data)), event_id)
+
+
+def completed_frame(request: ImageRequest, index: int, artifact: Artifact, event_id: int | None = None) -> bytes:
+    """A finished picture."""
+    event = f"{_PREFIXES[request.operation]}.completed"
+    said: dict[str, object] = {
+        "type": event,
+        "created_at": int(time.time()),
+        "size": f"{artifact.width}x{artifact.height}",
+        "quality": effective_quality(request.quality),
+        "background": "transparent" if request.background == "transparent" else "opaque",
+        "output_format": FORMATS[artifact.media_type],
+        "usage": NO_USAGE,
+        "image_index": index,
+    }
+    if artifact.seed is not None:
+        said["seed"] = artifact.seed
+    if artifact.revised_prompt is not None:
+        said["revised_prompt"] = artifact.revised_prompt
+    return frame(event, _with_picture(_encode(said), base64_text(artifact)), event_id)
+
+
+def _with_picture(head: bytes, text: bytes | memoryview) -> bytes:
+    """An encoded object with `b64_json` put in: pictures are megabytes, and need no look at each of their letters."""
+    return b"".join((head[:-1], b',"b64_json":"', text, b'"}'))

@@ -1,0 +1,268 @@
+"""`/v1/jobs`: make a job, look at it, list one's own, follow one, cancel one."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from img_serving.api.asked import idempotency_key_of
+from img_serving.api.bodies import check_json_type, decode_json
+from img_serving.api.event_stream import COMMENT, HEARTBEAT_SECONDS, frame, news_frame, reply_of
+from img_serving.api.exchange import ClientDisconnected, Exchange, Reply
+from img_serving.api.images import Images
+from img_serving.api.services import Services
+from img_serving.domain.errors import InvalidRequest, NotFound
+from img_serving.domain.images import Operation
+from img_serving.domain.jobs import Job, JobStatus
+from img_serving.domain.stored import StoredJob
+from img_serving.gateway.job_records import JobRecord
+from img_serving.gateway.live import LiveJob
+from img_serving.ports import JobQuery
+
+OPERATIONS: tuple[Operation, ...] = ("generation", "edit", "variation")
+MOST_LISTED = 100
+PROGRESS_SECONDS = 0.5
+"""Between two reports of progress at least."""
+
+MICROSECONDS = 1_000_000
+
+
+class JobBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """Body of `POST /v1/jobs`: `body` is what the operation's own route reads as JSON."""
+
+    operation: Literal["generation", "edit", "variation"]
+    body: msgspec.Raw
+    webhook_url: Annotated[
+        Annotated[str, Meta(max_length=2048)] | None, Meta(description="Called when the job ends.")
+    ] = None
+
+
+class JobList(msgspec.Struct, frozen=True, kw_only=True):
+    """Body of `GET /v1/jobs`, newest first. The next page begins `?after=<last_id>`."""
+
+    object: Literal["list"] = "list"
+    data: list[JobRecord]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class Jobs:
+    """Handlers of the job routes."""
+
+    def __init__(self, services: Services, images: Images) -> None:
+        self._services = services
+        self._images = images
+        self._decoder = msgspec.json.Decoder(JobBody)
+
+    async def create(self, exchange: Exchange) -> Reply:
+        """`POST /v1/jobs`."""
+        check_json_type(exchange)
+        with self._images.uploads() as hold:
+            raw = await self._images.read_upload(exchange, hold)
+            body = decode_json(raw, self._decoder, {"operation": OPERATIONS})
+            wanted = await self._images.read_json(body.operation, bytes(body.body), body.webhook_url)
+            return await self._images.accept(exchange, wanted, idempotency_key_of(exchange))
+
+    async def list(self, exchange: Exchange) -> Reply:
+        """`GET /v1/jobs`: one's own, newest first."""
+        query = _query_of(exchange)
+        services = self._services
+        stored = await services.jobs.listed(exchange.tenant, replace(query, limit=query.limit + 1))
+        records = [] if query.after is not None else list(self._in_memory(exchange, query))
+        # who names one job wants its result; in a list pictures come as URLs, whatever was asked for
+        is_one = query.idempotency_key is not None or query.request_id is not None
+        records += [await services.records.full(one, services.jobs.live(one.id), inline=is_one) for one in stored]
+        if query.status is not None:
+            # what the store takes for queued may run by now
+            records = [one for one in records if one.status is query.status]
+        page = records[: query.limit]
+        reply = JobList(
+            data=page,
+            first_id=page[0].id if page else None,
+            last_id=page[-1].id if page else None,
+            has_more=len(records) > len(page) or len(stored) > query.limit,
+        )
+        return Reply(200, (msgspec.json.encode(reply),))
+
+    async def get(self, exchange: Exchange) -> Reply:
+        """`GET /v1/jobs/{id}`, and `GET /v1/jobs/{id}/events`."""
+        job_id, slash, rest = exchange.variables["id"].partition("/")
+        if slash and rest == "events":
+            return await self._events(exchange, job_id)
+        if slash:
+            raise NotFound(f"there is nothing at {exchange.path[:200]}", code="unknown_path")
+        services = self._services
+        try:
+            stored, live = await services.jobs.find(exchange.tenant, job_id)
+        except NotFound:
+            plain = self._plain(exchange, job_id)
+            if plain is None:
+                raise
+            return Reply(200, (msgspec.json.encode(self._of_plain(plain)),))
+        return Reply(200, (msgspec.json.encode(await services.records.full(stored, live)),))
+
+    async def cancel(self, exchange: Exchange) -> Reply:
+        """`DELETE /v1/jobs/{id}`: ends it; one that is over stays as it is."""
+        services = self._services
+        job_id = exchange.variables["id"]
+        try:
+            stored = await services.jobs.cancel(exchange.tenant, job_id)
+        except NotFound:
+            plain = self._plain(exchange, job_id)
+            if plain is None:
+                raise
+            services.dispatcher.cancel(plain)
+            record = msgspec.structs.replace(self._of_plain(plain), status=JobStatus.CANCELLED)
+            return Reply(200, (msgspec.json.encode(record),))
+        return Reply(200, (msgspec.json.encode(await services.records.full(stored)),))
+
+    # plain requests
+
+    def _plain(self, exchange: Exchange, job_id: str) -> Job | None:
+        """A plain request of this tenant that is still drawn."""
+        for job in self._services.dispatcher.scheduler.jobs:
+            if job.id == job_id and job.tenant.name == exchange.tenant.name:
+                return job
+        return None
+
+    def _of_plain(self, job: Job) -> JobRecord:
+        services = self._services
+        return services.records.of_plain(job, services.unix_clock() - (services.clock() - job.submitted_at))
+
+    def _in_memory(self, exchange: Exchange, query: JobQuery) -> Iterator[JobRecord]:
+        """Those of a tenant's jobs that no store has, as the query asks for them."""
+        services = self._services
+        found = [services.records.brief(one.stored, one) for one in services.jobs.in_memory(exchange.tenant)]
+        open_jobs = [one for one in services.dispatcher.scheduler.jobs if one.tenant.name == exchange.tenant.name]
+        found += [self._of_plain(job) for job in reversed(open_jobs) if services.jobs.live(job.id) is None]
+        for record in found:
+            if (
+                query.idempotency_key is None
+                and query.operation in {None, record.operation}
+                and query.request_id in {None, record.request_id}
+            ):
+                yield record
+
+    # events
+
+    async def _events(self, exchange: Exchange, job_id: str) -> Reply:
+        stored, live = await self._services.jobs.find(exchange.tenant, job_id)
+        seen = _last_event_id(exchange)
+        if live is None:
+            if seen is not None and seen >= _end_id(stored):
+                return Reply(204, media_type=None)  # what makes an EventSource stop asking
+            return reply_of(self._told_at_once(stored))
+        exchange.job = live.job
+        self._services.jobs.join(live)
+        exchange.on_end = lambda: self._services.jobs.leave(live)
+        handler = asyncio.current_task()
+
+        def gone() -> None:
+            exchange.disconnected = True
+            if handler is not None:
+                handler.cancel()
+
+        exchange.connection.on_disconnect(gone)
+        return reply_of(self._told(exchange, live, seen))
+
+    async def _told_at_once(self, stored: StoredJob) -> AsyncIterator[bytes]:
+        record = await self._services.records.full(stored)
+        yield frame(f"job.{stored.status}", msgspec.json.encode(record), _end_id(stored))
+
+    async def _told(self, exchange: Exchange, live: LiveJob, seen: int | None) -> AsyncIterator[bytes]:
+        """What happens to a job, from where this client stopped listening.
+
+        Ids are microseconds of the wall clock, kept growing: those of one process are understood by the next.
+        """
+        records = self._services.records
+        unix = self._services.unix_clock
+        read = 0 if seen is None else live.news_after(seen)
+        told: tuple[object, ...] = ()
+        last_id = seen or 0
+        try:
+            while True:
+                version = live.version
+                while read < len(live.news):
+                    read += 1
+                    last_id = max(last_id + 1, live.news_ids[read - 1])
+                    yield news_frame(live.job.request, live.news[read - 1], last_id)
+                if live.is_over:
+                    break
+                record = records.brief(live.stored, live)
+                state = (record.status, record.progress, record.attempts, record.backend)
+                if state != told:
+                    kind = "progress" if told and told[0] == record.status else str(record.status)
+                    told = state
+                    last_id = max(last_id + 1, int(unix() * MICROSECONDS))
+                    yield frame(f"job.{kind}", msgspec.json.encode(record), last_id)
+                    await _pause(live)
+                    continue
+                try:
+                    async with asyncio.timeout(HEARTBEAT_SECONDS):
+                        await live.changed(version)
+                except TimeoutError:
+                    yield COMMENT
+            stored = live.stored
+            if stored.is_over:
+                record = await records.full(stored, live)
+                yield frame(f"job.{stored.status}", msgspec.json.encode(record), _end_id(stored))
+        except asyncio.CancelledError:
+            if exchange.disconnected:
+                raise ClientDisconnected from None
+            raise
+        finally:
+            exchange.connection.on_disconnect(None)
+
+
+async def _pause(live: LiveJob) -> None:
+    """Let progress add up for a moment; news and the end are told at once."""
+    news = len(live.news)
+    try:
+        async with asyncio.timeout(PROGRESS_SECONDS):
+            while len(live.news) == news and not live.is_over:
+                await live.changed(live.version)
+    except TimeoutError:
+        return
+
+
+def _end_id(stored: StoredJob) -> int:
+    """The id of a job's last event: the same whoever tells it."""
+    return int((stored.finished_at or 0.0) * MICROSECONDS)
+
+
+def _last_event_id(exchange: Exchange) -> int | None:
+    """Where the client stopped listening; what is no id of ours is as if it had not been sent."""
+    given = exchange.header(b"last-event-id")
+    return int(given) if given is not None and given.isdigit() and len(given) < 20 else None
+
+
+def _query_of(exchange: Exchange) -> JobQuery:
+    """The filters of a list.
+
+    Raises:
+        InvalidRequest: one is impossible; unknown ones are ignored.
+    """
+    given = exchange.query
+    limit = given.get("limit") or "20"
+    if not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:4]) <= MOST_LISTED):
+        raise InvalidRequest(f"limit must be a whole number from 1 to {MOST_LISTED}", param="limit")
+    status = given.get("status") or None
+    if status is not None and status not in set(JobStatus):
+        raise InvalidRequest(f"status is none of {', '.join(JobStatus)}", param="status")
+    operation = given.get("operation") or None
+    if operation not in {None, *OPERATIONS}:
+        raise InvalidRequest(f"operation is none of {', '.join(OPERATIONS)}", param="operation")
+    return JobQuery(
+        status=None if status is None else JobStatus(status),
+        operation=next((one for one in OPERATIONS if one == operation), None),
+        idempotency_key=given.get("idempotency_key") or None,
+        request_id=given.get("request_id") or None,
+        limit=int(limit),
+        after=given.get("after") or None,
+    )

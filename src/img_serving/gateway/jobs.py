@@ -1,0 +1,623 @@
+"""Jobs that outlive a connection: taken, followed, cancelled, written down, and brought back after a restart.
+
+A durable job is on disk before anybody is told that it was taken, and its end is on disk before anybody is told of that. In
+between a task of its own waits for it (`_run`), whether somebody follows it or not. A job that is only streamed runs the
+same way and is in memory alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from msgspec import structs
+
+from img_serving.domain.errors import (
+    AllAttemptsFailed,
+    Cancelled,
+    Conflict,
+    DeadlineExceeded,
+    Draining,
+    GatewayError,
+    NotFound,
+    NoUsableBackend,
+    Outcome,
+    OutcomeUnknown,
+)
+from img_serving.domain.images import EXTENSIONS, Artifact, Call, ImageRequest, InputImage
+from img_serving.domain.jobs import Batch, Ended, Job, JobStatus
+from img_serving.domain.stored import ResponseFormat, StoredError, StoredJob
+from img_serving.domain.tenants import Tenant
+from img_serving.gateway.delivery import Delivery, ResultGone
+from img_serving.gateway.dispatcher import Dispatcher
+from img_serving.gateway.identifiers import new_id, random_bytes
+from img_serving.gateway.live import LiveJob
+from img_serving.gateway.pipeline import Pipeline
+from img_serving.gateway.tasks import TaskRegistry
+from img_serving.policy.options import JobOptions
+from img_serving.ports import ArtifactStore, JobQuery, JobStore
+from img_serving.telemetry.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+KEY_SECONDS = 24 * 3600.0
+"""How long an idempotency key is remembered, counted from its first use."""
+
+FIRST_PAUSE_SECONDS = 2.0
+LONGEST_PAUSE_SECONDS = 60.0
+"""Between two tries of a job that nobody waits for, while no endpoint can take it."""
+
+PATIENCE_AFTER_RESTART_SECONDS = 120.0
+"""For so long a model that nobody serves is one whose backend has not said yet what it has."""
+
+WRITE_TRIES = 5
+CONTENT_KEY_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """A request that is to outlive its connection, and how it is to be answered.
+
+    `fingerprint` tells whether two requests are the same. `is_async`: nobody waits on a connection for it to end.
+    """
+
+    tenant: Tenant
+    request: ImageRequest
+    response_format: ResponseFormat
+    base_url: str
+    fingerprint: bytes
+    request_id: str
+    traceparent: str | None = None
+    idempotency_key: str | None = None
+    webhook_url: str | None = None
+    is_async: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A job that was taken now, or (`replayed`) earlier for the same key. `live` is None where it is over already."""
+
+    stored: StoredJob
+    live: LiveJob | None
+    replayed: bool = False
+
+
+class Jobs:
+    """Every job that does not belong to one connection alone. It is the dispatcher's journal (see `AttemptJournal`)."""
+
+    def __init__(
+        self,
+        *,
+        pipeline: Pipeline,
+        dispatcher: Dispatcher,
+        delivery: Delivery,
+        store: JobStore,
+        spool: ArtifactStore,
+        tasks: TaskRegistry,
+        metrics: Metrics,
+        unix_clock: Callable[[], float],
+        tenant_of: Callable[[str], Tenant],
+        options: JobOptions,
+    ) -> None:
+        """`spool` keeps the input pictures of jobs that wait; `tenant_of` finds who owns a job after a restart."""
+        self._pipeline = pipeline
+        self._dispatcher = dispatcher
+        self._delivery = delivery
+        self._store = store
+        self._spool = spool
+        self._tasks = tasks
+        self._metrics = metrics
+        self._unix_clock = unix_clock
+        self._tenant_of = tenant_of
+        self._options = options
+        self._live: dict[str, LiveJob] = {}
+        self._accepting = 0
+        self._recovered_at: float | None = None
+
+    def __repr__(self) -> str:
+        return f"<Jobs {len(self._live)} live>"
+
+    # taking
+
+    async def take(self, order: Order) -> Taken:
+        """Take a durable job: it is on disk when this returns. With an idempotency key that is known, its job.
+
+        Raises:
+            Conflict: the key was used for another request.
+            GatewayError: it is refused: nobody can serve it, or there is no room; nothing is kept then.
+        """
+        if order.idempotency_key is not None:
+            holder = await self._store.find_key(order.tenant.name, order.idempotency_key)
+            if holder is not None:
+                return await self._again(order, holder)
+        # not to be left half done by a client that leaves
+        return await asyncio.shield(self._tasks.spawn(self._take_new(order), "taking a job"))
+
+    async def _take_new(self, order: Order) -> Taken:
+        patience = self._options.max_age_seconds if order.is_async else self._pipeline.timeout_seconds
+        stored = self._new(order, patience)
+        job = self._pipeline.admit(
+            order.tenant,
+            order.request,
+            order.request_id,
+            order.traceparent,
+            job_id=stored.id,
+            patience_seconds=patience,
+        )
+        job.durable = True
+        count = len(job.tasks)
+        self._dispatcher.check(job, self._accepting)
+        self._accepting += count
+        try:
+            request = job.request = await self._spooled(order.request)
+            stored = structs.replace(stored, request=request)
+            live = self._live[stored.id] = self._follow(job, stored, durable=True, kept=True)
+            try:
+                holder = await self._store.add_job(stored)
+            except BaseException:
+                del self._live[stored.id]
+                await self._unspool(stored)
+                raise
+        finally:
+            self._accepting -= count
+        if holder is not None:
+            # another request with the same key was a moment earlier
+            del self._live[stored.id]
+            await self._unspool(stored)
+            return await self._again(order, holder)
+        self._tasks.spawn(self._run(live), "job")
+        return Taken(stored, live)
+
+    async def _again(self, order: Order, holder: StoredJob) -> Taken:
+        """What a known idempotency key stands for."""
+        if holder.fingerprint != order.fingerprint:
+            raise Conflict(
+                "this Idempotency-Key was used for another request; use a new key for each request",
+                code="idempotency_key_reused",
+                param="Idempotency-Key",
+                should_retry=False,
+            )
+        live = self._live.get(holder.id)
+        if live is None and not holder.is_over:
+            # it ended between the look into the store and now
+            holder = await self._store.load_job(holder.id) or holder
+            if not holder.is_over:
+                raise Draining("the gateway is stopping", retry_after_seconds=5.0)
+        return Taken(holder, live, replayed=True)
+
+    def start(self, order: Order, *, kept: bool) -> LiveJob:
+        """Run a job in memory, apart from its connection; not `kept`: until its last follower leaves.
+
+        Raises:
+            GatewayError: it is refused.
+        """
+        job = self._pipeline.admit(order.tenant, order.request, order.request_id, order.traceparent)
+        self._dispatcher.check(job, self._accepting)
+        stored = structs.replace(self._new(order, self._pipeline.timeout_seconds, job.id), request=_bare(order.request))
+        live = self._live[job.id] = self._follow(job, stored, durable=False, kept=kept)
+        self._tasks.spawn(self._run(live), "job")
+        return live
+
+    async def keep(self, order: Order, job: Job, ignored: tuple[str, ...]) -> StoredJob:
+        """Keep the result of a job whose client has left and that was not cancelled: it can be fetched as a job.
+
+        Raises:
+            GatewayError: it could not be kept.
+        """
+        stored = self._new(order, job.deadline - job.submitted_at, job.id)
+        artifacts = [
+            await self._delivery.as_delivered(task.artifact, order.request)
+            for task in job.tasks
+            if task.artifact is not None
+        ]
+        stored = structs.replace(stored, request=_bare(order.request))
+        done = await self._kept(stored, job, artifacts, ignored)
+        await self._store.add_job(done)
+        return done
+
+    def _new(self, order: Order, patience_seconds: float, job_id: str | None = None) -> StoredJob:
+        now = self._unix_clock()
+        return StoredJob(
+            id=job_id or new_id("job_"),
+            tenant=order.tenant.name,
+            request=order.request,
+            created_at=now,
+            deadline_at=now + patience_seconds,
+            response_format=order.response_format,
+            base_url=order.base_url,
+            artifact_key=random_bytes(CONTENT_KEY_BYTES),
+            fingerprint=order.fingerprint,
+            is_async=order.is_async,
+            request_id=order.request_id,
+            traceparent=order.traceparent,
+            idempotency_key=order.idempotency_key,
+            webhook_url=order.webhook_url,
+        )
+
+    def _follow(self, job: Job, stored: StoredJob, *, durable: bool, kept: bool) -> LiveJob:
+        return LiveJob(job, stored, durable=durable, kept=kept, on_drawn=self._convert_soon)
+
+    # following
+
+    def live(self, job_id: str) -> LiveJob | None:
+        """The job, if it is not over."""
+        return self._live.get(job_id)
+
+    def returning(self, order: Order) -> LiveJob | None:
+        """The job of the same request whose client has left a moment ago."""
+        for live in self._live.values():
+            if live.leaving is not None and (live.stored.tenant, live.stored.fingerprint) == (
+                order.tenant.name,
+                order.fingerprint,
+            ):
+                return live
+        return None
+
+    def join(self, live: LiveJob) -> None:
+        """A client follows the job from now on."""
+        live.followers += 1
+        if live.leaving is not None:
+            live.leaving.cancel()
+            live.leaving = None
+
+    def leave(self, live: LiveJob, grace_seconds: float = 0.0) -> None:
+        """A client follows it no more. Who was the last takes a job along that is not kept, after `grace_seconds`."""
+        live.followers -= 1
+        if live.followers or live.kept or live.is_over:
+            return
+        if grace_seconds > 0:
+            live.leaving = asyncio.get_running_loop().call_later(grace_seconds, self._stop, live)
+        else:
+            self._stop(live)
+
+    @property
+    def grace_seconds(self) -> float:
+        """How long a client that retries by itself has to come back."""
+        return self._options.disconnect_grace_seconds
+
+    async def find(self, tenant: Tenant, job_id: str) -> tuple[StoredJob, LiveJob | None]:
+        """A tenant's job, and itself where it is not over.
+
+        Raises:
+            NotFound: there is none, or it is somebody else's.
+        """
+        live = self._live.get(job_id)
+        if live is not None and live.stored.tenant == tenant.name:
+            return live.stored, live
+        stored = await self._store.find_job(tenant.name, job_id)
+        if stored is None:
+            raise NotFound("there is no such job, or its time is over", code="job_not_found")
+        return stored, self._live.get(job_id)
+
+    def in_memory(self, tenant: Tenant) -> list[LiveJob]:
+        """A tenant's live jobs that no store has, newest first."""
+        found = [one for one in self._live.values() if not one.durable and one.stored.tenant == tenant.name]
+        return found[::-1]
+
+    async def listed(self, tenant: Tenant, query: JobQuery) -> list[StoredJob]:
+        """A tenant's stored jobs, newest first."""
+        return await self._store.list_jobs(tenant.name, query)
+
+    async def cancel(self, tenant: Tenant, job_id: str) -> StoredJob:
+        """End a job; one that is over already stays as it is.
+
+        Raises:
+            NotFound: there is none, or it is somebody else's.
+        """
+        stored, live = await self.find(tenant, job_id)
+        if live is None:
+            return stored
+        self._stop(live)
+        while not live.is_over:
+            await live.changed(live.version)
+        return live.stored
+
+    def _stop(self, live: LiveJob) -> None:
+        live.leaving = None
+        live.cancelled = True
+        live.woken.set()
+        if live.is_submitted:
+            self._dispatcher.cancel(live.job)
+
+    # running
+
+    async def _run(self, live: LiveJob) -> None:
+        """Wait for a job, whatever happens to it, and end it exactly once."""
+        try:
+            await self._run_to_its_end(live)
+        except Draining as error:
+            # nothing is written: it goes on after the restart
+            live.failed(live.stored, error)
+        except GatewayError as error:
+            await self._fail(live, error)
+        except asyncio.CancelledError:
+            live.failed(live.stored, Draining("the gateway is stopping", retry_after_seconds=5.0))
+            raise
+        except Exception:
+            log.exception("the job %s broke", live.stored.id)
+            self._metrics.internal_errors.add("job")
+            await self._fail(live, AllAttemptsFailed("an internal error in the gateway; its log has it"))
+        finally:
+            del self._live[live.stored.id]
+            if live.leaving is not None:
+                live.leaving.cancel()
+            live.job.watcher = None
+            for task in live.job.tasks:
+                task.artifact = None  # jobs and tasks hold each other: not with their pictures
+
+    async def _run_to_its_end(self, live: LiveJob) -> None:
+        ignored = await self._drawn(live)
+        artifacts: list[Artifact] = []
+        for index in range(len(live.job.tasks)):
+            converted = await live.conversions[index]
+            if isinstance(converted, GatewayError):
+                raise converted
+            artifacts.append(converted)
+        self._delivery.count(live.job, artifacts)
+        if live.durable or (live.kept and not live.followers):
+            done = await self._kept(self._current(live), live.job, artifacts, ignored)
+            await (self._written(done) if live.durable else self._store.add_job(done))
+            await self._unspool(live.stored)
+        else:
+            done = structs.replace(
+                self._current(live),
+                status=JobStatus.SUCCEEDED,
+                finished_at=self._unix_clock(),
+                backend=live.job.backend,
+            )
+        live.succeeded(done, artifacts)
+
+    async def _drawn(self, live: LiveJob) -> tuple[str, ...]:
+        """Have it drawn; while nobody can, a job that nobody waits for is tried again and again until its deadline."""
+        pause = FIRST_PAUSE_SECONDS
+        while True:
+            if live.cancelled:
+                raise Cancelled("the job was cancelled")
+            try:
+                if not live.job.route:
+                    live.tried_again(self._revived(live.stored))
+                live.is_submitted = True
+                try:
+                    return await self._pipeline.draw(live.job)
+                finally:
+                    live.is_submitted = False
+            except (NoUsableBackend, NotFound) as error:
+                if not self._may_try_again(live, error):
+                    raise
+                wait = min(LONGEST_PAUSE_SECONDS, max(pause, error.retry_after_seconds or 0.0))
+            log.info("job %s waits %.0f s for a backend that can take it", live.stored.id, wait)
+            live.stored = structs.replace(live.stored, attempts=live.stored.attempts + live.job.attempts)
+            live.job.route = ()
+            live.job.attempts = 0
+            try:
+                async with asyncio.timeout(min(wait, max(0.0, live.stored.deadline_at - self._unix_clock()))):
+                    await live.woken.wait()
+            except TimeoutError:
+                pause = min(LONGEST_PAUSE_SECONDS, pause * 2)
+            if live.stored.deadline_at <= self._unix_clock():
+                raise DeadlineExceeded(
+                    "the deadline of the job passed before a backend could take it", should_retry=False
+                )
+
+    def _may_try_again(self, live: LiveJob, error: GatewayError) -> bool:
+        if not live.durable or self._dispatcher.is_draining:
+            return False
+        recovered = self._recovered_at
+        just_began = recovered is not None and self._unix_clock() - recovered < PATIENCE_AFTER_RESTART_SECONDS
+        was_there_before = recovered is not None and live.stored.created_at < recovered
+        if isinstance(error, NotFound):
+            return just_began and was_there_before
+        return live.stored.is_async or (just_began and was_there_before)
+
+    def _convert_soon(self, live: LiveJob, index: int, artifact: Artifact) -> None:
+        """Bring a picture into the form that it is delivered in, while the others are still drawn."""
+        live.conversions[index] = self._tasks.spawn(self._converted(live, index, artifact), "picture")
+
+    async def _converted(self, live: LiveJob, index: int, artifact: Artifact) -> Artifact | GatewayError:
+        try:
+            converted = await self._delivery.as_delivered(artifact, live.job.request)
+        except GatewayError as error:
+            return error
+        live.finished(index, converted)
+        return converted
+
+    # ends
+
+    def _current(self, live: LiveJob) -> StoredJob:
+        """What is known of a job by now."""
+        job, stored = live.job, live.stored
+        started = stored.started_at
+        if started is None and job.started_at is not None:
+            started = stored.created_at + job.queued_seconds
+        return structs.replace(
+            stored, started_at=started, backend=job.backend or stored.backend, attempts=stored.attempts + job.attempts
+        )
+
+    async def _kept(
+        self, stored: StoredJob, job: Job, artifacts: list[Artifact], ignored: tuple[str, ...]
+    ) -> StoredJob:
+        """The job as succeeded, its pictures stored."""
+        result = await self._delivery.keep(stored, artifacts, ignored)
+        return self._over(
+            structs.replace(stored, status=JobStatus.SUCCEEDED, result=result, backend=job.backend, at_risk=0)
+        )
+
+    async def _fail(self, live: LiveJob, error: GatewayError) -> None:
+        done = self._failed(self._current(live), error)
+        if live.durable:
+            try:
+                await self._written(done)
+                await self._unspool(done)
+            except GatewayError as fault:
+                log.error("the end of job %s could not be written down: %s", done.id, fault.message)  # noqa: TRY400
+        live.failed(done, error)
+
+    def _failed(self, stored: StoredJob, error: GatewayError) -> StoredJob:
+        status = JobStatus.FAILED
+        if isinstance(error, Cancelled):
+            status = JobStatus.CANCELLED
+        elif isinstance(error, DeadlineExceeded):
+            status = JobStatus.EXPIRED
+        return self._over(structs.replace(stored, status=status, error=StoredError.of(error), at_risk=0))
+
+    def _over(self, stored: StoredJob) -> StoredJob:
+        now = self._unix_clock()
+        expires = now + self._options.result_ttl_seconds
+        if stored.idempotency_key is not None:
+            expires = max(expires, stored.created_at + KEY_SECONDS)
+        return structs.replace(stored, finished_at=now, expires_at=expires)
+
+    async def _written(self, stored: StoredJob) -> None:
+        """Write a job's end down; a disk that is full for a moment is tried again."""
+        for again in range(WRITE_TRIES):
+            try:
+                await self._store.save_job(stored)
+            except GatewayError as error:
+                if again == WRITE_TRIES - 1 or self._dispatcher.is_draining:
+                    raise
+                log.warning("job %s could not be written down, trying again: %s", stored.id, error.message)
+                await asyncio.sleep(0.2 * 2**again)
+            else:
+                return
+
+    # what the dispatcher asks for and tells (`AttemptJournal`)
+
+    async def starting(self, batch: Batch) -> None:
+        """Write down that calls are made which cost money, before they are."""
+        if batch.retry_unknown:
+            return  # after a crash they are simply made again
+        lives = list(self._durable_of(batch))
+        for live in lives:
+            live.stored = structs.replace(self._current(live), status=JobStatus.RUNNING, attempts=live.stored.attempts)
+            live.stored = structs.replace(live.stored, at_risk=live.stored.at_risk + 1)
+        await asyncio.gather(*[self._store.save_job(live.stored) for live in lives])
+
+    def ended(self, batch: Batch, ended: Ended) -> None:
+        """A call that is known to have failed cost nothing: after a crash the job may be drawn."""
+        harmless = ended.refusal is not None or ended.outcome in {Outcome.FAILED, Outcome.NOT_STARTED}
+        if batch.retry_unknown or not harmless:
+            return
+        for live in self._durable_of(batch):
+            if live.stored.at_risk:
+                live.stored = structs.replace(live.stored, at_risk=live.stored.at_risk - 1)
+                self._tasks.spawn(self._noted(live), "noting a call's end")
+
+    async def _noted(self, live: LiveJob) -> None:
+        if not live.is_over and live.stored.id in self._live:
+            try:
+                await self._store.save_job(live.stored)
+            except GatewayError as error:
+                log.warning("the end of a call of job %s could not be written down: %s", live.stored.id, error.message)
+
+    def _durable_of(self, batch: Batch) -> Iterable[LiveJob]:
+        for job_id in dict.fromkeys(task.job.id for task in batch.tasks if task.job.durable):
+            live = self._live.get(job_id)
+            if live is not None:
+                yield live
+
+    async def filled(self, call: Call) -> Call:
+        """The call with the bytes of its input pictures."""
+        if not any(one.spooled for item in call.items for one in _inputs(item.images, item.mask)):
+            return call
+        read: dict[str, InputImage] = {}
+        items = []
+        for item in call.items:
+            for one in _inputs(item.images, item.mask):
+                if one.spooled is not None and one.spooled not in read:
+                    read[one.spooled] = await self._read(one)
+            images = tuple(read.get(one.spooled or "", one) for one in item.images)
+            mask = item.mask if item.mask is None else read.get(item.mask.spooled or "", item.mask)
+            items.append(structs.replace(item, images=images, mask=mask))
+        request = structs.replace(call.request, images=items[0].images, mask=items[0].mask)
+        return structs.replace(call, items=tuple(items), request=request)
+
+    # input pictures
+
+    async def _spooled(self, request: ImageRequest) -> ImageRequest:
+        """The request with its input pictures on disk instead of in memory."""
+        if not request.images:
+            return request
+        names: list[str] = []
+        try:
+            images = [await self._to_disk(one, names) for one in request.images]
+            mask = None if request.mask is None else await self._to_disk(request.mask, names)
+        except BaseException:
+            for name in names:
+                await self._spool.delete(name)
+            raise
+        return structs.replace(request, images=tuple(images), mask=mask)
+
+    async def _to_disk(self, one: InputImage, names: list[str]) -> InputImage:
+        stored = await self._spool.put(one.data, EXTENSIONS[one.media_type])
+        names.append(stored.name)
+        return structs.replace(one, data=b"", spooled=stored.name)
+
+    async def _read(self, one: InputImage) -> InputImage:
+        found = None if one.spooled is None else await self._spool.find(one.spooled)
+        if found is None:
+            raise ResultGone("an input picture of this job is not there any more", code="input_lost")
+        data = b"".join([chunk async for chunk in self._spool.read(found.name, 0, found.size_bytes)])
+        return structs.replace(one, data=data, spooled=None)
+
+    async def _unspool(self, stored: StoredJob) -> None:
+        for name in stored.spooled:
+            await self._spool.delete(name)
+
+    # restart
+
+    async def recover(self) -> int:
+        """Bring back what was not over when the gateway stopped or died; returns how many go on."""
+        self._recovered_at = self._unix_clock()
+        wanted: set[str] = set()
+        for job_id in await self._store.unfinished_jobs():
+            stored = await self._store.load_job(job_id)
+            if stored is None or stored.is_over:
+                continue
+            if stored.at_risk:
+                error = OutcomeUnknown(
+                    f"the gateway stopped while {stored.backend or 'a backend'} was drawing this, and it may have been "
+                    "paid for: it is not drawn again (retry_unknown)",
+                    should_retry=False,
+                )
+                await self._written(self._failed(stored, error))
+                self._metrics.jobs.add(JobStatus.FAILED)
+                log.warning("job %s ended without our knowing how", stored.id)
+                continue
+            wanted.update(stored.spooled)
+            stored = structs.replace(stored, status=JobStatus.QUEUED)
+            # its route is looked for when it runs: backends may not have said yet what they have
+            job = self._pipeline.placeholder(self._tenant_of(stored.tenant), stored)
+            live = self._live[stored.id] = self._follow(job, stored, durable=True, kept=True)
+            self._tasks.spawn(self._run(live), "job")
+        for name in await self._spool.names():
+            if name not in wanted:
+                await self._spool.delete(name)
+        return len(self._live)
+
+    def _revived(self, stored: StoredJob) -> Job:
+        job = self._pipeline.admit(
+            self._tenant_of(stored.tenant),
+            stored.request,
+            stored.request_id,
+            stored.traceparent,
+            job_id=stored.id,
+            patience_seconds=stored.deadline_at - stored.created_at,
+            age_seconds=max(0.0, self._unix_clock() - stored.created_at),
+        )
+        job.durable = True
+        return job
+
+    async def sweep(self) -> int:
+        """Forget the jobs whose time is over; returns how many there were."""
+        return await self._store.forget_expired(self._unix_clock())
+
+
+def _inputs(images: tuple[InputImage, ...], mask: InputImage | None) -> tuple[InputImage, ...]:
+    return images if mask is None else (*images, mask)
+
+
+def _bare(request: ImageRequest) -> ImageRequest:
+    """The request without its input pictures, for a record that nothing is drawn from."""
+    return structs.replace(request, images=(), mask=None) if request.images else request

@@ -1,0 +1,183 @@
+"""A job that others than its own caller may follow: what has happened to it so far, and who is told of what happens next."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from bisect import bisect_right
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from img_serving.domain.errors import GatewayError
+from img_serving.domain.images import Artifact, Preview
+from img_serving.domain.jobs import Job
+from img_serving.domain.stored import StoredJob
+from img_serving.policy.partials import Partials
+
+
+@dataclass(frozen=True, slots=True)
+class PartialNews:
+    """An unfinished picture that is passed on: the `number`th of image `index`."""
+
+    index: int
+    number: int
+    preview: Preview
+
+
+@dataclass(frozen=True, slots=True)
+class PictureNews:
+    """Image `index` is done, and as it will be delivered."""
+
+    index: int
+    artifact: Artifact
+
+
+News = PartialNews | PictureNews
+
+
+class LiveJob:
+    """A job on its way, for those who follow it (it is the job's watcher, see `domain.jobs.JobWatcher`).
+
+    `stored` is the job as its store has it, or would have it. `news` only grows: a follower that comes late, or again, reads
+    on where it stopped. `followers` counts clients on a connection; a job that is not `kept` ends when the last has left.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        stored: StoredJob,
+        *,
+        durable: bool,
+        kept: bool,
+        on_drawn: Callable[[LiveJob, int, Artifact], None],
+    ) -> None:
+        """`on_drawn` is told of each picture as the engine made it, once; `finished` is called with what is delivered."""
+        self.job = job
+        self.stored = stored
+        self.durable = durable
+        self.kept = kept
+        self.news: list[News] = []
+        self.news_ids: list[int] = []
+        """When each of them came: microseconds of the wall clock, each greater than the one before."""
+        self.followers = 0
+        self.version = 0
+        """Counts what followers may want to know; see `changed`."""
+        self.artifacts: list[Artifact] | None = None
+        """Its pictures as they are delivered, once it has succeeded."""
+        self.error: GatewayError | None = None
+        self.is_over = False
+        self.cancelled = False
+        """Somebody asked for it to end: it is not tried again."""
+        self.is_submitted = False
+        """Whether the dispatcher has it."""
+        self.woken = asyncio.Event()
+        """Set when it is cancelled: between two tries nobody else would hear of it."""
+        self.conversions: dict[int, asyncio.Task[Artifact | GatewayError]] = {}
+        self.leaving: asyncio.TimerHandle | None = None
+        """Runs while it waits for a client that may come back."""
+        self._on_drawn = on_drawn
+        self._drawn: set[int] = set()
+        self._shares = [0.0] * job.request.n
+        self._partials = [Partials[Preview](job.request.previews) for _ in self._shares]
+        self._waiting: list[asyncio.Future[None]] = []
+        job.watcher = self
+
+    def __repr__(self) -> str:
+        return f"<LiveJob {self.job!r}, {self.followers} followers, {len(self.news)} news>"
+
+    @property
+    def progress(self) -> float:
+        """How far all of its pictures are together, 0 to 1."""
+        return sum(self._shares) / len(self._shares)
+
+    def tried_again(self, job: Job) -> None:
+        """The same job, from the beginning."""
+        self.job = job
+        job.watcher = self
+        self._tell()
+
+    # what the dispatcher tells
+
+    def started(self) -> None:
+        """Its first call was made."""
+        self._tell()
+
+    def progressed(self, index: int, share: float, preview: Preview | None) -> None:
+        """Picture `index` is done to `share`; see `JobWatcher`."""
+        if index in self._drawn:
+            return
+        self._shares[index] = min(1.0, max(self._shares[index], share))
+        if preview is not None and self.job.request.previews:
+            for number, shown in self._partials[index].offer(share, preview):
+                self._add(PartialNews(index, number, shown))
+        self._tell()
+
+    def drawn(self, index: int, artifact: Artifact) -> None:
+        """Picture `index` is there; see `JobWatcher`."""
+        if index in self._drawn:
+            return
+        self._drawn.add(index)
+        self._shares[index] = 1.0
+        for number, shown in self._partials[index].finish():
+            self._add(PartialNews(index, number, shown))
+        self._on_drawn(self, index, artifact)
+        self._tell()
+
+    # how it ends
+
+    def finished(self, index: int, artifact: Artifact) -> None:
+        """Picture `index` is as it will be delivered."""
+        self._add(PictureNews(index, artifact))
+        self._tell()
+
+    def succeeded(self, stored: StoredJob, artifacts: list[Artifact]) -> None:
+        """It is over, and these are its pictures."""
+        self.stored, self.artifacts, self.is_over = stored, artifacts, True
+        self._tell()
+
+    def failed(self, stored: StoredJob, error: GatewayError) -> None:
+        """It is over, and this is what its client is told."""
+        self.stored, self.error, self.is_over = stored, error, True
+        self._tell()
+
+    # following
+
+    async def changed(self, since: int) -> int:
+        """Wait until something has happened after `version` was `since`; the version now."""
+        if self.version == since:
+            waiter = asyncio.get_running_loop().create_future()
+            self._waiting.append(waiter)
+            try:
+                await waiter
+            finally:
+                if waiter in self._waiting:
+                    self._waiting.remove(waiter)
+        return self.version
+
+    async def outcome(self) -> StoredJob:
+        """Wait for its success.
+
+        Raises:
+            GatewayError: how it failed.
+        """
+        while not self.is_over:
+            await self.changed(self.version)
+        if self.error is not None:
+            raise self.error
+        return self.stored
+
+    def news_after(self, event_id: int) -> int:
+        """How many of the news had come by then."""
+        return bisect_right(self.news_ids, event_id)
+
+    def _add(self, news: News) -> None:
+        last = self.news_ids[-1] if self.news_ids else 0
+        self.news_ids.append(max(last + 1, time.time_ns() // 1000))
+        self.news.append(news)
+
+    def _tell(self) -> None:
+        self.version += 1
+        waiting, self._waiting = self._waiting, []
+        for waiter in waiting:
+            if not waiter.done():
+                waiter.set_result(None)
