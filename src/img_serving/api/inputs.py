@@ -46,6 +46,7 @@ from img_serving.domain.errors import InvalidRequest
 from img_serving.domain.images import ImageRequest, InputImage
 from img_serving.domain.stored import ResponseFormat
 from img_serving.media.intake import take_in
+from img_serving.media.masks import with_alpha
 from img_serving.transport.fetch import FetchFailed, SafeFetcher, UrlFetcher
 from img_serving.transport.proxy import proxy_from_environment
 
@@ -227,7 +228,7 @@ def _checked(operation: PicturesOperation, read: _Read, pictures: Pictures, boun
         take(one, "image", f"picture {number}" if len(pictures.images) > 1 else "the image")
         for number, one in enumerate(pictures.images, start=1)
     )
-    mask = None if pictures.mask is None else take(pictures.mask, "mask", "the mask")
+    mask = None if pictures.mask is None else _with_alpha(take(pictures.mask, "mask", "the mask"))
     request = to_edit(read.body, images, mask, bounds, operation)
     if read.unknown:
         request = with_unknown(request, read.unknown)
@@ -243,3 +244,12 @@ def _taken_in(picture: Given, param: str, name: str, *, bounds: Bounds) -> Input
         return take_in(picture, max_pixels=bounds.max_pixels, max_bytes=MAX_IMAGE_BYTES)
     except ValueError as error:
         raise InvalidRequest(f"{name}: {error}", param=param) from None
+
+
+def _with_alpha(mask: InputImage) -> InputImage:
+    """A mask in OpenAI's way, which everybody behind here expects: black and white ones are what other clients paint with."""
+    try:
+        data = with_alpha(mask.data)
+    except ValueError as error:
+        raise InvalidRequest(str(error), param="mask") from None
+    return mask if data is mask.data else InputImage(data, "image/png", mask.width, mask.height)

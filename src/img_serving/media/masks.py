@@ -5,10 +5,16 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING
 
+from img_serving.media.png import SIGNATURE
 from img_serving.media.transcode import MAX_PIXELS, has_alpha
 
 if TYPE_CHECKING:
     from PIL import Image
+
+_COLOUR_TYPE = 25
+"""Where a PNG says what its pixels are (PNG 11.2.1)."""
+
+_WITH_ALPHA = (b"\x04", b"\x06")
 
 
 def white_where_painted(mask: bytes, *, needs_area: bool = False) -> bytes:
@@ -37,6 +43,16 @@ def transparent_where_painted(mask: bytes) -> bytes:
     area = area_of(mask)
     keep = ImageChops.invert(area)
     return _png(Image.merge("RGBA", (keep, keep, keep, keep)))
+
+
+def with_alpha(mask: bytes) -> bytes:
+    """The mask as a PNG that is transparent where the edit may paint: itself, where it has an alpha channel already.
+
+    Raises:
+        ValueError: it is not a picture, or over `MAX_PIXELS`.
+    """
+    has_channel = mask.startswith(SIGNATURE) and mask[_COLOUR_TYPE : _COLOUR_TYPE + 1] in _WITH_ALPHA
+    return mask if has_channel else transparent_where_painted(mask)
 
 
 def mask_in(picture: bytes) -> bytes:
