@@ -159,7 +159,16 @@ class TestDefaults:
                     "max_open_seconds": 60,
                 },
             ),
-            ("limits", {"max_n": 10, "max_pixels": 16777216, "max_steps": 200, "max_prompt_chars": 32000}),
+            (
+                "limits",
+                {
+                    "max_n": 10,
+                    "max_pixels": 16777216,
+                    "max_steps": 200,
+                    "max_prompt_chars": 32000,
+                    "fetch_image_urls": False,
+                },
+            ),
             (
                 "storage",
                 {

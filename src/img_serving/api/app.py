@@ -86,7 +86,7 @@ class App:
         routes = [
             Route("/images/generations", "user", {"POST": images.generate}),
             Route("/images/edits", "user", {"POST": images.edit}),
-            Route("/images/variations", "user", {"POST": images.not_yet}),
+            Route("/images/variations", "user", {"POST": images.vary}),
             Route("/jobs", "user", {**_read(jobs.list), "POST": jobs.create}),
             Route("/jobs/", "user", {**_read(jobs.get), "DELETE": jobs.cancel}, "id"),
             Route("/models", "user", _read(models.list)),

@@ -24,7 +24,7 @@ from img_serving.api.asked import (
     without_previews,
 )
 from img_serving.api.bodies import check_json_type, decode_json, read_raw
-from img_serving.api.edits import EditBody, body_of_form, pictures_of, to_edit
+from img_serving.api.edits import PicturesOperation
 from img_serving.api.event_stream import finished_events, image_events, reply_of
 from img_serving.api.exchange import ClientDisconnected, Exchange, Headers, Reply
 from img_serving.api.fingerprints import fingerprint_of_json
@@ -39,11 +39,11 @@ from img_serving.api.generation import (
     unknown_fields,
     with_unknown,
 )
+from img_serving.api.inputs import is_form, read_pictures_request, url_fetcher
 from img_serving.api.job_replies import accepted_reply
 from img_serving.api.keep_alive import KeepAlive
-from img_serving.api.multipart import read_form
 from img_serving.api.services import Services
-from img_serving.domain.errors import Cancelled, GatewayError, InvalidRequest, NotFound, QueueFull
+from img_serving.domain.errors import Cancelled, GatewayError, InvalidRequest, QueueFull
 from img_serving.domain.images import Operation
 from img_serving.domain.jobs import Job
 from img_serving.domain.stored import StoredError, StoredJob
@@ -55,8 +55,6 @@ from img_serving.policy.webhooks import check_webhook_url
 
 HELD_UPLOADS = 16
 """Bodies of edits in memory at most, in units of the largest one: a queue of uploads must not fill the machine."""
-
-EDIT_FIELDS = frozenset(EditBody.__struct_fields__)
 
 HEAD_SECONDS = 5.0
 """How long a stream's head waits for something to tell: until then a failure has its own status."""
@@ -72,7 +70,7 @@ class Images:
         self._closed_decoder = msgspec.json.Decoder(ClosedGenerationBody)
         config = services.config
         self._limit = config.server.max_body_bytes
-        self._edit_decoder = msgspec.json.Decoder(EditBody)
+        self._fetch = url_fetcher(allowed=config.limits.fetch_image_urls)
         self._upload_limit = config.server.max_upload_bytes
         self._uploads = 0
         self._cancels = config.jobs.cancel_on_disconnect
@@ -85,6 +83,7 @@ class Images:
             max_prompt_chars=config.limits.max_prompt_chars,
             default_format=config.response.default_format,
             allow_file=config.response.allow_file,
+            max_upload_bytes=config.server.max_upload_bytes,
         )
 
     async def generate(self, exchange: Exchange) -> Reply:
@@ -95,10 +94,6 @@ class Images:
         """`POST /v1/images/edits`, as a form or as JSON."""
         with self.uploads() as hold:
             return await self._answer(exchange, await self._read_edit(exchange, hold))
-
-    async def not_yet(self, exchange: Exchange) -> Reply:
-        """Variations: a route of the API that this version does not serve, said so."""
-        raise NotFound(f"{exchange.path} is not supported by this version; it draws and edits", code="unsupported")
 
     # reading
 
@@ -164,28 +159,25 @@ class Images:
     async def _read_edit(self, exchange: Exchange, hold: Callable[[int], None]) -> Asked:
         """Read and check what is edited. In a thread: a body of many megabytes must not hold everybody else up."""
         kind = exchange.header(b"content-type")
-        is_form = (kind or b"").partition(b";")[0].strip().lower() == b"multipart/form-data"
-        if not is_form:
+        if not is_form(kind):
             check_json_type(exchange)
         raw = await self.read_upload(exchange, hold)
+        return await self._pictures("edit", raw, kind, hold)
 
-        def read(raw: bytes) -> Asked:
-            if is_form:
-                form = read_form(raw, kind or b"")
-                body, pictures, mask = body_of_form(form)
-                unknown = sorted(form.fields.keys() - EDIT_FIELDS)
-            else:
-                body = decode_json(raw, self._edit_decoder, CHOICES)
-                pictures, mask = pictures_of(body)
-                unknown = unknown_fields(raw, EDIT_FIELDS)
-            if unknown and body.strict:
-                refuse_unknown(unknown, EDIT_FIELDS)
-            response_format = response_format_of(body, self._bounds)
-            request = with_unknown(to_edit(body, pictures, mask, self._bounds), unknown)
-            digest = fingerprint_of_json("edit", raw)
-            return asked(request, response_format, body, lambda: digest, cancels=self._cancels)
+    async def vary(self, exchange: Exchange) -> Reply:
+        """`POST /v1/images/variations`, as a form or as JSON."""
+        kind = exchange.header(b"content-type")
+        if not is_form(kind):
+            check_json_type(exchange)
+        with self.uploads() as hold:
+            raw = await self.read_upload(exchange, hold)
+            return await self._answer(exchange, await self._pictures("variation", raw, kind, hold))
 
-        return await asyncio.to_thread(read, raw)
+    async def _pictures(
+        self, operation: PicturesOperation, raw: bytes, kind: bytes | None, hold: Callable[[int], None]
+    ) -> Asked:
+        read = await read_pictures_request(operation, raw, kind, self._bounds, self._fetch, hold=hold)
+        return asked(read.request, read.response_format, read.body, lambda: read.fingerprint, cancels=self._cancels)
 
     # answering
 

@@ -294,6 +294,10 @@ class Limits(Section, frozen=True, kw_only=True):
     max_pixels: Annotated[int, Meta(ge=1, description="Width times height of one picture.")] = 16777216
     max_steps: Annotated[int, Meta(ge=1, description="Inference steps.")] = 200
     max_prompt_chars: Annotated[int, Meta(ge=1, description="Characters of a prompt.")] = 32000
+    fetch_image_urls: Annotated[
+        bool,
+        Meta(description="Whether pictures to edit may be named by http(s) URLs, fetched from public addresses only."),
+    ] = False
 
 
 class Storage(Section, frozen=True, kw_only=True):
