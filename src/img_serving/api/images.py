@@ -92,8 +92,21 @@ class Images:
 
     async def edit(self, exchange: Exchange) -> Reply:
         """`POST /v1/images/edits`, as a form or as JSON."""
+        return await self._change("edit", exchange)
+
+    async def vary(self, exchange: Exchange) -> Reply:
+        """`POST /v1/images/variations`, as a form or as JSON."""
+        return await self._change("variation", exchange)
+
+    async def _change(self, operation: PicturesOperation, exchange: Exchange) -> Reply:
+        kind = exchange.header(b"content-type")
+        if not is_form(kind):
+            check_json_type(exchange)
         with self.uploads() as hold:
-            return await self._answer(exchange, await self._read_edit(exchange, hold))
+            raw = await self.read_upload(exchange, hold)
+            wanted = await self._read_pictures(operation, raw, kind, hold)
+            del raw
+            return await self._answer(exchange, wanted)
 
     # reading
 
@@ -151,29 +164,17 @@ class Images:
         hold(len(raw))
         return raw
 
-    async def read_json(self, operation: Operation, raw: bytes, webhook_url: str | None) -> Asked:
-        """What a job's body asks for."""
-        wanted = self.read_generation(raw)
+    async def read_json(
+        self, operation: Operation, raw: bytes, webhook_url: str | None, hold: Callable[[int], None]
+    ) -> Asked:
+        """What the body of a job asks for, which is JSON. Raises as the operation's own route does."""
+        if operation == "generation":
+            wanted = self.read_generation(raw)
+        else:
+            wanted = await self._read_pictures(operation, raw, b"application/json", hold)
         return wanted if webhook_url is None else replace(wanted, webhook_url=webhook_url)
 
-    async def _read_edit(self, exchange: Exchange, hold: Callable[[int], None]) -> Asked:
-        """Read and check what is edited. In a thread: a body of many megabytes must not hold everybody else up."""
-        kind = exchange.header(b"content-type")
-        if not is_form(kind):
-            check_json_type(exchange)
-        raw = await self.read_upload(exchange, hold)
-        return await self._pictures("edit", raw, kind, hold)
-
-    async def vary(self, exchange: Exchange) -> Reply:
-        """`POST /v1/images/variations`, as a form or as JSON."""
-        kind = exchange.header(b"content-type")
-        if not is_form(kind):
-            check_json_type(exchange)
-        with self.uploads() as hold:
-            raw = await self.read_upload(exchange, hold)
-            return await self._answer(exchange, await self._pictures("variation", raw, kind, hold))
-
-    async def _pictures(
+    async def _read_pictures(
         self, operation: PicturesOperation, raw: bytes, kind: bytes | None, hold: Callable[[int], None]
     ) -> Asked:
         read = await read_pictures_request(operation, raw, kind, self._bounds, self._fetch, hold=hold)
