@@ -49,6 +49,7 @@ from img_serving.policy.rate_limits import Allowance, RateLimits
 from img_serving.policy.scheduler import Scheduler
 from img_serving.ports import ArtifactStore, Backend, State, StoredWebhook
 from img_serving.state.admin_key import ENV_KEY, admin_key, remember_keys
+from img_serving.state.ownership import owned
 from img_serving.state.sqlite import SqliteState
 from img_serving.state.webhook_secret import webhook_secrets
 from img_serving.storage.local_disk import LocalDiskStore
@@ -443,6 +444,7 @@ async def serve(
     async with AsyncExitStack() as stack:
         listener = stack.enter_context(closing(listen(config.server.host, config.server.port)))
         state = open_state(config)
+        stack.enter_context(owned(Path(config.server.data_dir)))
         await state.open()
         stack.push_async_callback(state.close)
         store = open_store(config)

@@ -92,6 +92,7 @@ def test_an_answer_after_310_s_has_its_head_after_50_and_a_blank_every_15() -> N
         assert wire.head["x-job-id"].startswith("job_")
         assert wire.is_complete
         assert json.loads(wire.text)["data"][0]["url"]
+        assert "img_serving_kept_open_total 1" in (await gateway.client.get("/metrics")).body.decode()
 
     on_the_wire(slow(310), check)
 

@@ -182,6 +182,7 @@ class Jobs:
             self._drop(live)
             await self._unspool(stored)
             return await self._again(order, holder)
+        self._metrics.durable_jobs.add("taken")
         self._tasks.spawn(self._run(live), "job")
         return Taken(stored, live)
 
@@ -209,6 +210,7 @@ class Jobs:
             holder = await self._store.load_job(holder.id) or holder
             if not holder.is_over:
                 raise Draining("the gateway is stopping", retry_after_seconds=5.0)
+        self._metrics.durable_jobs.add("replayed")
         return Taken(holder, live, replayed=True)
 
     def start(self, order: Order, *, kept: bool) -> LiveJob:
@@ -297,6 +299,11 @@ class Jobs:
             live.leaving = asyncio.get_running_loop().call_later(grace_seconds, self._stop, live)
         else:
             self._stop(live)
+
+    def live_counts(self) -> dict[str, int]:
+        """How many jobs are not over, by where they are kept."""
+        durable = sum(live.durable for live in self._live.values())
+        return {"disk": durable, "memory": len(self._live) - durable}
 
     @property
     def grace_seconds(self) -> float:
@@ -615,6 +622,7 @@ class Jobs:
                 )
                 await self._written(self._failed(stored, error))
                 self._metrics.jobs.add(JobStatus.FAILED)
+                self._metrics.durable_jobs.add("unknown")
                 log.warning("job %s ended without our knowing how", stored.id)
                 continue
             wanted.update(stored.spooled)
@@ -622,6 +630,7 @@ class Jobs:
             # its route is looked for when it runs: backends may not have said yet what they have
             job = self._pipeline.placeholder(self._tenant_of(stored.tenant), stored)
             live = self._live[stored.id] = self._follow(job, stored, durable=True, kept=True)
+            self._metrics.durable_jobs.add("recovered")
             self._tasks.spawn(self._run(live), "job")
         for name in await self._spool.names():
             if name not in wanted:
