@@ -305,11 +305,6 @@ class Jobs:
         durable = sum(live.durable for live in self._live.values())
         return {"disk": durable, "memory": len(self._live) - durable}
 
-    @property
-    def grace_seconds(self) -> float:
-        """How long a client that retries by itself has to come back."""
-        return self._options.disconnect_grace_seconds
-
     async def find(self, tenant: Tenant, job_id: str) -> tuple[StoredJob, LiveJob | None]:
         """A tenant's job, and itself where it is not over.
 
