@@ -216,10 +216,55 @@ def test_the_list_is_filtered() -> None:
             assert await ids("idempotency_key=my%20key") == [first["id"]]
             assert await ids("operation=edit") == []
             assert await ids("colour=red&operation=generation") == [second["id"], first["id"]]
-            for query in ("limit=0", "limit=101", "limit=x", "limit=-1", "status=odd", "operation=sing"):
+            bad_limits = ("0", "101", "x", "-1", "01000000", "0001" + "0" * 5000)
+            for query in (*[f"limit={one}" for one in bad_limits], "status=odd", "operation=sing"):
                 reply = await gateway.client.get(f"/v1/jobs?{query}")
                 assert reply.status == 400
                 assert reply.error["param"] == query.partition("=")[0]
+
+    run_virtual(main())
+
+
+def test_running_and_queued_jobs_are_told_apart_in_the_list() -> None:
+    async def main() -> None:
+        async with running(slow()) as gateway:
+            made = [(await make(gateway))["id"] for _ in range(6)]
+            await asyncio.sleep(1)
+
+            async def page(query: str) -> tuple[list[str], bool]:
+                found = (await gateway.client.get(f"/v1/jobs?{query}")).json()
+                return [one["id"] for one in found["data"]], found["has_more"]
+
+            assert await page("status=running") == (made[:1], False)
+            # the store finds the others first, a page at a time
+            assert await page("status=running&limit=1") == (made[:1], False)
+            assert await page("status=queued&limit=3") == (made[:2:-1], True)
+            assert await page(f"status=queued&limit=3&after={made[3]}") == (made[2:0:-1], False)
+            assert await page("status=succeeded") == ([], False)
+            asking = asyncio.ensure_future(gateway.client.draw())
+            await asyncio.sleep(1)
+            assert (await page("status=running")) == (made[:1], False)
+            # a page always ends with a job that the next one can begin after
+            assert await page("limit=1") == (made[5:], True)
+            found, _ = await page("limit=3")
+            assert (len(found), found[1:]) == (3, made[:3:-1])
+            asking.cancel()
+
+    run_virtual(main())
+
+
+def test_a_list_has_no_pictures_in_it_unless_it_is_of_one_job() -> None:
+    async def main() -> None:
+        async with running(scripted("one")) as gateway:
+            headers = {"x-request-id": "always-the-same"}
+            for number in (1, 2):
+                body = generation(response_format="b64_json")
+                made = (await gateway.client.post("/v1/jobs", body, headers=headers)).json()
+                await until_over(gateway, made["id"])
+                found = (await gateway.client.get("/v1/jobs?request_id=always-the-same")).json()["data"]
+                told = {name for one in found for name in one["result"]["data"][0]}
+                assert len(found) == number
+                assert ("b64_json" in told, "url" in told) == (number == 1, number == 2)
 
     run_virtual(main())
 
@@ -315,8 +360,10 @@ def test_events_go_on_where_the_client_stopped_listening() -> None:
                 assert [one.event for one in rest] == ["job.succeeded"], number
             last = {"last-event-id": str(whole[-1].id)}
             assert (await gateway.client.get(path, headers=last)).status == 204
-            odd = await gateway.client.get(path, headers={"last-event-id": "odd"})
-            assert [one.event for one in frames_of(odd.body)] == ["job.succeeded"]
+            # the id of another job's event, or one from before the clock was set back, is none that ends this
+            for other in ("odd", str(int(whole[-1].id or 0) + 1), "9" * 19):
+                rest = frames_of((await gateway.client.get(path, headers={"last-event-id": other})).body)
+                assert [one.event for one in rest] == ["job.succeeded"]
 
     run_virtual(main())
 

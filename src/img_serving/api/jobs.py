@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from typing import Annotated, Literal
@@ -30,6 +31,7 @@ PROGRESS_SECONDS = 0.5
 """Between two reports of progress at least."""
 
 MICROSECONDS = 1_000_000
+_LIMIT = re.compile("[0-9]{1,3}")
 END_SECONDS = 1.0
 """What is added to the time of the last event, so that its id is the greatest."""
 
@@ -74,23 +76,37 @@ class Jobs:
     async def list(self, exchange: Exchange) -> Reply:
         """`GET /v1/jobs`: one's own, newest first."""
         query = _query_of(exchange)
-        services = self._services
-        stored = await services.jobs.listed(exchange.tenant, replace(query, limit=query.limit + 1))
+        stored = await self._stored(exchange, query)
         records = [] if query.after is not None else list(self._in_memory(exchange, query))
-        # who names one job wants its result; in a list pictures come as URLs, whatever was asked for
-        is_one = query.idempotency_key is not None or query.request_id is not None
-        records += [await services.records.full(one, services.jobs.live(one.id), inline=is_one) for one in stored]
-        if query.status is not None:
-            # what the store takes for queued may run by now
-            records = [one for one in records if one.status is query.status]
+        if stored:
+            del records[query.limit - 1 :]  # the next page begins after the last one of this, which the store must know
+        records += stored
         page = records[: query.limit]
         reply = JobList(
             data=page,
             first_id=page[0].id if page else None,
             last_id=page[-1].id if page else None,
-            has_more=len(records) > len(page) or len(stored) > query.limit,
+            has_more=len(records) > len(page),
         )
         return Reply(200, (msgspec.json.encode(reply),))
+
+    async def _stored(self, exchange: Exchange, query: JobQuery) -> list[JobRecord]:
+        """Those that the store has, as the query asks for them: one more than fits on a page, if there are so many.
+
+        What the store takes for queued may run by now, or be over: it is asked on until the page is full.
+        """
+        services = self._services
+        found: list[JobRecord] = []
+        after = query.after
+        while True:
+            stored = await services.jobs.listed(exchange.tenant, replace(query, limit=query.limit + 1, after=after))
+            # who names one job wants its result; in a list pictures come as URLs, whatever was asked for
+            is_one = len(stored) == 1 and (query.idempotency_key is not None or query.request_id is not None)
+            records = [await services.records.full(one, services.jobs.live(one.id), inline=is_one) for one in stored]
+            found += [one for one in records if query.status in {None, one.status}]
+            if len(found) > query.limit or len(stored) <= query.limit:
+                return found
+            after = stored[-1].id
 
     async def get(self, exchange: Exchange) -> Reply:
         """`GET /v1/jobs/{id}`, and `GET /v1/jobs/{id}/events`."""
@@ -147,6 +163,7 @@ class Jobs:
             if (
                 query.idempotency_key is None
                 and query.operation in {None, record.operation}
+                and query.status in {None, record.status}
                 and query.request_id in {None, record.request_id}
             ):
                 yield record
@@ -157,7 +174,7 @@ class Jobs:
         stored, live = await self._services.jobs.find(exchange.tenant, job_id)
         seen = _last_event_id(exchange)
         if live is None:
-            if seen is not None and seen >= _end_id(stored):
+            if seen == _end_id(stored):
                 return Reply(204, media_type=None)  # what makes an EventSource stop asking
             return reply_of(self._told_at_once(stored))
         exchange.job = live.job
@@ -250,7 +267,7 @@ def _query_of(exchange: Exchange) -> JobQuery:
     """
     given = exchange.query
     limit = given.get("limit") or "20"
-    if not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:4]) <= MOST_LISTED):
+    if not (_LIMIT.fullmatch(limit) and 1 <= int(limit) <= MOST_LISTED):
         raise InvalidRequest(f"limit must be a whole number from 1 to {MOST_LISTED}", param="limit")
     status = given.get("status") or None
     if status is not None and status not in set(JobStatus):

@@ -9,7 +9,7 @@ import sqlite3
 
 import msgspec
 
-from img_serving.domain.stored import StoredJob
+from img_serving.domain.stored import OVER, StoredJob
 from img_serving.ports import JobQuery
 
 JOB_TABLES: tuple[str, ...] = (
@@ -94,8 +94,11 @@ def select(connection: sqlite3.Connection, tenant: str, query: JobQuery, now: fl
     """A tenant's jobs, newest first."""
     text = "SELECT record FROM jobs WHERE tenant = ? AND (expires_at IS NULL OR expires_at > ?)"
     values: list[str | float] = [tenant, now]
+    is_open = query.status is not None and query.status not in OVER
+    if is_open:
+        text += " AND is_over = 0"
     asked = {
-        "status": query.status,
+        "status": None if is_open else query.status,
         "operation": query.operation,
         "idempotency_key": query.idempotency_key,
         "request_id": query.request_id,
