@@ -209,8 +209,10 @@ class HttpRequest:
         """Send the head of a reply of unknown length; see `Connection`."""
         if self.disconnected:
             raise ClientDisconnected
-        self._chunked = self._may_chunk
-        if self._chunked:
+        if self.method == "HEAD":
+            pass  # its reply ends with its head: a last chunk would be taken for the next reply
+        elif self._may_chunk:
+            self._chunked = True
             headers.append((b"transfer-encoding", b"chunked"))
         else:
             self.keep_alive = False  # HTTP/1.0 has no chunks: the end of the connection is the end of the reply
