@@ -164,11 +164,13 @@ def test_a_retry_is_told_the_failure_of_what_it_joined() -> None:
 def test_the_result_of_a_job_that_was_not_cancelled_is_kept_and_found() -> None:
     async def main() -> None:
         async with running(slow()) as gateway:
-            headers = {"x-request-id": "mine"}
-            for body in ({"response_format": "b64_json"}, {"stream": True}):
+            kept = []
+            for name, body in (("plain", {"response_format": "b64_json"}), ("stream", {"stream": True})):
+                headers = {"x-request-id": name}
                 await leave_after(gateway, 5, headers=headers, cancel_on_disconnect=False, **body)
                 await asyncio.sleep(30)
-            stream, plain = (await gateway.client.get("/v1/jobs?request_id=mine")).json()["data"]
+                kept += (await gateway.client.get(f"/v1/jobs?request_id={name}")).json()["data"]
+            plain, stream = kept
             assert plain["status"] == stream["status"] == "succeeded"
             assert plain["result"]["data"][0]["b64_json"]
             assert stream["result"]["data"][0]["url"]

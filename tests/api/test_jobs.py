@@ -12,6 +12,7 @@ from tests.support.frames import comments_of, frames_of
 from tests.support.gateways import Harness, running, scripted, wall_clock
 from tests.support.virtual_time import run_virtual
 
+from img_serving.ports import StoredArtifact
 from img_serving.state.memory import MemoryState
 from img_serving.storage.memory import MemoryStore
 
@@ -621,5 +622,76 @@ def test_a_job_s_log_line_and_counters_are_those_of_any_request() -> None:
             assert 'img_serving_pictures_total{backend="one"} 2' in metrics
             assert 'img_serving_durable_jobs_total{event="taken"} 1' in metrics
             assert 'img_serving_live_jobs{kept="disk"} 0' in metrics
+
+    run_virtual(main())
+
+
+class _SlowDisk(MemoryStore):
+    """Takes three seconds to store a picture."""
+
+    async def put(self, *args: Any, **more: Any) -> StoredArtifact:
+        await asyncio.sleep(3)
+        return await super().put(*args, **more)
+
+
+def test_stopping_in_order_keeps_what_was_drawn_and_paid_for() -> None:
+    async def main() -> None:
+        state, store = MemoryState(clock=wall_clock()), _SlowDisk()
+        async with running(slow(backend__retry_unknown=False), state=state, store=store) as gateway:
+            made = await make(gateway, n=2)
+            await asyncio.sleep(21)  # both are drawn, none is stored
+            assert await store.names() == []
+            await gateway.gateway.drain(15)
+            assert state._jobs[made["id"]].status == "succeeded"
+            assert len(await store.names()) == 2
+
+    run_virtual(main())
+
+
+@pytest.mark.parametrize("runs", [True, False])
+def test_stopping_in_order_neither_fails_nor_waits_for_a_job_that_nobody_could_take(runs: bool) -> None:
+    async def main() -> None:
+        state = MemoryState(clock=wall_clock())
+        async with running(slow(sequence=["not_started"], latency_seconds=2), state=state) as gateway:
+            made = await make(gateway)
+            following = asyncio.ensure_future(gateway.client.get(f"/v1/jobs/{made['id']}/events"))
+            await asyncio.sleep(1 if runs else 60)  # by then it rests for half a minute
+            began = asyncio.get_running_loop().time()
+            await gateway.gateway.drain(15)
+            assert asyncio.get_running_loop().time() - began < 1.1
+            frames = frames_of((await following).body)
+            assert {frame.event for frame in frames} <= {"job.queued", "job.running", "job.progress"}
+            assert state._jobs[made["id"]].status == "queued"
+
+    run_virtual(main())
+
+
+def test_jobs_that_nobody_can_take_do_not_pile_up_without_bound() -> None:
+    async def main() -> None:
+        toml = slow(sequence=["not_started"], latency_seconds=0) + "[queue]\nmax_tasks = 4\n"
+        async with running(toml) as gateway:
+            replies = []
+            for _ in range(9):
+                replies.append(await gateway.client.post("/v1/jobs", generation()))
+                await asyncio.sleep(0.5)
+            assert [one.status for one in replies] == [202] * 4 + [503] * 5
+            assert replies[-1].error["code"] == "queue_full"
+            made = [one.json()["id"] for one in replies[:4]]
+            assert (await gateway.client.request("DELETE", f"/v1/jobs/{made[0]}")).json()["status"] == "cancelled"
+            assert (await gateway.client.post("/v1/jobs", generation())).status == 202
+
+    run_virtual(main())
+
+
+def test_a_clock_that_is_set_back_ends_no_job_before_it_began() -> None:
+    async def main() -> None:
+        async with running(slow()) as gateway:
+            jobs = gateway.gateway.services.jobs
+            right = jobs._unix_clock
+            made = await make(gateway)
+            jobs._unix_clock = lambda: right() - 3600
+            done = await until_over(gateway, made["id"])
+            assert done["status"] == "succeeded"
+            assert done["created_at"] <= done["started_at"] <= done["finished_at"] < done["expires_at"]
 
     run_virtual(main())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
 from typing import Annotated, Literal
 
@@ -90,13 +90,13 @@ class Jobs:
         )
         return Reply(200, (msgspec.json.encode(reply),))
 
-    async def _stored(self, exchange: Exchange, query: JobQuery) -> list[JobRecord]:
+    async def _stored(self, exchange: Exchange, query: JobQuery) -> Sequence[JobRecord]:
         """Those that the store has, as the query asks for them: one more than fits on a page, if there are so many.
 
         What the store takes for queued may run by now, or be over: it is asked on until the page is full.
         """
         services = self._services
-        found: list[JobRecord] = []
+        found = []
         after = query.after
         while True:
             stored = await services.jobs.listed(exchange.tenant, replace(query, limit=query.limit + 1, after=after))

@@ -122,6 +122,8 @@ class Jobs:
         self._options = options
         self._live: dict[str, LiveJob] = {}
         self._accepting = 0
+        self._resting = 0
+        self._idle: asyncio.Future[None] | None = None
         self._recovered_at: float | None = None
 
     def __repr__(self) -> str:
@@ -164,7 +166,8 @@ class Jobs:
             patience_seconds=patience,
         )
         job.durable = True
-        self._dispatcher.check(job, self._accepting)
+        # what waits for another try stands in no line, and yet may not grow without bound
+        self._dispatcher.check(job, self._accepting + self._resting)
         live = self._live[stored.id] = self._follow(job, stored, durable=True, kept=True)
         live.to_submit = len(job.tasks)
         self._accepting += live.to_submit
@@ -189,6 +192,8 @@ class Jobs:
     def _drop(self, live: LiveJob) -> None:
         del self._live[live.stored.id]
         self._submitted(live)
+        if not self._live and self._idle is not None and not self._idle.done():
+            self._idle.set_result(None)
 
     def _submitted(self, live: LiveJob) -> None:
         """Its tasks stand in line now, or never will: they are no longer among those that are let in and do not yet."""
@@ -403,6 +408,8 @@ class Jobs:
         while True:
             if live.cancelled:
                 raise Cancelled("the job was cancelled")
+            if self._dispatcher.is_draining:
+                raise Draining("the gateway is stopping", retry_after_seconds=5.0)
             try:
                 if not live.job.route:
                     live.tried_again(self._revived(live.stored))
@@ -420,18 +427,27 @@ class Jobs:
             live.stored = structs.replace(live.stored, attempts=live.stored.attempts + live.job.attempts)
             live.job.route = ()
             live.job.attempts = 0
-            try:
-                async with asyncio.timeout(min(wait, max(0.0, live.stored.deadline_at - self._unix_clock()))):
-                    await live.woken.wait()
-            except TimeoutError:
-                pause = min(LONGEST_PAUSE_SECONDS, pause * 2)
+            await self._rest(live, min(wait, max(0.0, live.stored.deadline_at - self._unix_clock())))
+            pause = min(LONGEST_PAUSE_SECONDS, pause * 2)
             if live.stored.deadline_at <= self._unix_clock():
                 raise DeadlineExceeded(
                     "the deadline of the job passed before a backend could take it", should_retry=False
                 )
 
+    async def _rest(self, live: LiveJob, seconds: float) -> None:
+        """Wait for its next try; less long where it is cancelled, or the gateway stops."""
+        count = len(live.job.tasks)
+        self._resting += count
+        try:
+            async with asyncio.timeout(seconds):
+                await live.woken.wait()
+        except TimeoutError:
+            return
+        finally:
+            self._resting -= count
+
     def _may_try_again(self, live: LiveJob, error: GatewayError) -> bool:
-        if not live.durable or self._dispatcher.is_draining:
+        if not live.durable:
             return False
         recovered = self._recovered_at
         just_began = recovered is not None and self._unix_clock() - recovered < PATIENCE_AFTER_RESTART_SECONDS
@@ -498,7 +514,9 @@ class Jobs:
         expires = now + self._options.result_ttl_seconds
         if stored.idempotency_key is not None:
             expires = max(expires, stored.created_at + KEY_SECONDS)
-        return structs.replace(stored, finished_at=now, expires_at=expires)
+        # a clock that was set back meanwhile does not end a job before it began
+        ended = max(now, stored.started_at or stored.created_at)
+        return structs.replace(stored, finished_at=ended, expires_at=expires)
 
     async def _written(self, stored: StoredJob) -> None:
         """Write a job's end down; a disk that is full for a moment is tried again."""
@@ -631,6 +649,21 @@ class Jobs:
             if name not in wanted:
                 await self._spool.delete(name)
         return len(self._live)
+
+    async def drain(self, seconds: float) -> None:
+        """Once nothing is drawn any more: keep for at most `seconds` what was drawn. What waits goes on after the restart."""
+        for live in self._live.values():
+            live.woken.set()
+        if not self._live:
+            return
+        self._idle = asyncio.get_running_loop().create_future()
+        try:
+            async with asyncio.timeout(seconds):
+                await self._idle
+        except TimeoutError:
+            log.warning("drain time is over; %d jobs could not be brought to their end", len(self._live))
+        finally:
+            self._idle = None
 
     def _revived(self, stored: StoredJob) -> Job:
         job = self._pipeline.admit(

@@ -73,7 +73,7 @@ class LiveJob:
         self.to_submit = 0
         """Its tasks that were let in and do not stand in line yet."""
         self.woken = asyncio.Event()
-        """Set when it is cancelled: between two tries nobody else would hear of it."""
+        """Set when it is cancelled, or the gateway stops: between two tries it would not hear of it."""
         self.conversions: dict[int, asyncio.Task[Artifact | GatewayError]] = {}
         self.leaving: asyncio.TimerHandle | None = None
         """Runs while it waits for a client that may come back."""
