@@ -30,7 +30,7 @@ from img_serving.domain.images import EXTENSIONS, Artifact, Call, ImageRequest, 
 from img_serving.domain.jobs import Batch, Ended, Job, JobStatus
 from img_serving.domain.stored import ResponseFormat, StoredError, StoredJob
 from img_serving.domain.tenants import Tenant
-from img_serving.gateway.delivery import Delivery, ResultGone
+from img_serving.gateway.delivery import Delivery, ResultGone, drawn_of
 from img_serving.gateway.dispatcher import Dispatcher
 from img_serving.gateway.identifiers import new_id, random_bytes
 from img_serving.gateway.live import LiveJob
@@ -177,12 +177,14 @@ class Jobs:
             holder = await self._store.add_job(stored)
         except BaseException as error:
             self._drop(live)
+            live.failed(stored, error if isinstance(error, GatewayError) else _stopping())
             if isinstance(error, GatewayError):
                 await self._unspool(stored)  # where it was stopped instead, it may have been written
             raise
         if holder is not None:
             # another request with the same key was a moment earlier
             self._drop(live)
+            live.failed(stored, NotFound("there is no such job", code="job_not_found"))
             await self._unspool(stored)
             return await self._again(order, holder)
         self._metrics.durable_jobs.add("taken")
@@ -214,7 +216,7 @@ class Jobs:
             # it ended between the look into the store and now
             holder = await self._store.load_job(holder.id) or holder
             if not holder.is_over:
-                raise Draining("the gateway is stopping", retry_after_seconds=5.0)
+                raise _stopping()
         self._metrics.durable_jobs.add("replayed")
         return Taken(holder, live, replayed=True)
 
@@ -238,11 +240,7 @@ class Jobs:
             GatewayError: it could not be kept.
         """
         stored = self._new(order, job.deadline - job.submitted_at, job.id)
-        artifacts = [
-            await self._delivery.as_delivered(task.artifact, order.request)
-            for task in job.tasks
-            if task.artifact is not None
-        ]
+        artifacts = [await self._delivery.as_delivered(one, order.request) for one in drawn_of(job)]
         stored = structs.replace(stored, request=_bare(order.request))
         done = await self._kept(stored, job, artifacts, ignored)
         await self._store.add_job(done)
@@ -366,7 +364,7 @@ class Jobs:
         except GatewayError as error:
             await self._fail(live, error)
         except asyncio.CancelledError:
-            live.failed(live.stored, Draining("the gateway is stopping", retry_after_seconds=5.0))
+            live.failed(live.stored, _stopping())
             raise
         except Exception:
             log.exception("the job %s broke", live.stored.id)
@@ -374,6 +372,10 @@ class Jobs:
             await self._fail(live, AllAttemptsFailed("an internal error in the gateway; its log has it"))
         finally:
             self._drop(live)
+            if not live.is_over:
+                live.failed(
+                    live.stored, _stopping()
+                )  # stopped while its end was written down: nobody must wait for ever
             if live.leaving is not None:
                 live.leaving.cancel()
             live.job.watcher = None
@@ -409,7 +411,7 @@ class Jobs:
             if live.cancelled:
                 raise Cancelled("the job was cancelled")
             if self._dispatcher.is_draining:
-                raise Draining("the gateway is stopping", retry_after_seconds=5.0)
+                raise _stopping()
             try:
                 if not live.job.route:
                     live.tried_again(self._revived(live.stored))
@@ -681,6 +683,10 @@ class Jobs:
     async def sweep(self) -> int:
         """Forget the jobs whose time is over; returns how many there were."""
         return await self._store.forget_expired(self._unix_clock())
+
+
+def _stopping() -> Draining:
+    return Draining("the gateway is stopping", retry_after_seconds=5.0)
 
 
 def _inputs(images: tuple[InputImage, ...], mask: InputImage | None) -> tuple[InputImage, ...]:

@@ -142,6 +142,8 @@ class LiveJob:
 
     def failed(self, stored: StoredJob, error: GatewayError) -> None:
         """It is over, and this is what its client is told."""
+        # its frames hold this job, which would hold its pictures until the collector comes by
+        error.__traceback__ = None
         self.stored, self.error, self.is_over = stored, error, True
         self._tell()
 
