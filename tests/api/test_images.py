@@ -15,8 +15,8 @@ from tests.support.asgi import Client
 from tests.support.gateways import ADMIN, running, scripted
 from tests.support.virtual_time import run_virtual
 
-from img_serving.api.generation import CHOICES, GenerationBody
 from img_serving.api.asked import TRACEPARENT
+from img_serving.api.generation import CHOICES, GenerationBody
 from img_serving.storage.local_disk import LocalDiskStore
 
 ONE = scripted("one")

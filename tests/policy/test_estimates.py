@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.policy.virtual_fleet import VirtualFleet, drawn, endpoint, job, only, scheduler
 
-from img_serving.domain.jobs import Batch, Job
+from img_serving.domain.jobs import Batch, Job, Task
 from img_serving.domain.tenants import Tenant
 from img_serving.policy.endpoint import EndpointState
 from img_serving.policy.snapshots import JobEstimate
@@ -41,6 +43,35 @@ def test_without_a_speed_there_is_a_position_but_no_wait():
     last = job()
     one.submit(last)
     assert one.estimate(last, 0.0) == JobEstimate(4, None, None)
+
+
+def test_a_position_counts_every_picture_before_ones_own_wherever_one_stands():
+    one = scheduler(endpoint(0, speed=1.0))
+    jobs = [job(n=1 + index % 3) for index in range(31)]
+    for each in jobs:
+        one.submit(each)
+    before = [sum(earlier.request.n for earlier in jobs[:index]) for index in range(31)]
+    assert [one.estimate(each, 0.0).position for each in jobs] == before
+
+
+def test_whoever_stands_last_is_told_so_without_a_walk_along_the_line():
+    one = scheduler(endpoint(0, speed=1.0))
+    jobs = [job() for _ in range(50)]
+    for each in jobs:
+        one.submit(each)
+    looked_at = 0
+
+    class Watched(OrderedDict[Task, None]):
+        def __iter__(self):
+            nonlocal looked_at
+            for task in super().__iter__():
+                looked_at += 1
+                yield task
+
+    lane = jobs[-1].tasks[0].place
+    lane.tasks = Watched(lane.tasks)
+    assert one.estimate(jobs[-1], 0.0).position == 49
+    assert 0 < looked_at < 5
 
 
 def test_tenants_share_so_a_position_counts_others_only_as_far_as_they_go_first():

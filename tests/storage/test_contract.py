@@ -258,3 +258,46 @@ def test_many_pictures_at_once_are_all_stored(run):
 @given(name=st.text(max_size=50))
 def test_no_text_at_all_finds_a_picture_that_was_not_stored(name):
     assert asyncio.run(MemoryStore().find(name)) is None
+
+
+def test_a_picture_may_be_stored_again_under_its_name(run):
+    async def check(store, clock):
+        first = await store.put(b"one", "png")
+        again = await store.put(b"another", "png", first.name)
+        assert again.name == first.name
+        assert await store.names() == [first.name]
+        found = await store.find(first.name)
+        assert found.size_bytes == 7
+        assert b"".join([chunk async for chunk in store.read(first.name, 0, 7)]) == b"another"
+
+    run(check)
+
+
+@pytest.mark.parametrize("name", [*FOREIGN, "img-" + "b" * 32 + ".jpg"])
+def test_a_name_that_no_store_gives_for_that_type_is_not_stored_under(run, name):
+    async def check(store, clock):
+        with pytest.raises(ValueError, match="no name of a picture"):
+            await store.put(b"one", "png", name)
+
+    if name != "img-" + "a" * 32 + ".png":
+        run(check)
+
+
+def test_a_deleted_picture_is_gone(run):
+    async def check(store, clock):
+        stored = await store.put(b"one", "png")
+        kept = await store.put(b"two", "jpg")
+        assert await store.delete(stored.name)
+        assert not await store.delete(stored.name)
+        assert await store.find(stored.name) is None
+        assert await store.names() == [kept.name]
+
+    run(check)
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_deleting_a_foreign_name_does_nothing(run, name):
+    async def check(store, clock):
+        assert not await store.delete(name)
+
+    run(check)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from random import Random
 from typing import Any
@@ -68,13 +69,25 @@ class Harness:
         return self.gateway.registry._entries[backend].endpoints[index].state
 
 
+def wall_clock() -> Callable[[], float]:
+    """Unix seconds that jump when the running loop's clock does."""
+    loop = asyncio.get_running_loop()
+    began = time.time() - loop.time()
+    return lambda: began + loop.time()
+
+
 @asynccontextmanager
 async def running(
-    toml: str = "", *, state: State | None = None, store: ArtifactStore | None = None
+    toml: str = "",
+    *,
+    state: State | None = None,
+    store: ArtifactStore | None = None,
+    spool: ArtifactStore | None = None,
 ) -> AsyncIterator[Harness]:
     """Bring a gateway up and down around a test."""
     config = config_of(toml)
-    state = state if state is not None else MemoryState()
+    loop = asyncio.get_running_loop()
+    state = state if state is not None else MemoryState(clock=wall_clock())
     store = store if store is not None else MemoryStore()
     await state.open()
     await store.prepare()
@@ -87,7 +100,9 @@ async def running(
         request_log=RequestLog(log_fd, "json"),
         config_file="test.toml",
         rng=Random(7),
-        clock=asyncio.get_running_loop().time,
+        clock=loop.time,
+        unix_clock=wall_clock(),
+        spool=spool,
     )
     await gateway.start()
     try:

@@ -27,6 +27,7 @@ from img_serving.api.keep_alive import KeepAlive
 from img_serving.api.models import Models
 from img_serving.api.queue import Queue
 from img_serving.api.services import Services
+from img_serving.api.webhooks import Webhooks
 from img_serving.domain.errors import (
     Cancelled,
     Draining,
@@ -77,9 +78,11 @@ class App:
         self._auth = services.config.auth.enabled
         self._prompts = services.config.logging.prompts
         self._cross_origin = CrossOrigin(services.config.server.cors_allow_origins)
-        self._keep_alive = KeepAlive(services.config.server.keepalive_after_seconds, services.tasks, self._head)
+        self._keep_alive = KeepAlive(
+            services.config.server.keepalive_after_seconds, services.tasks, services.metrics, self._head
+        )
         images, models, backends = Images(services, self._keep_alive), Models(services), Backends(services)
-        jobs = Jobs(services, images)
+        jobs, webhooks = Jobs(services, images), Webhooks(services.webhooks)
         files, health, docs = Files(services), Health(services), Docs(services)
         metrics_access: Access = "public" if services.config.auth.metrics_public else "admin"
         routes = [
@@ -93,6 +96,8 @@ class App:
             Route("/backends", "admin", {**_read(backends.list), "POST": backends.add}),
             Route("/backends/", "admin", {**_read(backends.get), "DELETE": backends.remove}, "name"),
             Route("/queue", "admin", _read(Queue(services).look)),
+            Route("/webhooks", "admin", _read(webhooks.list)),
+            Route("/webhooks/", "admin", {**_read(webhooks.get), "POST": webhooks.redeliver}, "event_id"),
             Route("/images/", "public", _read(files.get), "name"),
             Route("/health", "public", _read(health.health)),
             Route("/livez", "public", _read(health.livez)),
@@ -116,7 +121,12 @@ class App:
         try:
             await self._serve(exchange)
         finally:
+            if exchange.trickle is not None:
+                exchange.trickle.end()
             if exchange.on_end is not None:
+                connection.on_disconnect(
+                    None
+                )  # the handler has ended, or its stream has: there is nothing left to stop
                 exchange.on_end()
 
     async def _serve(self, exchange: Exchange) -> None:

@@ -126,7 +126,11 @@ class Trickle(Protocol):
         ...
 
     async def stop(self) -> bool:
-        """No more of it; whether the head is out."""
+        """No more of it before the rest of the reply; whether the head is out."""
+        ...
+
+    def end(self) -> None:
+        """No more of it: the exchange is over. Asking twice is fine."""
         ...
 
 

@@ -51,6 +51,7 @@ from img_serving.gateway.delivery import Answer
 from img_serving.gateway.jobs import Order, Taken
 from img_serving.gateway.live import LiveJob
 from img_serving.gateway.returns import Key, Shared
+from img_serving.policy.webhooks import check_webhook_url
 
 HELD_UPLOADS = 16
 """Bodies of edits in memory at most, in units of the largest one: a queue of uploads must not fill the machine."""
@@ -91,8 +92,21 @@ class Images:
 
     async def edit(self, exchange: Exchange) -> Reply:
         """`POST /v1/images/edits`, as a form or as JSON."""
+        return await self._change("edit", exchange)
+
+    async def vary(self, exchange: Exchange) -> Reply:
+        """`POST /v1/images/variations`, as a form or as JSON."""
+        return await self._change("variation", exchange)
+
+    async def _change(self, operation: PicturesOperation, exchange: Exchange) -> Reply:
+        kind = exchange.header(b"content-type")
+        if not is_form(kind):
+            check_json_type(exchange)
         with self.uploads() as hold:
-            return await self._answer(exchange, await self._read_edit(exchange, hold))
+            raw = await self.read_upload(exchange, hold)
+            wanted = await self._read_pictures(operation, raw, kind, hold)
+            del raw
+            return await self._answer(exchange, wanted)
 
     # reading
 
@@ -150,29 +164,17 @@ class Images:
         hold(len(raw))
         return raw
 
-    async def read_json(self, operation: Operation, raw: bytes, webhook_url: str | None) -> Asked:
-        """What a job's body asks for."""
-        wanted = self.read_generation(raw)
+    async def read_json(
+        self, operation: Operation, raw: bytes, webhook_url: str | None, hold: Callable[[int], None]
+    ) -> Asked:
+        """What the body of a job asks for, which is JSON. Raises as the operation's own route does."""
+        if operation == "generation":
+            wanted = self.read_generation(raw)
+        else:
+            wanted = await self._read_pictures(operation, raw, b"application/json", hold)
         return wanted if webhook_url is None else replace(wanted, webhook_url=webhook_url)
 
-    async def _read_edit(self, exchange: Exchange, hold: Callable[[int], None]) -> Asked:
-        """Read and check what is edited. In a thread: a body of many megabytes must not hold everybody else up."""
-        kind = exchange.header(b"content-type")
-        if not is_form(kind):
-            check_json_type(exchange)
-        raw = await self.read_upload(exchange, hold)
-        return await self._pictures("edit", raw, kind, hold)
-
-    async def vary(self, exchange: Exchange) -> Reply:
-        """`POST /v1/images/variations`, as a form or as JSON."""
-        kind = exchange.header(b"content-type")
-        if not is_form(kind):
-            check_json_type(exchange)
-        with self.uploads() as hold:
-            raw = await self.read_upload(exchange, hold)
-            return await self._answer(exchange, await self._pictures("variation", raw, kind, hold))
-
-    async def _pictures(
+    async def _read_pictures(
         self, operation: PicturesOperation, raw: bytes, kind: bytes | None, hold: Callable[[int], None]
     ) -> Asked:
         read = await read_pictures_request(operation, raw, kind, self._bounds, self._fetch, hold=hold)
@@ -205,9 +207,20 @@ class Images:
             request_id=exchange.request_id,
             traceparent=traceparent_of(exchange),
             idempotency_key=key,
-            webhook_url=wanted.webhook_url,
+            webhook_url=self._webhook_url(exchange, wanted) if is_async else None,
             is_async=is_async,
         )
+
+    def _webhook_url(self, exchange: Exchange, wanted: Asked) -> str | None:
+        """Who is told of the end of a job: the receiver that it names, or its key's own."""
+        webhooks = self._services.config.webhooks
+        url = wanted.webhook_url
+        if url is None:
+            return exchange.tenant.webhook_url if webhooks.enabled else None
+        if not webhooks.enabled:
+            raise InvalidRequest("webhooks are off here; the operator can allow them", param="webhook_url")
+        check_webhook_url(url, allow_private=webhooks.allow_private_addresses)
+        return url
 
     async def accept(self, exchange: Exchange, wanted: Asked, key: str | None) -> Reply:
         """Take a job and say so: 202, once it is on disk."""
@@ -440,8 +453,6 @@ async def _until_left(exchange: Exchange, frames: AsyncIterator[bytes]) -> Async
         if exchange.disconnected:
             raise ClientDisconnected from None
         raise
-    finally:
-        exchange.connection.on_disconnect(None)
 
 
 def _headers(job: Job, ignored: tuple[str, ...] = ()) -> Headers:

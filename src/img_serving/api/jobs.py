@@ -30,6 +30,8 @@ PROGRESS_SECONDS = 0.5
 """Between two reports of progress at least."""
 
 MICROSECONDS = 1_000_000
+END_SECONDS = 1.0
+"""What is added to the time of the last event, so that its id is the greatest."""
 
 
 class JobBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -66,7 +68,7 @@ class Jobs:
         with self._images.uploads() as hold:
             raw = await self._images.read_upload(exchange, hold)
             body = decode_json(raw, self._decoder, {"operation": OPERATIONS})
-            wanted = await self._images.read_json(body.operation, bytes(body.body), body.webhook_url)
+            wanted = await self._images.read_json(body.operation, bytes(body.body), body.webhook_url, hold)
             return await self._images.accept(exchange, wanted, idempotency_key_of(exchange))
 
     async def list(self, exchange: Exchange) -> Reply:
@@ -216,8 +218,6 @@ class Jobs:
             if exchange.disconnected:
                 raise ClientDisconnected from None
             raise
-        finally:
-            exchange.connection.on_disconnect(None)
 
 
 async def _pause(live: LiveJob) -> None:
@@ -232,8 +232,8 @@ async def _pause(live: LiveJob) -> None:
 
 
 def _end_id(stored: StoredJob) -> int:
-    """The id of a job's last event: the same whoever tells it."""
-    return int((stored.finished_at or 0.0) * MICROSECONDS)
+    """The id of a job's last event: the same whoever tells it, and greater than all before it."""
+    return int(((stored.finished_at or 0.0) + END_SECONDS) * MICROSECONDS)
 
 
 def _last_event_id(exchange: Exchange) -> int | None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from img_serving.api.exchange import ClientDisconnected, Exchange, Headers
 from img_serving.gateway.tasks import TaskRegistry
+from img_serving.telemetry.metrics import Metrics
 
 BLANK_SECONDS = 15.0
 """Between two blanks: well below the shortest silence that common proxies allow."""
@@ -33,13 +34,19 @@ class Trickle:
         return self._is_out
 
     async def stop(self) -> bool:
-        """No more of it; whether the head is out."""
-        self._keep_alive.forget(self)
-        task, self.task = self.task, None
+        """No more of it before the rest of the reply; whether the head is out."""
+        task = self.task
+        self.end()
         if task is not None and not task.done():
-            task.cancel()
             await asyncio.wait({task})
         return self._is_out
+
+    def end(self) -> None:
+        """No more of it: the exchange is over. Asking twice is fine."""
+        self._keep_alive.forget(self)
+        task, self.task = self.task, None
+        if task is not None:
+            task.cancel()
 
     async def run(self, headers: Headers) -> None:
         """Send the head, then blanks for as long as the client is there."""
@@ -63,10 +70,13 @@ class Trickle:
 class KeepAlive:
     """Every reply that waits, in the order in which they will have waited for too long: one timer for all of them."""
 
-    def __init__(self, after_seconds: float, tasks: TaskRegistry, head_of: Callable[[Exchange], Headers]) -> None:
+    def __init__(
+        self, after_seconds: float, tasks: TaskRegistry, metrics: Metrics, head_of: Callable[[Exchange], Headers]
+    ) -> None:
         """`after_seconds` 0 is off. `head_of` gives the headers that go out with every reply to an exchange."""
         self._after_seconds = after_seconds
         self._tasks = tasks
+        self._metrics = metrics
         self._head_of = head_of
         self._waiting: dict[Trickle, float] = {}
         self._timer: asyncio.TimerHandle | None = None
@@ -106,4 +116,5 @@ class KeepAlive:
             del self._waiting[trickle]
             exchange = trickle.exchange
             if not (exchange.reply_started or exchange.disconnected):
+                self._metrics.kept_open.add()
                 trickle.task = self._tasks.spawn(trickle.run(self._head_of(exchange)), "keeping a reply open")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 
 from msgspec import structs
@@ -37,7 +37,7 @@ from img_serving.gateway.live import LiveJob
 from img_serving.gateway.pipeline import Pipeline
 from img_serving.gateway.tasks import TaskRegistry
 from img_serving.policy.options import JobOptions
-from img_serving.ports import ArtifactStore, JobQuery, JobStore
+from img_serving.ports import ArtifactStore, JobQuery, JobStore, StoredWebhook
 from img_serving.telemetry.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -99,9 +99,17 @@ class Jobs:
         metrics: Metrics,
         unix_clock: Callable[[], float],
         tenant_of: Callable[[str], Tenant],
+        event_of: Callable[[StoredJob], Awaitable[StoredWebhook | None]],
+        on_event: Callable[[], None],
         options: JobOptions,
     ) -> None:
-        """`spool` keeps the input pictures of jobs that wait; `tenant_of` finds who owns a job after a restart."""
+        """Take the parts.
+
+        `spool` keeps the input pictures of jobs that wait; `tenant_of` finds who owns a job after a restart; `event_of` is what
+        the client of a job that has ended is to be told, and `on_event` hears that there is such an event.
+        """
+        self._event_of = event_of
+        self._on_event = on_event
         self._pipeline = pipeline
         self._dispatcher = dispatcher
         self._delivery = delivery
@@ -133,7 +141,16 @@ class Jobs:
             if holder is not None:
                 return await self._again(order, holder)
         # not to be left half done by a client that leaves
-        return await asyncio.shield(self._tasks.spawn(self._take_new(order), "taking a job"))
+        taken = await asyncio.shield(self._tasks.spawn(self._take_or_refuse(order), "taking a job"))
+        if isinstance(taken, GatewayError):
+            raise taken
+        return taken
+
+    async def _take_or_refuse(self, order: Order) -> Taken | GatewayError:
+        try:
+            return await self._take_new(order)
+        except GatewayError as error:
+            return error  # told to the client; a task that raises is a fault of ours
 
     async def _take_new(self, order: Order) -> Taken:
         patience = self._options.max_age_seconds if order.is_async else self._pipeline.timeout_seconds
@@ -147,28 +164,36 @@ class Jobs:
             patience_seconds=patience,
         )
         job.durable = True
-        count = len(job.tasks)
         self._dispatcher.check(job, self._accepting)
-        self._accepting += count
+        live = self._live[stored.id] = self._follow(job, stored, durable=True, kept=True)
+        live.to_submit = len(job.tasks)
+        self._accepting += live.to_submit
         try:
             request = job.request = await self._spooled(order.request)
-            stored = structs.replace(stored, request=request)
-            live = self._live[stored.id] = self._follow(job, stored, durable=True, kept=True)
-            try:
-                holder = await self._store.add_job(stored)
-            except BaseException:
-                del self._live[stored.id]
-                await self._unspool(stored)
-                raise
-        finally:
-            self._accepting -= count
+            stored = live.stored = structs.replace(stored, request=request)
+            holder = await self._store.add_job(stored)
+        except BaseException as error:
+            self._drop(live)
+            if isinstance(error, GatewayError):
+                await self._unspool(stored)  # where it was stopped instead, it may have been written
+            raise
         if holder is not None:
             # another request with the same key was a moment earlier
-            del self._live[stored.id]
+            self._drop(live)
             await self._unspool(stored)
             return await self._again(order, holder)
+        self._metrics.durable_jobs.add("taken")
         self._tasks.spawn(self._run(live), "job")
         return Taken(stored, live)
+
+    def _drop(self, live: LiveJob) -> None:
+        del self._live[live.stored.id]
+        self._submitted(live)
+
+    def _submitted(self, live: LiveJob) -> None:
+        """Its tasks stand in line now, or never will: they are no longer among those that are let in and do not yet."""
+        self._accepting -= live.to_submit
+        live.to_submit = 0
 
     async def _again(self, order: Order, holder: StoredJob) -> Taken:
         """What a known idempotency key stands for."""
@@ -185,6 +210,7 @@ class Jobs:
             holder = await self._store.load_job(holder.id) or holder
             if not holder.is_over:
                 raise Draining("the gateway is stopping", retry_after_seconds=5.0)
+        self._metrics.durable_jobs.add("replayed")
         return Taken(holder, live, replayed=True)
 
     def start(self, order: Order, *, kept: bool) -> LiveJob:
@@ -237,7 +263,9 @@ class Jobs:
         )
 
     def _follow(self, job: Job, stored: StoredJob, *, durable: bool, kept: bool) -> LiveJob:
-        return LiveJob(job, stored, durable=durable, kept=kept, on_drawn=self._convert_soon)
+        return LiveJob(
+            job, stored, durable=durable, kept=kept, on_drawn=self._convert_soon, unix_clock=self._unix_clock
+        )
 
     # following
 
@@ -272,10 +300,10 @@ class Jobs:
         else:
             self._stop(live)
 
-    @property
-    def grace_seconds(self) -> float:
-        """How long a client that retries by itself has to come back."""
-        return self._options.disconnect_grace_seconds
+    def live_counts(self) -> dict[str, int]:
+        """How many jobs are not over, by where they are kept."""
+        durable = sum(live.durable for live in self._live.values())
+        return {"disk": durable, "memory": len(self._live) - durable}
 
     async def find(self, tenant: Tenant, job_id: str) -> tuple[StoredJob, LiveJob | None]:
         """A tenant's job, and itself where it is not over.
@@ -340,7 +368,7 @@ class Jobs:
             self._metrics.internal_errors.add("job")
             await self._fail(live, AllAttemptsFailed("an internal error in the gateway; its log has it"))
         finally:
-            del self._live[live.stored.id]
+            self._drop(live)
             if live.leaving is not None:
                 live.leaving.cancel()
             live.job.watcher = None
@@ -379,11 +407,12 @@ class Jobs:
                 if not live.job.route:
                     live.tried_again(self._revived(live.stored))
                 live.is_submitted = True
+                self._submitted(live)
                 try:
                     return await self._pipeline.draw(live.job)
                 finally:
                     live.is_submitted = False
-            except (NoUsableBackend, NotFound) as error:
+            except (NoUsableBackend, NotFound, AllAttemptsFailed) as error:
                 if not self._may_try_again(live, error):
                     raise
                 wait = min(LONGEST_PAUSE_SECONDS, max(pause, error.retry_after_seconds or 0.0))
@@ -409,6 +438,8 @@ class Jobs:
         was_there_before = recovered is not None and live.stored.created_at < recovered
         if isinstance(error, NotFound):
             return just_began and was_there_before
+        if isinstance(error, AllAttemptsFailed) and any(task.attempts for task in live.job.tasks):
+            return False  # somebody tried to draw it
         return live.stored.is_async or (just_began and was_there_before)
 
     def _convert_soon(self, live: LiveJob, index: int, artifact: Artifact) -> None:
@@ -471,15 +502,18 @@ class Jobs:
 
     async def _written(self, stored: StoredJob) -> None:
         """Write a job's end down; a disk that is full for a moment is tried again."""
+        event = await self._event_of(stored)
         for again in range(WRITE_TRIES):
             try:
-                await self._store.save_job(stored)
+                await self._store.save_job(stored, event)
             except GatewayError as error:
                 if again == WRITE_TRIES - 1 or self._dispatcher.is_draining:
                     raise
                 log.warning("job %s could not be written down, trying again: %s", stored.id, error.message)
                 await asyncio.sleep(0.2 * 2**again)
             else:
+                if event is not None:
+                    self._on_event()
                 return
 
     # what the dispatcher asks for and tells (`AttemptJournal`)
@@ -583,6 +617,7 @@ class Jobs:
                 )
                 await self._written(self._failed(stored, error))
                 self._metrics.jobs.add(JobStatus.FAILED)
+                self._metrics.durable_jobs.add("unknown")
                 log.warning("job %s ended without our knowing how", stored.id)
                 continue
             wanted.update(stored.spooled)
@@ -590,6 +625,7 @@ class Jobs:
             # its route is looked for when it runs: backends may not have said yet what they have
             job = self._pipeline.placeholder(self._tenant_of(stored.tenant), stored)
             live = self._live[stored.id] = self._follow(job, stored, durable=True, kept=True)
+            self._metrics.durable_jobs.add("recovered")
             self._tasks.spawn(self._run(live), "job")
         for name in await self._spool.names():
             if name not in wanted:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,6 +49,7 @@ class LiveJob:
         durable: bool,
         kept: bool,
         on_drawn: Callable[[LiveJob, int, Artifact], None],
+        unix_clock: Callable[[], float],
     ) -> None:
         """`on_drawn` is told of each picture as the engine made it, once; `finished` is called with what is delivered."""
         self.job = job
@@ -70,12 +70,15 @@ class LiveJob:
         """Somebody asked for it to end: it is not tried again."""
         self.is_submitted = False
         """Whether the dispatcher has it."""
+        self.to_submit = 0
+        """Its tasks that were let in and do not stand in line yet."""
         self.woken = asyncio.Event()
         """Set when it is cancelled: between two tries nobody else would hear of it."""
         self.conversions: dict[int, asyncio.Task[Artifact | GatewayError]] = {}
         self.leaving: asyncio.TimerHandle | None = None
         """Runs while it waits for a client that may come back."""
         self._on_drawn = on_drawn
+        self._unix_clock = unix_clock
         self._drawn: set[int] = set()
         self._shares = [0.0] * job.request.n
         self._partials = [Partials[Preview](job.request.previews) for _ in self._shares]
@@ -103,12 +106,14 @@ class LiveJob:
         self._tell()
 
     def progressed(self, index: int, share: float, preview: Preview | None) -> None:
-        """Picture `index` is done to `share`; see `JobWatcher`."""
+        """Its call is done to `share`; see `JobWatcher`."""
         if index in self._drawn:
             return
         self._shares[index] = min(1.0, max(self._shares[index], share))
         if preview is not None and self.job.request.previews:
-            for number, shown in self._partials[index].offer(share, preview):
+            # engines that draw one picture after the other say how far each is
+            own = share if preview.share is None else preview.share
+            for number, shown in self._partials[index].offer(own, preview):
                 self._add(PartialNews(index, number, shown))
         self._tell()
 
@@ -172,7 +177,7 @@ class LiveJob:
 
     def _add(self, news: News) -> None:
         last = self.news_ids[-1] if self.news_ids else 0
-        self.news_ids.append(max(last + 1, time.time_ns() // 1000))
+        self.news_ids.append(max(last + 1, int(self._unix_clock() * 1_000_000)))
         self.news.append(news)
 
     def _tell(self) -> None:

@@ -276,15 +276,20 @@ def _of_lane(lane: Lane | None, until: Job | None) -> Ahead:
     """What stands in a lane before a job (None: all of it)."""
     if lane is None:
         return NOTHING
-    if until is None:
+    own = 0 if until is None else sum(task in lane.tasks for task in until.tasks)
+    if not own:
         return Ahead(len(lane.tasks), lane.work)
-    tasks, work = 0, 0.0
-    for task in lane.tasks:
-        if task.job is until:
-            break
-        tasks += 1
-        work += task.job.cost
-    return Ahead(tasks, work)
+    # from both ends at once: who has just been taken stands last, and is told so, however long the line is
+    work, work_from_there = 0.0, 0.0
+    for passed, (first, last) in enumerate(zip(lane.tasks, reversed(lane.tasks), strict=True)):
+        if first.job is until:
+            return Ahead(passed, work)
+        work += first.job.cost
+        work_from_there += last.job.cost
+        own -= last.job is until
+        if not own:
+            return Ahead(len(lane.tasks) - passed - 1, max(0.0, lane.work - work_from_there))
+    return Ahead(len(lane.tasks), lane.work)
 
 
 def _estimate_of_running(job: Job, now: float) -> JobEstimate:

@@ -73,6 +73,12 @@ class Metrics:
             "breaker_openings_total", "Times that a circuit breaker opened.", "backend", "endpoint"
         )
         self.jobs = Counter("jobs_total", "Image jobs by how they ended.", "status")
+        self.durable_jobs = Counter(
+            "durable_jobs_total",
+            "Durable jobs: taken, replayed (a known key), recovered (after a restart), unknown (how it ended).",
+            "event",
+        )
+        self.kept_open = Counter("kept_open_total", "Plain replies whose head went out before their job was done.")
         self.pictures = Counter("pictures_total", "Pictures made, by backend.", "backend")
         self.wrong_size = Counter(
             "wrong_size_total", "Pictures delivered in another size than was asked for.", "backend"
@@ -86,6 +92,9 @@ class Metrics:
         self.artifact_bytes = Counter("artifact_bytes_total", "Bytes of artifacts stored.")
         self.storage_failures = Counter("storage_failures_total", "Artifacts that could not be stored.")
         self.disconnects = Counter("client_disconnects_total", "Clients that left before their answer.")
+        self.webhooks = Counter(
+            "webhooks_total", "Calls to webhooks: delivered, failed (each try), given_up (each event).", "outcome"
+        )
         self.internal_errors = Counter("internal_errors_total", "Unexpected exceptions; each one is logged.", "where")
 
     def render(self, gauges: Iterable[tuple[str, str, Mapping[Labels, float]]]) -> bytes:
