@@ -606,14 +606,14 @@ class Jobs:
     async def _to_disk(self, one: InputImage, names: list[str]) -> InputImage:
         stored = await self._spool.put(one.data, EXTENSIONS[one.media_type])
         names.append(stored.name)
-        return structs.replace(one, data=b"", spooled=stored.name)
+        return structs.replace(one, data=b"", spooled=stored.name, spooled_bytes=stored.size_bytes)
 
     async def _read(self, one: InputImage) -> InputImage:
         found = None if one.spooled is None else await self._spool.find(one.spooled)
         if found is None:
             raise ResultGone("an input picture of this job is not there any more", code="input_lost")
         data = b"".join([chunk async for chunk in self._spool.read(found.name, 0, found.size_bytes)])
-        return structs.replace(one, data=data, spooled=None)
+        return structs.replace(one, data=data, spooled=None, spooled_bytes=0)
 
     async def _unspool(self, stored: StoredJob) -> None:
         for name in stored.spooled:
