@@ -13,7 +13,7 @@ from msgspec import Meta
 
 from img_serving.api.asked import idempotency_key_of
 from img_serving.api.bodies import check_json_type, decode_json
-from img_serving.api.event_stream import COMMENT, HEARTBEAT_SECONDS, frame, news_frame, reply_of
+from img_serving.api.event_stream import COMMENT, HEARTBEAT_SECONDS, Piece, frame, news_pieces, reply_of
 from img_serving.api.exchange import ClientDisconnected, Exchange, Reply
 from img_serving.api.images import Images
 from img_serving.api.services import Services
@@ -194,7 +194,7 @@ class Jobs:
         record = await self._services.records.full(stored)
         yield frame(f"job.{stored.status}", msgspec.json.encode(record), _end_id(stored))
 
-    async def _told(self, exchange: Exchange, live: LiveJob, seen: int | None) -> AsyncIterator[bytes]:
+    async def _told(self, exchange: Exchange, live: LiveJob, seen: int | None) -> AsyncIterator[Piece]:
         """What happens to a job, from where this client stopped listening.
 
         Ids are microseconds of the wall clock, kept growing: those of one process are understood by the next.
@@ -210,7 +210,8 @@ class Jobs:
                 while read < len(live.news):
                     read += 1
                     last_id = max(last_id + 1, live.news_ids[read - 1])
-                    yield news_frame(live.job.request, live.news[read - 1], last_id)
+                    for piece in news_pieces(live.job.request, live.news[read - 1], last_id):
+                        yield piece
                 if live.is_over:
                     break
                 record = records.brief(live.stored, live)
