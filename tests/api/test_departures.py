@@ -10,6 +10,10 @@ from tests.support.asgi import Reply
 from tests.support.gateways import Harness, running, scripted
 from tests.support.virtual_time import run_virtual
 
+from img_serving.domain.errors import StorageFailed
+from img_serving.ports import StoredArtifact
+from img_serving.storage.memory import MemoryStore
+
 SDK = {"x-stainless-retry-count": "0"}
 RETRY = {"x-stainless-retry-count": "1"}
 BODY = {"prompt": "x", "size": "64x64"}
@@ -103,6 +107,24 @@ def test_a_retry_in_time_joins_the_job_that_still_runs() -> None:
             assert reply.headers["x-attempts"] == "1"
             assert gateway.adapter("one").count == 1
             assert not gateway.gateway.services.returns
+
+    run_virtual(main())
+
+
+class _FullDisk(MemoryStore):
+    async def put(self, *args: Any) -> StoredArtifact:
+        raise StorageFailed("the disk is full")
+
+
+def test_a_retry_that_joined_needs_no_storage_where_its_answer_does_not() -> None:
+    async def main() -> None:
+        async with running(slow(), store=_FullDisk()) as gateway:
+            await leave_after(gateway, 5, headers=SDK, response_format="b64_json")
+            body = {**BODY, "response_format": "b64_json"}
+            reply = await gateway.client.post("/v1/images/generations", body, headers=RETRY)
+            assert reply.status == 200
+            assert reply.json()["data"][0]["b64_json"]
+            assert gateway.adapter("one").count == 1
 
     run_virtual(main())
 

@@ -14,6 +14,7 @@ from tests.support.virtual_time import run_virtual
 
 from img_serving.ports import StoredArtifact
 from img_serving.state.memory import MemoryState
+from img_serving.state.sqlite import StateError
 from img_serving.storage.memory import MemoryStore
 
 KEYS = "".join(f'[[auth.api_keys]]\nname = "{name}"\nkey = "sk-{name}"\n' for name in ("amy", "bob"))
@@ -577,7 +578,6 @@ def test_stopping_in_order_lets_what_runs_finish_and_keeps_what_waits() -> None:
 
 
 def test_a_store_that_cannot_be_written_refuses_the_job_and_keeps_nothing() -> None:
-    from img_serving.state.sqlite import StateError
 
     async def main() -> None:
         async with running(slow()) as gateway:
@@ -693,5 +693,55 @@ def test_a_clock_that_is_set_back_ends_no_job_before_it_began() -> None:
             done = await until_over(gateway, made["id"])
             assert done["status"] == "succeeded"
             assert done["created_at"] <= done["started_at"] <= done["finished_at"] < done["expires_at"]
+
+    run_virtual(main())
+
+
+class _FullState(MemoryState):
+    """Cannot write down the end of a job while it is `full`."""
+
+    full = True
+
+    async def save_job(self, *args: Any) -> None:
+        if self.full:
+            raise StateError("the disk is full")
+        await super().save_job(*args)
+
+
+def test_an_end_that_cannot_be_written_down_for_long_is_told_and_written_later() -> None:
+    async def main() -> None:
+        state = _FullState(clock=wall_clock())
+        async with running(slow(), state=state) as gateway:
+            made = await make(gateway)
+            await asyncio.sleep(60)
+            told = await look(gateway, made["id"])
+            assert (told["status"], told["error"]["code"]) == ("failed", "state_failed")
+            assert (await gateway.client.request("DELETE", f"/v1/jobs/{made['id']}")).json() == told
+            assert (await gateway.client.get("/v1/jobs?status=failed")).json()[
+                "data"
+            ] == []  # the store knows no better
+            assert [one["id"] for one in (await gateway.client.get("/v1/jobs")).json()["data"]] == [made["id"]]
+            assert state._jobs[made["id"]].status == "queued"
+            state.full = False
+            await asyncio.sleep(61)
+            assert state._jobs[made["id"]].status == "failed"
+            assert await look(gateway, made["id"]) == told
+            assert repr(gateway.gateway.services.jobs) == "<Jobs 0 live>"
+
+    run_virtual(main())
+
+
+def test_an_idempotency_key_tells_the_same_while_the_end_is_not_written_down() -> None:
+    async def main() -> None:
+        async with running(slow(), state=_FullState(clock=wall_clock())) as gateway:
+            for wait in (0, 0, 600):
+                await asyncio.sleep(wait)
+                body = {"prompt": "x", "size": "64x64"}
+                reply = await gateway.client.post("/v1/images/generations", body, headers={"idempotency-key": "k"})
+                assert (reply.status, reply.error["code"]) == (503, "state_failed")
+            assert gateway.adapter("one").count == 1
+            began = asyncio.get_running_loop().time()
+            await gateway.gateway.drain(15)
+            assert asyncio.get_running_loop().time() - began < 1
 
     run_virtual(main())

@@ -256,7 +256,7 @@ class Images:
             shared = departure.shared
             if shared is not None:
                 shared.is_drawn = True
-            if exchange.disconnected:
+            if exchange.disconnected and (shared is None or shared.is_kept or not shared.followers):
                 answer = await self._keep(exchange, wanted, job, ignored)
             else:
                 answer = await services.delivery.answer(

@@ -102,11 +102,15 @@ class Jobs:
             stored = await services.jobs.listed(exchange.tenant, replace(query, limit=query.limit + 1, after=after))
             # who names one job wants its result; in a list pictures come as URLs, whatever was asked for
             is_one = len(stored) == 1 and (query.idempotency_key is not None or query.request_id is not None)
-            records = [await services.records.full(one, services.jobs.live(one.id), inline=is_one) for one in stored]
+            records = [await self._record(one, inline=is_one) for one in stored]
             found += [one for one in records if query.status in {None, one.status}]
             if len(found) > query.limit or len(stored) <= query.limit:
                 return found
             after = stored[-1].id
+
+    async def _record(self, stored: StoredJob, *, inline: bool) -> JobRecord:
+        live = self._services.jobs.live(stored.id)
+        return await self._services.records.full(stored if live is None else live.stored, live, inline=inline)
 
     async def get(self, exchange: Exchange) -> Reply:
         """`GET /v1/jobs/{id}`, and `GET /v1/jobs/{id}/events`."""

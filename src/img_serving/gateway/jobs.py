@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from msgspec import structs
@@ -498,10 +499,27 @@ class Jobs:
         if live.durable:
             try:
                 await self._written(done)
-                await self._unspool(done)
             except GatewayError as fault:
-                log.error("the end of job %s could not be written down: %s", done.id, fault.message)  # noqa: TRY400
-        live.failed(done, error)
+                log.error("the end of job %s could not be written down yet: %s", done.id, fault.message)  # noqa: TRY400
+                live.failed(done, error)
+                await self._written_at_last(live, done)
+            await self._unspool(done)
+        if not live.is_over:
+            live.failed(done, error)
+
+    async def _written_at_last(self, live: LiveJob, done: StoredJob) -> None:
+        """Try on until its end is on disk: to the store it is not over, and nobody else would tell it. Not when stopping."""
+        pause = FIRST_PAUSE_SECONDS
+        while not self._dispatcher.is_draining:
+            live.woken.clear()
+            await self._rest(live, pause)
+            pause = min(LONGEST_PAUSE_SECONDS, pause * 2)
+            event = await self._event_of(done)
+            with suppress(GatewayError):
+                await self._store.save_job(done, event)
+                if event is not None:
+                    self._on_event()
+                return
 
     def _failed(self, stored: StoredJob, error: GatewayError) -> StoredJob:
         status = JobStatus.FAILED
@@ -616,8 +634,9 @@ class Jobs:
         return structs.replace(one, data=data, spooled=None, spooled_bytes=0)
 
     async def _unspool(self, stored: StoredJob) -> None:
-        for name in stored.spooled:
-            await self._spool.delete(name)
+        with suppress(GatewayError):  # what is left there is found at the next start
+            for name in stored.spooled:
+                await self._spool.delete(name)
 
     # restart
 
