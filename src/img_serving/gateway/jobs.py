@@ -646,7 +646,12 @@ class Jobs:
         wanted: set[str] = set()
         for job_id in await self._store.unfinished_jobs():
             stored = await self._store.load_job(job_id)
-            if stored is None or stored.is_over:
+            if stored is None:
+                log.error(
+                    "the record of job %s cannot be read: it is damaged, or from a newer version; it is left", job_id
+                )
+                continue
+            if stored.is_over:
                 continue
             if stored.at_risk:
                 error = OutcomeUnknown(

@@ -112,7 +112,8 @@ def select(connection: sqlite3.Connection, tenant: str, query: JobQuery, now: fl
         values += [query.after, tenant]
     text += " ORDER BY place DESC LIMIT ?"
     values.append(query.limit)
-    return [_decode(record) for (record,) in connection.execute(text, values)]
+    found = [_read(record) for (record,) in connection.execute(text, values)]
+    return [one for one in found if one is not None]
 
 
 def unfinished(connection: sqlite3.Connection) -> list[str]:
@@ -132,4 +133,12 @@ def forget_expired(connection: sqlite3.Connection, now: float) -> int:
 
 def _one(rows: sqlite3.Cursor) -> StoredJob | None:
     row = rows.fetchone()
-    return None if row is None else _decode(row[0])
+    return None if row is None else _read(row[0])
+
+
+def _read(record: bytes) -> StoredJob | None:
+    """A record; None where it cannot be read: it is damaged, or from a newer program. One such row is not the end of all."""
+    try:
+        return _decode(record)
+    except (msgspec.DecodeError, ValueError):
+        return None
