@@ -159,7 +159,16 @@ class TestDefaults:
                     "max_open_seconds": 60,
                 },
             ),
-            ("limits", {"max_n": 10, "max_pixels": 16777216, "max_steps": 200, "max_prompt_chars": 32000}),
+            (
+                "limits",
+                {
+                    "max_n": 10,
+                    "max_pixels": 16777216,
+                    "max_steps": 200,
+                    "max_prompt_chars": 32000,
+                    "fetch_image_urls": False,
+                },
+            ),
             (
                 "storage",
                 {
@@ -256,9 +265,42 @@ class TestShippedFile:
         lines = [line for line in describe().splitlines() if not line.startswith(("# ", *skipped, "api_keys ="))]
         text = "\n".join(line.removeprefix("#") for line in lines)
         variables = dict.fromkeys(("TEAM_A_KEY", "WEBHOOK_SECRET", "UPSTREAM_PASSWORD"), "s3cret")
+        variables["WEBHOOK_SECRET"] *= 4
         config = from_text(text, variables).config
         assert config.backends[0].password == "s3cret"
         assert config.auth.api_keys[0].rate_limit == KeyLimit(requests_per_second=10, burst_size=20)
+
+
+class TestWebhooks:
+    @pytest.mark.parametrize(
+        ("secret", "said"),
+        [("tooshort", "has 8 bytes"), ("whsec_AAAA", "has 3 bytes after whsec_"), ("whsec_!", "not base64")],
+    )
+    def test_a_secret_that_protects_nothing_stops_the_start(self, from_text, secret, said):
+        with pytest.raises(ConfigError) as caught:
+            from_text(f'[webhooks]\nsecret = "{secret}"')
+        assert "webhooks.secret" in str(caught.value)
+        assert said in str(caught.value)
+        assert secret not in str(caught.value)
+
+    def test_several_secrets_may_stand_side_by_side(self, from_text):
+        assert from_text(f'[webhooks]\nsecret = "{"a" * 24},{"b" * 24}"').config.webhooks.secret is not None
+
+    KEY = '[[auth.api_keys]]\nname = "a"\nkey = "k"\nrole = "admin"\nwebhook_url = "{}"\n'
+
+    def test_a_key_has_a_receiver_of_its_own(self, from_text):
+        (key,) = from_text(self.KEY.format("https://hooks.example.com/s3cret")).config.auth.key_list()
+        assert key.tenant().webhook_url == "https://hooks.example.com/s3cret"
+        assert "s3cret" not in repr(key)
+
+    @pytest.mark.parametrize("url", ["ftp://hooks.example.com", "http://10.0.0.5/", "https://me:pw@hooks.example.com/"])
+    def test_a_receiver_that_can_never_be_called_stops_the_start(self, from_text, url):
+        with pytest.raises(ConfigError, match=r"auth\.api_keys\[0\]\.webhook_url"):
+            from_text(self.KEY.format(url))
+
+    def test_a_receiver_in_a_private_network_is_fine_where_those_are_allowed(self, from_text):
+        text = self.KEY.format("http://10.0.0.5/") + "[webhooks]\nallow_private_addresses = true"
+        assert from_text(text).config.auth.key_list()[0].webhook_url == "http://10.0.0.5/"
 
 
 class TestFileChoice:
@@ -790,11 +832,6 @@ class TestNotes:
     [jobs]
     disconnect_grace_seconds = 1
     result_ttl_hours = 1
-    [webhooks]
-    enabled = false
-    secret = "hunter2"
-    max_age_hours = 1
-    allow_private_addresses = true
     [[backends]]
     name = "a"
     protocol = "builtin"
@@ -804,7 +841,7 @@ class TestNotes:
 
     def test_every_key_that_does_nothing_yet_is_said_when_it_is_set(self, from_text):
         notes = [note for note in from_text(self.ONE_OF_EACH).notes if "does not act on it yet" in note]
-        assert len(notes) == len(NOT_YET) == 6
+        assert len(notes) == len(NOT_YET) == 2
         assert all("this version does not act on it yet" in note and "settings.toml" in note for note in notes)
         assert any(note.startswith("backends[0].cut_through is set") for note in notes)
         assert not any("hunter2" in note for note in notes)
@@ -827,6 +864,10 @@ class TestNotes:
                 "backends[0].max_wait_ms is set, but its batches hold one picture",
             ),
             ("[queue]\nmax_wait_seconds = 600", "the deadline comes first"),
+            (
+                "[webhooks]\nenabled = false\n" + TestWebhooks.KEY.format("https://hooks.example.com/"),
+                "nothing is called",
+            ),
         ],
     )
     def test_settings_that_have_no_effect_together_are_noted(self, from_text, text, said):

@@ -17,6 +17,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import msgspec
+
 from img_serving import __version__
 from img_serving.api.app import App
 from img_serving.api.origin import Origin
@@ -30,6 +32,7 @@ from img_serving.backends.openai import OpenAIBackend
 from img_serving.backends.scripted import ScriptedBackend
 from img_serving.config import BackendConfig, Config, EndpointConfig
 from img_serving.domain.errors import GatewayError, StartError, StorageFailed
+from img_serving.domain.stored import StoredJob
 from img_serving.domain.tenants import Tenant
 from img_serving.gateway.delivery import Delivery
 from img_serving.gateway.dispatcher import Dispatcher
@@ -40,12 +43,14 @@ from img_serving.gateway.pipeline import Pipeline
 from img_serving.gateway.registry import Registry
 from img_serving.gateway.returns import Returns
 from img_serving.gateway.tasks import TaskRegistry
+from img_serving.gateway.webhooks import WebhookDeliverer, event_for
 from img_serving.policy.api_keys import KeyRing, digest_of
 from img_serving.policy.rate_limits import Allowance, RateLimits
 from img_serving.policy.scheduler import Scheduler
-from img_serving.ports import ArtifactStore, Backend, State
+from img_serving.ports import ArtifactStore, Backend, State, StoredWebhook
 from img_serving.state.admin_key import ENV_KEY, admin_key, remember_keys
 from img_serving.state.sqlite import SqliteState
+from img_serving.state.webhook_secret import webhook_secrets
 from img_serving.storage.local_disk import LocalDiskStore
 from img_serving.storage.memory import MemoryStore
 from img_serving.telemetry.logs import RequestLog, choose_format, set_up
@@ -54,6 +59,7 @@ from img_serving.transport.event_loop import run as run  # noqa: PLC0414 - `main
 from img_serving.transport.fetch import FetchFailed, SafeFetcher
 from img_serving.transport.http import HttpTransport, make_ssl_context
 from img_serving.transport.proxy import proxy_from_environment
+from img_serving.transport.webhook_post import SafePoster
 from img_serving.wire import hush_grpc
 
 log = logging.getLogger("img_serving")
@@ -85,6 +91,8 @@ class Gateway:
         left = await self.services.jobs.recover()
         if left:
             log.info("%d jobs from before go on", left)
+        if self.config.webhooks.enabled:
+            self.tasks.spawn(self.services.webhooks.run(), "webhooks")
         self.tasks.spawn(self._sweep(), "sweeper")
 
     async def drain(self, seconds: float) -> None:
@@ -99,6 +107,7 @@ class Gateway:
         """Let go of everything, in the reverse order of the start."""
         self.dispatcher.abort()
         await self.registry.close()
+        await self.services.webhooks.close(timeout_seconds=2.0)
         await self.tasks.cancel_all(2.0)
         self.delivery.close()
         self.store.close()
@@ -134,8 +143,11 @@ async def build(
     clock: Callable[[], float] = time.monotonic,
     unix_clock: Callable[[], float] = time.time,
     spool: ArtifactStore | None = None,
+    webhook_secrets: tuple[bytes, ...] = (),
 ) -> Gateway:
-    """Put the parts together on the running loop. Nothing is started yet. `spool` keeps the input pictures of durable jobs.
+    """Put the parts together on the running loop. Nothing is started yet.
+
+    `spool` keeps the input pictures of durable jobs; `webhook_secrets` sign what their clients are told.
 
     `clock` gives seconds that never go back; the loop's own would do, but uvloop's has steps of a millisecond.
     """
@@ -171,6 +183,30 @@ async def build(
         clock,
         timeout_seconds=config.queue.request_timeout_seconds,
     )
+    records = JobRecords(dispatcher, delivery, clock)
+    webhooks = WebhookDeliverer(
+        state,
+        SafePoster(allow_private_addresses=config.webhooks.allow_private_addresses, proxy_of=proxy_from_environment),
+        webhook_secrets,
+        clock_unix=unix_clock,
+        rng=rng,
+        metrics=metrics,
+        max_age_seconds=config.webhooks.max_age_hours * 3600,
+    )
+
+    async def event_of(stored: StoredJob) -> StoredWebhook | None:
+        if stored.webhook_url is None or not config.webhooks.enabled:
+            return None
+        record = msgspec.json.encode(await records.full(stored, inline=False))
+        return event_for(
+            record,
+            job_id=stored.id,
+            tenant=stored.tenant,
+            status=stored.status,
+            url=stored.webhook_url,
+            ended_at=stored.finished_at or unix_clock(),
+        )
+
     jobs = Jobs(
         pipeline=pipeline,
         dispatcher=dispatcher,
@@ -181,6 +217,8 @@ async def build(
         metrics=metrics,
         unix_clock=unix_clock,
         tenant_of=keys.tenant_named,
+        event_of=event_of,
+        on_event=webhooks.wake,
         options=job_options(config),
     )
     dispatcher.journal = jobs
@@ -198,7 +236,8 @@ async def build(
         pipeline=pipeline,
         delivery=delivery,
         jobs=jobs,
-        records=JobRecords(dispatcher, delivery, clock),
+        records=records,
+        webhooks=webhooks,
         returns=Returns(clock),
         store=store,
         metrics=metrics,
@@ -423,6 +462,7 @@ async def serve(
             request_log=RequestLog(sys.stderr.fileno(), chosen, enabled=logging.getLogger().isEnabledFor(logging.INFO)),
             config_file=str(source) if source else None,
             spool=spool,
+            webhook_secrets=await webhook_secrets(config, state),
         )
         stack.push_async_callback(gateway.stop)
         await gateway.start()

@@ -1,10 +1,11 @@
-"""What the moving parts need from the outside, as Protocols: backends, artifact stores, state, the upstream transport."""
+"""What the moving parts need from the outside, as Protocols: backends, artifact stores, state, transports."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -181,8 +182,11 @@ class JobStore(Protocol):
         """
         ...
 
-    async def save_job(self, job: StoredJob) -> None:
-        """Replace a job that is there and not over: a note of how an attempt went may come later than the end of its job."""
+    async def save_job(self, job: StoredJob, webhook: StoredWebhook | None = None) -> None:
+        """Replace a job that is there and not over: a note of how a call went may come later than the end of its job.
+
+        In the same transaction its event is added to the outbox: what its client is to be told of its end.
+        """
         ...
 
     async def find_job(self, tenant: str, job_id: str) -> StoredJob | None:
@@ -214,8 +218,109 @@ class JobStore(Protocol):
         ...
 
 
-class State(StateStore, JobStore, Protocol):
+WebhookState = Literal["pending", "delivered", "failed"]
+
+
+class StoredWebhook(msgspec.Struct, frozen=True, kw_only=True):
+    """One event for one receiver, as the outbox keeps it. Times are Unix seconds.
+
+    `payload` is the body as it is sent, byte for byte, at every try. `queued_at`: since when it is tried, which is
+    `created_at` until somebody asks for another delivery; `attempts` counts from there. `next_at` None: it is not tried
+    again, as it was delivered (`delivered_at`) or given up. `last_error` says how the last try failed ("" if none did).
+    """
+
+    event_id: str
+    job_id: str
+    tenant: str
+    url: str
+    type: str
+    created_at: float
+    payload: bytes
+    queued_at: float
+    next_at: float | None
+    attempts: int = 0
+    delivered_at: float | None = None
+    last_error: str = ""
+
+    @property
+    def state(self) -> WebhookState:
+        """What has become of it so far."""
+        if self.next_at is not None:
+            return "pending"
+        return "failed" if self.delivered_at is None else "delivered"
+
+    @property
+    def host(self) -> str:
+        """Whose receiver it goes to."""
+        return (urlsplit(self.url).hostname or "").rstrip(".")
+
+
+class WebhookStore(Protocol):
+    """The outbox: events that wait for their receivers, and those of the last days. What a call confirmed is on disk.
+
+    Whoever ends a job adds its event in the same transaction; an event that is there already is left as it is.
+    """
+
+    async def due_webhooks(
+        self, now: float, limit: int, *, except_events: Collection[str] = (), except_hosts: Collection[str] = ()
+    ) -> list[StoredWebhook]:
+        """Events whose time has come: those never tried first, each kind longest due first."""
+        ...
+
+    async def next_webhook_at(self, after: float) -> float | None:
+        """When the next event is due that is not due at `after` yet; None: there is none."""
+        ...
+
+    async def record_webhook(
+        self, event_id: str, *, attempts: int, next_at: float | None, delivered_at: float | None, last_error: str
+    ) -> None:
+        """Note how a try ended; an event that is gone meanwhile is fine."""
+        ...
+
+    async def find_webhooks(
+        self,
+        *,
+        event_id: str | None = None,
+        job_id: str | None = None,
+        state: WebhookState | None = None,
+        limit: int,
+        after: str | None = None,
+    ) -> list[StoredWebhook]:
+        """Events, newest first, that have all of what is given; those older than the event `after`."""
+        ...
+
+    async def requeue_webhook(self, event_id: str, now: float) -> bool:
+        """Have an event delivered (again), from the beginning of its schedule; False: there is no such event."""
+        ...
+
+    async def sweep_webhooks(self, before: float) -> int:
+        """Forget events that are not tried any more and were queued before then; returns how many, a bounded number a call."""
+        ...
+
+
+class State(StateStore, JobStore, WebhookStore, Protocol):
     """Everything that survives a restart, in one place."""
+
+
+class PostReply(msgspec.Struct, frozen=True):
+    """What a receiver answered. `retry_after_seconds` is its own Retry-After, None where it said none."""
+
+    status: int
+    retry_after_seconds: float | None = None
+
+
+class WebhookPoster(Protocol):
+    """Sends one call to a URL that a client named: to public addresses only, unless the operator allows others."""
+
+    async def __call__(
+        self, url: str, headers: Sequence[tuple[str, str]], body: bytes, timeout_seconds: float
+    ) -> PostReply:
+        """POST `body`, and the answer whatever it is: redirects are not followed. `timeout_seconds` bounds all of it.
+
+        Raises:
+            ExchangeFailed: there is no answer, or the address may not be called.
+        """
+        ...
 
 
 class UpstreamReply(msgspec.Struct, frozen=True):

@@ -776,17 +776,6 @@ def test_the_built_in_backend_is_the_last_resort() -> None:
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("path", ["/v1/images/variations", "/images/variations"])
-def test_what_is_not_served_yet_says_so(path: str) -> None:
-    async def main() -> None:
-        async with running(ONE) as gateway:
-            reply = await gateway.client.post(path, {"prompt": "x"})
-            assert reply.status == 404
-            assert "not supported" in reply.error["message"]
-
-    run_virtual(main())
-
-
 def test_a_breaker_that_opens_is_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         async with running(scripted("a", sequence=["fail"])) as gateway:

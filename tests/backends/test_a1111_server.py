@@ -263,6 +263,19 @@ def test_an_edit_sends_its_picture_and_a_mask_that_is_white_where_it_may_paint()
     assert (one.width, one.height) == (64, 48)
 
 
+@pytest.mark.parametrize(("strength", "sent"), [(None, 0.5), (0.3, 0.3)])
+def test_a_variation_is_an_edit_without_words_that_leaves_half_of_it(strength, sent):
+    server = FakeA1111()
+    draw(server, call_of(7, prompt="", operation="variation", images=(IMAGE,), strength=strength))
+    body = server.posts[0].json
+    assert server.posts[0].path == "/sdapi/v1/img2img"
+    assert [pybase64.b64decode(text) for text in body["init_images"]] == [IMAGE.data]
+    assert (body["prompt"], body["denoising_strength"]) == ("", sent)
+    # an edit has the server's own
+    draw(other := FakeA1111(), call_of(7, operation="edit", images=(IMAGE,)))
+    assert "denoising_strength" not in other.posts[0].json
+
+
 BLACK = io.BytesIO()
 Image.new("L", (64, 48), 0).save(BLACK, "PNG")
 
@@ -291,6 +304,21 @@ def test_progress_grows_and_shows_unfinished_pictures_where_they_are_wanted():
     assert shown
     assert shown[0].media_type == "image/png"
     assert len({one.data for one in shown}) == len(shown)
+
+
+def test_what_is_shown_of_several_pictures_is_one_of_them():
+    """Of a batch the server shows a contact sheet; so those that somebody watches are drawn one after the other."""
+    server = FakeA1111(steps=5, step_seconds=0.03)
+    told: list[Progress] = []
+    drawn = run(server, lambda backend: backend.generate(call_of(7, 8, 9, previews=True), told.append))
+    assert [one.seed for one in drawn] == [7, 8, 9]
+    assert [(one["batch_size"], one["n_iter"]) for one in server.drawn] == [(1, 3)]
+    shown = [one.preview for one in told if one.preview is not None]
+    assert {one.index for one in shown} == {0, 1, 2}
+    for one in shown:
+        step = round((one.share or 0.0) * 5)
+        # the fake never tells the last step
+        assert one.data in {picture(f"step {at}", 7 + one.index, 8, 8) for at in (step, step + 1)}
 
 
 def test_pictures_are_not_asked_for_where_nobody_wants_them():

@@ -409,6 +409,9 @@ def test_previews_are_handed_on_as_they_come(wants_metadata: bool) -> None:
         await rig.draw(call_of(previews=True))
         shown = [one.preview for one in rig.told if one.preview]
         assert [(one.data, one.media_type, one.index) for one in shown] == [(JPEG, "image/jpeg", 0)] * 3
+        shares = [one.share for one in shown if one.share is not None]
+        assert len(shares) == 3
+        assert shares == sorted(shares)
         assert rig.server.posts[0].json["extra_data"] == {"preview_method": "auto"}
         assert rig.server.flags[0] == {"type": "feature_flags", "data": {"supports_preview_metadata": True}}
 
@@ -996,6 +999,19 @@ def test_an_edit_uploads_its_picture_under_the_name_of_its_content() -> None:
     run(act)
 
 
+def test_a_variation_is_an_edit_without_words_that_leaves_half_of_it() -> None:
+    async def act(rig: Rig) -> None:
+        await rig.draw(call_of(operation="variation", prompt="", images=(input_image(),)))
+        inputs = sent(rig)
+        assert inputs["LoadImage"]["image"]
+        assert inputs["CLIPTextEncode"]["text"] == ""
+        assert inputs["KSampler"]["denoise"] == 0.5
+        await rig.draw(call_of(operation="variation", prompt="", images=(input_image(),), strength=0.3))
+        assert sent(rig)["KSampler"]["denoise"] == 0.3
+
+    run(act)
+
+
 def test_a_mask_is_transparent_where_the_edit_may_paint() -> None:
     async def act(rig: Rig) -> None:
         await rig.draw(call_of(operation="edit", images=(input_image(),), mask=mask_image()))
@@ -1124,7 +1140,7 @@ def test_what_only_the_other_graph_honours_is_named_with_the_picture() -> None:
 
 def test_a_workflow_that_only_edits_draws_nothing() -> None:
     async def act(rig: Rig) -> None:
-        assert rig.backend.capabilities.of("mine").operations == {"edit"}
+        assert rig.backend.capabilities.of("mine").operations == {"edit", "variation"}
         assert (await rig.refused(call_of(model="mine"))).param == "model"
 
     run(act, options=workflow(loading(None)))

@@ -264,7 +264,7 @@ def test_files_are_read_when_the_adapter_is_made(tmp_path: Path) -> None:
     file = tmp_path / "w.json"
     file.write_text(json.dumps({"prompt": PLAIN, "client_id": "x"}))
     workflow = read_workflows({"mine": {"file": str(file), "edit_graph": QWEN_EDIT}})["mine"]
-    assert workflow.operations == {"generation", "edit"}
+    assert workflow.operations == {"generation", "edit", "variation"}
 
 
 def test_a_fault_says_what_where_and_what_would_be_right(tmp_path: Path) -> None:
@@ -328,7 +328,7 @@ def test_the_table_itself_is_closed() -> None:
     backend = ComfyUIBackend(Nowhere(), options={"workflows": {"a": {"graph": PLAIN}, "b": {"graph": QWEN_EDIT}}})
     able = backend.capabilities
     assert able.of("a").operations == {"generation"}
-    assert able.of("b").operations == {"edit"}
+    assert able.of("b").operations == {"edit", "variation"}
     assert able.of("a").formats == ()
     assert "built" not in repr(backend)
 

@@ -32,7 +32,7 @@ from img_serving.backends.scripted_server import HUGE_BYTES, STEPS, ScriptedServ
 from img_serving.backends.stub_server import Answer
 from img_serving.domain.capabilities import PARAMETERS, Capabilities
 from img_serving.domain.errors import AttemptError, BackendRefusal, Outcome
-from img_serving.domain.images import Artifact, Call, ImageRequest, Item, ItemFailure, Progress
+from img_serving.domain.images import Artifact, Call, ImageRequest, InputImage, Item, ItemFailure, Progress
 from img_serving.engines.engine import GenerationCancelled
 from img_serving.media.payload import raw_bytes
 from img_serving.ports import Backend
@@ -287,7 +287,8 @@ async def builtin_rig(step: str) -> AsyncIterator[Rig]:
 
 @asynccontextmanager
 async def scripted_rig(step: str) -> AsyncIterator[Rig]:
-    yield Rig(ScriptedBackend({"sequence": [{"500": "fail"}.get(step, step)]}))
+    operations = ["generation", "edit", "variation"]
+    yield Rig(ScriptedBackend({"sequence": [{"500": "fail"}.get(step, step)], "operations": operations}))
 
 
 RIGS = {
@@ -304,6 +305,9 @@ RIGS = {
     "scripted": scripted_rig,
 }
 EVERY = pytest.mark.parametrize("rig_of", RIGS.values(), ids=RIGS.keys())
+PICTURE = picture("a start", 1, 64, 64)
+START = InputImage(PICTURE, "image/png", 64, 64)
+
 OVER_HTTP = pytest.mark.parametrize(
     "rig_of",
     [openai_rig, a1111_rig, forge_rig, sdcpp_rig, comfyui_rig, detecting_rig],
@@ -367,6 +371,34 @@ def test_a_given_seed_is_drawn_and_told(rig_of):
     (artifact,) = run(rig_of("ok"), lambda rig: draw(rig, call))
     assert artifact.seed == 7
     assert raw_bytes(artifact) == picture("a quiet harbour", 7, 64, 64)
+
+
+@EVERY
+@pytest.mark.parametrize("operation", ["edit", "variation"])
+def test_what_it_offers_to_do_with_a_picture_it_does_and_else_refuses(rig_of, operation):
+    call = call_of(
+        7, prompt="" if operation == "variation" else "a quiet harbour", operation=operation, images=(START,)
+    )
+    item = msgspec.structs.replace(call.items[0], images=(START,))
+    call = msgspec.structs.replace(call, items=(item,))
+
+    async def act(rig):
+        if rig.backend.protocol in {"grpc", "openai", "http"}:
+            await rig.backend.check(5.0)  # before it was asked, it may be anything
+        if operation not in rig.backend.capabilities.operations:
+            with pytest.raises(BackendRefusal) as caught:
+                await draw(rig, call)
+            return caught.value.error
+        return await draw(rig, call)
+
+    result = run(rig_of("ok"), act)
+    if isinstance(result, list | tuple):
+        (artifact,) = result
+        assert isinstance(artifact, Artifact)
+        assert (artifact.width, artifact.height) == (64, 64)
+    else:
+        assert result.status == 400
+        assert result.message
 
 
 @EVERY

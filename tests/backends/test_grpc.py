@@ -15,7 +15,7 @@ from tests.support.programs import free_port
 from tests.transport.conftest import certificate as certificate  # noqa: PLC0414 - a fixture
 
 from img_serving.backends.grpc import GrpcBackend
-from img_serving.backends.grpc.adapter import UNKNOWN
+from img_serving.backends.grpc.adapter import UNKNOWN, _preview_of
 from img_serving.backends.grpc.assembly import Assembly
 from img_serving.backends.scripted import picture
 from img_serving.domain.capabilities import SizeRule
@@ -82,7 +82,7 @@ def test_what_a_worker_can_do_is_learned_at_the_check() -> None:
     able = backend.capabilities
     assert able.batch == "items"
     assert (able.max_batch_size, able.max_concurrency, able.max_steps, able.max_images) == (8, 2, 50, 2)
-    assert able.operations == {"generation", "edit"}
+    assert able.operations == {"generation", "edit", "variation"}
     assert able.sizes == SizeRule(multiple=8, min_side=8, max_side=2048)
     assert able.default_size == (64, 48)
     assert able.masks
@@ -128,7 +128,7 @@ def test_words_that_we_do_not_know_are_left_out() -> None:
 
     able = run(act, worker)
     assert "telepathy" not in able.honours
-    assert able.operations == {"generation", "edit"}
+    assert able.operations == {"generation", "edit", "variation"}
     assert able.formats == ("png",)
 
 
@@ -227,6 +227,17 @@ def test_previews_come_with_the_progress_they_belong_to() -> None:
     run(lambda backend, _: backend.generate(call, told.append))
     assert [one.done for one in told] == [0, 1, 1, 2, 2, 3]
     assert [one.preview is not None for one in told] == [True, False] * 3
+    assert {one.preview.share for one in told if one.preview is not None} == {None}, "a worker need not know"
+
+
+@pytest.mark.parametrize(
+    ("share", "known"), [(0.25, 0.25), (0.0, 0.0), (1.0, 1.0), (1.5, None), (-1.0, None), (float("nan"), None)]
+)
+def test_how_far_a_picture_is_has_to_make_sense(share: float, known: float | None) -> None:
+    shown = pb.Preview(index=1, data=picture("x", 1, 8, 8), media_type="image/png", share=share)
+    preview = _preview_of(shown, 2)
+    assert preview is not None
+    assert (preview.index, preview.share) == (1, known)
 
 
 def test_nobody_is_shown_what_nobody_asked_for() -> None:

@@ -382,6 +382,16 @@ def test_an_edit_without_a_mask_or_strength_sends_what_the_model_needs():
     assert server.seen[0].values["STRENGTH"] == [0.75]
 
 
+def test_a_variation_is_an_edit_without_words_that_leaves_half_of_it():
+    server = FakeKServe(models={"txt2img": EDITOR})
+    call = call_of(7, operation="variation", images=(file_of((10, 20, 30)),))
+    without = msgspec.structs.replace(call, items=tuple(msgspec.structs.replace(one, prompt="") for one in call.items))
+    with_server(server, drawing(without))
+    values = server.seen[0].values
+    assert values["IMAGE"] == [call.request.images[0].data]
+    assert (values["PROMPT"], values["STRENGTH"]) == ([b""], [0.5])
+
+
 def test_encoding_says_how_files_travel():
     server = FakeKServe(models={"txt2img": EDITOR})
     with_server(server, drawing(editing()), options={"encoding": "base64"})
@@ -415,6 +425,7 @@ def test_a_model_that_answers_more_than_once_tells_how_far_it_is():
     assert [(one.done, one.total) for one in told] == [(1, 4), (2, 4), (3, 4), (4, 4)]
     shown = [None if one.preview is None else one.preview.data for one in told]
     assert shown == [*(picture(f"a fox unfinished {step}", 7, 64, 64) for step in (1, 2, 3)), None]
+    assert [one.preview.share for one in told[:3] if one.preview is not None] == [0.25, 0.5, 0.75]
 
 
 def test_unfinished_pictures_are_not_shown_to_nobody():

@@ -225,11 +225,11 @@ def test_a_tensor_for_a_picture_makes_edits():
     able = sign(
         model("prompt BYTES 1", "image BYTES 1", "mask BYTES 1", "strength FP32 1"), ModelOptions()
     ).capabilities
-    assert able.operations == {"generation", "edit"}
+    assert able.operations == {"generation", "edit", "variation"}
     assert able.masks
     assert "strength" in able.honours
     needs = sign(model("prompt BYTES 1", "image BYTES 1!"), ModelOptions()).capabilities
-    assert needs.operations == {"edit"}
+    assert needs.operations == {"edit", "variation"}
     assert not needs.masks
 
 

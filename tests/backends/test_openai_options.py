@@ -102,6 +102,12 @@ def test_edits_are_sent_or_not_as_the_operator_says(preset, value):
     assert ("edit" in able({}, preset).operations) is not value
 
 
+@pytest.mark.parametrize(("preset", "value"), [(GENERIC, True), (PRESETS["openai"].of("dall-e-2"), False)])
+def test_variations_are_sent_or_not_as_the_operator_says(preset, value):
+    assert ("variation" in able({"variations": value}, preset).operations) is value
+    assert ("variation" in able({}, preset).operations) is not value
+
+
 def test_edits_of_an_unknown_server_are_openais_form():
     call = call_of(7, operation="edit", images=(picture_of(),), mask=mask_of(), strength=0.5, negative_prompt="blur")
     server = FakeOpenAI("sdcpp")

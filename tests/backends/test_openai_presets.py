@@ -430,6 +430,52 @@ def test_strength_reaches_an_edit_and_is_nothing_to_a_generation(flavour):
     assert "strength" not in json.dumps(request_fields(call_of(7, strength=0.4), SDCPP)[0])
 
 
+# variations
+
+
+@pytest.mark.parametrize(("flavour", "model"), [("openai", "dall-e-2"), ("xinference", "sd3-medium")])
+def test_a_variation_is_a_form_without_words(flavour, model):
+    image = picture_of()
+    call = call_of(7, model=model, size=(512, 512), operation="variation", images=(image,), prompt="")
+    result = draw(FakeOpenAI(flavour), call, {"preset": flavour})
+    assert "variation" in result.backend.capabilities.of(model).operations
+    assert result.server.posts[0].path == "/v1/images/variations"
+    assert b'name="prompt"' not in result.server.posts[0].body
+    assert result.server.last["files"] == {"image": [image.data]}
+    assert result.artifacts
+
+
+def test_what_variations_honour_is_a_list_of_its_own():
+    able = PRESETS["xinference"].capabilities()
+    assert "seed" in able.honoured("variation") - able.honoured("edit")
+    call = call_of(
+        7, model="sd3-medium", operation="variation", images=(picture_of(),), prompt="", steps=4, seed_given=True
+    )
+    (artifact,) = draw(FakeOpenAI("xinference"), call).artifacts
+    assert (artifact.ignored, artifact.seed) == ((), 7)
+    hosted_call = call_of(
+        7, model="dall-e-2", size=(512, 512), operation="variation", images=(picture_of(),), prompt="", strength=0.3
+    )
+    assert hosted(hosted_call).artifacts[0].ignored == ("strength",)
+    assert "strength" not in PRESETS["openai"].of("dall-e-2").capabilities().honoured("variation")
+
+
+@pytest.mark.parametrize(
+    ("flavour", "model"), [("openai", "gpt-image-1"), ("openai", "dall-e-3"), ("sdcpp", None), ("vllm-omni", "m")]
+)
+def test_a_server_without_variations_offers_none_and_is_asked_for_none(flavour, model):
+    call = call_of(7, model=model, size=(1024, 1024), operation="variation", images=(picture_of(),), prompt="")
+    assert "variation" not in PRESETS[flavour].of(model).capabilities().operations
+    server = FakeOpenAI(flavour)
+    with pytest.raises(BackendRefusal) as caught:
+        draw(server, call, {"preset": flavour})
+    assert (caught.value.error.status, caught.value.error.param) == (400, "model")
+    assert server.posts == []
+
+
+# edits again
+
+
 def test_an_edit_names_what_only_a_generation_honours():
     call = call_of(7, model="gpt-image-1", size=None, operation="edit", images=(picture_of(),), moderation="low")
     assert hosted(call).artifacts[0].ignored == ("moderation",)

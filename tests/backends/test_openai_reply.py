@@ -49,6 +49,7 @@ def test_unfinished_pictures_are_told_and_the_finished_one_is_kept():
     assert [(one.done, one.total) for one in result.progress] == [(1, 3), (2, 3), (3, 3)]
     previews = [one.preview for one in result.progress]
     assert [(one.media_type, one.index) for one in previews if one is not None] == [("image/png", 0)] * 2
+    assert [one.share for one in previews if one is not None] == [1 / 3, 2 / 3]
     assert previews[2] is None
 
 

@@ -20,7 +20,17 @@ Out = pytest.CaptureFixture[str]
 def test_help_names_every_command_and_shows_examples(words: list[str], capsys: Out) -> None:
     assert main(words) == 0
     out = capsys.readouterr().out
-    for command in ("serve", "generate", "backends", "check-config", "queue", "simulate", "version", "--port 9000"):
+    for command in (
+        "serve",
+        "generate",
+        "backends",
+        "check-config",
+        "queue",
+        "webhooks",
+        "simulate",
+        "version",
+        "--port 9000",
+    ):
         assert command in out
 
 
@@ -34,6 +44,10 @@ def test_help_names_every_command_and_shows_examples(words: list[str], capsys: O
         ["backends", "add"],
         ["check-config"],
         ["queue"],
+        ["webhooks"],
+        ["webhooks", "secret"],
+        ["webhooks", "list"],
+        ["webhooks", "redeliver"],
         ["simulate"],
     ],
 )

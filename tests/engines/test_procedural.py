@@ -365,7 +365,7 @@ def test_every_step_is_reported_and_shown() -> None:
         preview=lambda done, small: shown.append((done, small.shape)),
     )
     assert steps == [(done, 5) for done in range(1, 6)]
-    assert shown == [(done, (64, 128, 3)) for done in range(1, 6)]
+    assert shown == [(done, (128, 256, 3)) for done in range(1, 6)]
     assert np.array_equal(pixels, draw(steps=5, width=256, height=128)), "to be watched changes nothing"
 
 
@@ -441,11 +441,11 @@ def test_a_cancelled_batch_stops_at_the_next_step() -> None:
 
 
 def test_a_batch_shows_each_picture_as_it_grows() -> None:
-    shown: list[tuple[int, int]] = []
+    shown: list[tuple[int, int, float | None]] = []
     watched = structs.replace(call(*ITEMS), previews=True)
-    on_step = OnStep(lambda done, _, previews: shown.extend((done, one.index) for one in previews))
+    on_step = OnStep(lambda done, _, previews: shown.extend((done, one.index, one.share) for one in previews))
     assert ProceduralEngine().generate(watched, on_step) == ProceduralEngine().generate(call(*ITEMS), OnStep())
-    assert shown == [(done, (done - 1) // 3) for done in range(1, 10)]
+    assert shown == [(done, (done - 1) // 3, ((done - 1) % 3 + 1) / 3) for done in range(1, 10)]
 
 
 @pytest.mark.parametrize(("quality", "steps"), [("low", 8), ("medium", 20), ("high", 40)])

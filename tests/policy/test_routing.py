@@ -183,6 +183,27 @@ def test_an_operation_that_a_backend_lacks_takes_it_out():
         route(editor, drawer, model="m", operation="variation")
 
 
+def test_a_variation_is_routed_as_an_edit_is_and_honours_what_it_says_itself():
+    picture = InputImage(b"", "image/png", 64, 64)
+    edits = Capabilities(
+        operations=frozenset({"edit", "variation"}),
+        honours_in_edits=frozenset({"seed", "strength"}),
+        honours_in_variations=frozenset({"strength"}),
+    )
+    one = Candidate("one", ("m",), edits)
+    asked: dict[str, Any] = {"model": "m", "operation": "variation", "images": (picture,)}
+    assert route(one, Candidate("drawer", ("m",), CAN), **asked) == [("one", "m")]
+    with pytest.raises(InvalidRequest, match="at most 1 input image") as caught:
+        route(one, **{**asked, "images": (picture, picture)})
+    assert (caught.value.status, caught.value.param) == (400, "image")
+    with pytest.raises(InvalidRequest, match="cannot do the operation 'variation'") as caught:
+        route(ONE, **{**asked, "model": "sdxl"})
+    assert (caught.value.status, caught.value.param) == (400, "model")
+    given = frozenset({"seed", "strength"})
+    assert ignored_by(ImageRequest("", operation="variation", given=given), edits) == ("seed",)
+    assert ignored_by(ImageRequest("x", operation="edit", given=given), edits) == ()
+
+
 def test_what_cannot_be_honoured_is_named_and_refused_only_when_strict():
     asked: dict[str, Any] = {"model": "sdxl", "given": frozenset({"seed", "style", "quality"})}
     assert ignored_by(ImageRequest("cat", given=frozenset({"seed", "style", "quality"})), CAN) == ("quality", "style")

@@ -179,9 +179,8 @@ def status_of(program: Program, job_id: str) -> str:
     until = time.monotonic() + 20
     while True:
         with program.connect() as connection:
-            connection.sendall(
-                f"GET /v1/jobs/{job_id} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer sk-test\r\nConnection: close\r\n\r\n".encode()
-            )
+            head = f"GET /v1/jobs/{job_id} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer sk-test\r\nConnection: close"
+            connection.sendall(head.encode() + b"\r\n\r\n")
             record = json.loads(read_all(connection).partition(b"\r\n\r\n")[2])
         if record["status"] not in {"queued", "running"} or time.monotonic() > until:
             return str(record["status"])

@@ -10,12 +10,15 @@ import subprocess
 import sys
 from collections.abc import Awaitable, Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from img_serving.ports import StoredWebhook
 from img_serving.state import sqlite
 from img_serving.state.sqlite import MIGRATIONS, SqliteState, StateError
+from img_serving.state.sqlite_webhooks import insert_webhook
 
 
 def run(path: Path, check: Callable[[SqliteState], Awaitable[None]], *, busy_timeout_seconds: float = 5.0) -> None:
@@ -248,6 +251,58 @@ def test_a_migration_that_fails_changes_nothing(tmp_path, monkeypatch):
     run(path, holds)
     with closing(sqlite3.connect(path)) as other:
         assert other.execute("SELECT name FROM sqlite_master WHERE name = 'extra'").fetchall() == []
+
+
+def test_an_event_is_added_in_the_transaction_that_ends_its_job(tmp_path):
+    event = StoredWebhook(
+        event_id="evt_1",
+        job_id="job_1",
+        tenant="team",
+        url="https://hooks.test/",
+        type="job.succeeded",
+        created_at=1.0,
+        payload=b"{}",
+        queued_at=1.0,
+        next_at=1.0,
+    )
+
+    async def check(state: SqliteState) -> None:
+        def undone(connection: sqlite3.Connection) -> None:
+            connection.execute("BEGIN IMMEDIATE")
+            insert_webhook(connection, event)
+            connection.execute("ROLLBACK")
+
+        await state._on_thread(undone)
+        assert await state.due_webhooks(9.0, 9) == []
+        await state._on_thread(lambda connection: insert_webhook(connection, event))
+        await state._on_thread(lambda connection: insert_webhook(connection, event))
+        assert await state.due_webhooks(9.0, 9) == [event]
+
+    run(tmp_path / "state.db", check)
+
+
+def plan_of(statement: str, connection: sqlite3.Connection) -> list[str]:
+    return [str(row[3]) for row in connection.execute(f"EXPLAIN QUERY PLAN {statement}")]
+
+
+def test_due_events_are_looked_up_in_an_index_however_many_there_are(tmp_path):
+    seen: list[str] = []
+
+    async def check(state: SqliteState) -> None:
+        await state._on_thread(lambda connection: connection.set_trace_callback(seen.append))
+        await state.due_webhooks(9.0, 9, except_events=["evt_1"], except_hosts=["a.test", "b.test"])
+        await state.next_webhook_at(9.0)
+        await state.sweep_webhooks(9.0)
+        await state._on_thread(lambda connection: connection.set_trace_callback(None))
+        statements = [one for one in seen if "webhooks" in one]
+        assert len(statements) == 5
+        for statement in statements:
+            plan = " / ".join(await state._on_thread(partial(plan_of, statement)))
+            assert "INDEX webhooks_" in plan, plan
+            assert "SCAN webhooks" not in plan
+            assert "TEMP B-TREE" not in plan, plan
+
+    run(tmp_path / "state.db", check)
 
 
 def test_a_killed_process_loses_nothing_that_was_acknowledged(tmp_path):

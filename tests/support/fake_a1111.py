@@ -204,23 +204,27 @@ class FakeA1111(ScriptedServer):
                 self.clip_skip = overrides.get("CLIP_stop_at_last_layers", self.clip_skip)
             self.drawn.append({**understood, "model": self.loaded, "clip_skip": self.clip_skip})
             try:
-                for step in range(1, steps + 1):
+                jobs = asked.get("n_iter", 1)
+                for step, job in [(step, job) for job in range(jobs) for step in range(1, steps + 1)]:
                     if self.gate is not None:
                         await self.gate.wait()
                     elif self.step_seconds:
                         await asyncio.sleep(self.step_seconds)
                     if self.state["interrupted"]:
                         break
-                    shown = picture(f"step {step}", understood["seed"], 8, 8)
+                    shown = picture(f"step {step}", understood["seed"] + job, 8, 8)
                     image = pybase64.b64encode(shown).decode()
                     # the last one is never told: the job is over then
-                    self.state.update(job_count=1, sampling_step=min(step, steps - 1), sampling_steps=steps)
-                    self.state.update(progress=max(0.01, step / steps), image=image)
+                    self.state.update(job_count=jobs, sampling_step=min(step, steps - 1), sampling_steps=steps)
+                    self.state.update(job_no=job, progress=max(0.01, (job + step / steps) / jobs))
+                    # at the first step of a further picture, what is shown is still the end of the one before
+                    self.state.update(image=self.state["image"] if job and step == 1 else image)
                 if self.state["interrupted"]:
                     self.interrupts += 1
                     self.stopped_at = loop.time()
                     # all of them, and nothing in the reply tells that they are unfinished
                     understood = {**understood, "prompt": UNFINISHED}
+                understood = {**understood, "batch_size": understood["batch_size"] * jobs}
                 spoiled = Exchange(exchange.method, "/sdapi/v1/txt2img", exchange.headers, b"", exchange.started_at)
                 spoiled.body = msgspec.json.encode(understood)
                 return self._draw(spoiled)

@@ -102,8 +102,11 @@ class FakeOpenAI(StubServer):
             if exchange.method == "GET":
                 return self._tell(exchange.path)
             fields, files = _form(exchange) if "multipart" in exchange.headers.get("content-type", "") else ({}, {})
-            is_edit = exchange.path == "/v1/images/edits"
-            if exchange.path not in {"/v1/images/generations", "/v1/images/edits"}:
+            is_edit = exchange.path != "/v1/images/generations"
+            if exchange.path == "/v1/images/variations" and self.flavour in {"openai", "xinference"}:
+                self._check_variation(fields, files)
+                fields = {"prompt": "", **fields}
+            elif exchange.path not in {"/v1/images/generations", "/v1/images/edits"}:
                 return Answer(404, b'{"detail":"Not Found"}')
             if is_edit and not files:
                 raise Refused(422, {"detail": [{"loc": ["body", "image"], "msg": "Field required"}]})
@@ -170,6 +173,16 @@ class FakeOpenAI(StubServer):
             return self._stream(pictures[0], understood, is_edit=bool(files))
         data = [self._item(one, understood) for one in pictures]
         return Answer(200, msgspec.json.encode({"created": 1, "data": data, **understood.get("reply", {})}))
+
+    def _check_variation(self, fields: dict[str, Any], files: dict[str, list[bytes]]) -> None:
+        """OpenAI's document 2.3.0, and Xinference 4.1.0, whose form may have words but need not."""
+        if self.flavour == "openai":
+            if fields.get("model", "dall-e-2") != "dall-e-2":
+                raise invalid("model")
+            if "prompt" in fields:
+                raise unknown_parameter("prompt")
+        if list(files) != ["image"] or len(files["image"]) != 1:
+            raise invalid("image")
 
     def _item(self, data: bytes, understood: dict[str, Any]) -> dict[str, Any]:
         if understood.get("as_url"):
@@ -343,7 +356,8 @@ class FakeOpenAI(StubServer):
         """Xinference 4.1.0: a JSON string in `kwargs`, sizes with a star, and nothing of that in its form of edits."""
         if asked.get("model") not in self.models:
             raise Refused(400, {"detail": f"Model not found in the model list, uid: {asked.get('model')}"})
-        extra = json.loads(asked["kwargs"]) if asked.get("kwargs") and not files else {}
+        takes_kwargs = not files or not asked["prompt"]  # the form of variations has them, that of edits drops them
+        extra = json.loads(asked["kwargs"]) if asked.get("kwargs") and takes_kwargs else {}
         known = {"negative_prompt", "seed", "num_inference_steps", "guidance_scale", "padding_image_to_multiple"}
         if unknown := set(extra) - known:
             raise Refused(500, {"detail": f"__call__() got an unexpected keyword argument '{min(unknown)}'"})

@@ -36,7 +36,7 @@ CODES = {
 
 MODEL = pb.Model(
     id="toy",
-    operations=[pb.OPERATION_GENERATION, pb.OPERATION_EDIT],
+    operations=[pb.OPERATION_GENERATION, pb.OPERATION_EDIT, pb.OPERATION_VARIATION],
     max_batch_size=8,
     honours=["negative_prompt", "seed", "num_inference_steps", "guidance_scale", "size", "strength", "sampler"],
     sizes=pb.Sizes(multiple=8, rounding=pb.ROUNDING_DOWN, min_side=8, max_side=2048),

@@ -14,9 +14,16 @@ from hypothesis import strategies as st
 
 from img_serving.backends.scripted import picture
 from img_serving.domain.capabilities import PARAMETERS, Capabilities, SizeRule
-from img_serving.domain.images import Call, ImageRequest, InputImage, Item, Operation
+from img_serving.domain.images import Call, ImageRequest, InputImage, Item, Operation, Preview, Progress
 from img_serving.domain.vocabulary import Vocabulary
-from img_serving.wire.generation import SERVICE, call_of, capabilities_of, message_of, model_message
+from img_serving.wire.generation import (
+    SERVICE,
+    call_of,
+    capabilities_of,
+    message_of,
+    model_message,
+    progress_events,
+)
 from img_serving.wire.v1 import generation_pb2 as pb
 
 ROOT = Path(__file__).parent.parent.parent
@@ -85,6 +92,14 @@ def test_what_is_not_honoured_is_not_sent(call: Call, honours: frozenset[str]) -
         one.negative_prompt if "negative_prompt" in honours else None for one in call.items
     ]
     assert [one.seed for one in arrived.items] == [one.seed for one in call.items], "a seed always is"
+
+
+@pytest.mark.parametrize("share", [None, 0.0, 0.25, 1.0])
+def test_a_preview_tells_how_far_its_own_picture_is(share: float | None) -> None:
+    preview = Preview(picture("x", 1, 8, 8), "image/png", 2, share)
+    (event, _) = progress_events(Progress(9, 12, preview))
+    arrived = pb.GenerateEvent.FromString(event.SerializeToString()).preview
+    assert (arrived.index, arrived.share if arrived.HasField("share") else None) == (2, share)
 
 
 def test_capabilities_come_out_as_they_went_in() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import io
 import logging
 import threading
 import time
@@ -21,9 +22,10 @@ from tests.worker.conftest import Running, ToyEngine, request_of, running
 from img_serving.backends.scripted import picture
 from img_serving.domain.capabilities import Capabilities
 from img_serving.domain.errors import StartError
-from img_serving.domain.images import Call, InputImage, ItemFailure, Preview
+from img_serving.domain.images import Call, ImageRequest, InputImage, Item, ItemFailure, Operation, Preview
+from img_serving.engines.engine import OnStep
 from img_serving.engines.procedural import ProceduralEngine
-from img_serving.wire.generation import CHUNK_BYTES, GENERATE
+from img_serving.wire.generation import CHUNK_BYTES, GENERATE, message_of
 from img_serving.wire.pictures import _varint
 from img_serving.wire.v1 import generation_pb2 as pb
 
@@ -67,6 +69,44 @@ def test_a_large_picture_comes_in_chunks_of_a_mebibyte() -> None:
     ]
     assert [len(part) for part in parts[:-1]] == [CHUNK_BYTES] * 2
     assert b"".join(parts) == data
+
+
+def test_every_picture_is_shown_as_often_as_a_stream_may_want_however_quick_the_engine_is() -> None:
+    async def act(worker: Running) -> Any:
+        return await worker.draw(request_of(5, 6, steps=4, previews=True))
+
+    events = run(act, ProceduralEngine())
+    shown = [(e.preview.index, e.preview.share) for e in events if e.WhichOneof("event") == "preview"]
+    assert shown == [(index, share) for index in (0, 1) for share in (0.25, 0.5, 0.75, 1.0)]
+
+
+def test_the_procedural_engine_edits_and_varies_behind_a_worker_as_it_does_here() -> None:
+    np = pytest.importorskip("numpy")
+    image = pytest.importorskip("PIL.Image")
+    start = InputImage(picture("start", 3, 64, 48), "image/png", 64, 48)
+    hole = image.new("RGBA", (64, 48), (0, 0, 0, 255))
+    hole.paste((0, 0, 0, 0), (10, 10, 40, 30))
+    out = io.BytesIO()
+    hole.save(out, "PNG")
+    mask = InputImage(out.getvalue(), "image/png", 64, 48)
+    engine = ProceduralEngine()
+
+    async def act(worker: Running) -> Any:
+        drawn = {}
+        both: tuple[tuple[Operation, InputImage | None], ...] = (("edit", mask), ("variation", None))
+        for operation, cut in both:
+            items = tuple(Item("a fox", None, seed, (start,), cut) for seed in (5, 6))
+            request = ImageRequest("a fox", operation=operation, steps=3, strength=0.6, given=frozenset({"strength"}))
+            call = Call(request, None, 64, 48, items, 20.0)
+            events = await worker.draw(message_of(call, frozenset()))
+            drawn[operation] = [e.picture.data for e in events if e.WhichOneof("event") == "picture"]
+            assert drawn[operation] == engine.generate(call, OnStep())
+        return drawn["edit"][0]
+
+    edited = np.asarray(image.open(io.BytesIO(run(act, ProceduralEngine(), any_model=True))))
+    before, keep = np.asarray(image.open(io.BytesIO(start.data)).convert("RGB")), np.asarray(hole)[..., 3] == 255
+    assert np.array_equal(edited[keep], before[keep])
+    assert not np.array_equal(edited, before)
 
 
 @pytest.mark.parametrize("step", [(-1, 2), (2**40, 2), (1.5, 2)])

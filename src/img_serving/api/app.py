@@ -27,6 +27,7 @@ from img_serving.api.keep_alive import KeepAlive
 from img_serving.api.models import Models
 from img_serving.api.queue import Queue
 from img_serving.api.services import Services
+from img_serving.api.webhooks import Webhooks
 from img_serving.domain.errors import (
     Cancelled,
     Draining,
@@ -79,13 +80,13 @@ class App:
         self._cross_origin = CrossOrigin(services.config.server.cors_allow_origins)
         self._keep_alive = KeepAlive(services.config.server.keepalive_after_seconds, services.tasks, self._head)
         images, models, backends = Images(services, self._keep_alive), Models(services), Backends(services)
-        jobs = Jobs(services, images)
+        jobs, webhooks = Jobs(services, images), Webhooks(services.webhooks)
         files, health, docs = Files(services), Health(services), Docs(services)
         metrics_access: Access = "public" if services.config.auth.metrics_public else "admin"
         routes = [
             Route("/images/generations", "user", {"POST": images.generate}),
             Route("/images/edits", "user", {"POST": images.edit}),
-            Route("/images/variations", "user", {"POST": images.not_yet}),
+            Route("/images/variations", "user", {"POST": images.vary}),
             Route("/jobs", "user", {**_read(jobs.list), "POST": jobs.create}),
             Route("/jobs/", "user", {**_read(jobs.get), "DELETE": jobs.cancel}, "id"),
             Route("/models", "user", _read(models.list)),
@@ -93,6 +94,8 @@ class App:
             Route("/backends", "admin", {**_read(backends.list), "POST": backends.add}),
             Route("/backends/", "admin", {**_read(backends.get), "DELETE": backends.remove}, "name"),
             Route("/queue", "admin", _read(Queue(services).look)),
+            Route("/webhooks", "admin", _read(webhooks.list)),
+            Route("/webhooks/", "admin", {**_read(webhooks.get), "POST": webhooks.redeliver}, "event_id"),
             Route("/images/", "public", _read(files.get), "name"),
             Route("/health", "public", _read(health.health)),
             Route("/livez", "public", _read(health.livez)),

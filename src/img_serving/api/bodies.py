@@ -43,7 +43,11 @@ async def read_raw(exchange: Exchange, limit: int) -> bytes:
 
 def check_json_type(exchange: Exchange) -> None:
     """Refuse a body that says it is something else. Raises UnsupportedMediaType."""
-    media_type = exchange.header(b"content-type")
+    check_json(exchange.header(b"content-type"))
+
+
+def check_json(media_type: bytes | None) -> None:
+    """The same for a Content-Type header. Raises UnsupportedMediaType."""
     if media_type is not None and media_type != b"application/json":
         kind = media_type.partition(b";")[0].strip().lower()
         if kind != b"application/json" and not kind.endswith(b"+json"):

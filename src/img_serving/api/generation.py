@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Meta, structs
 
 from img_serving.domain.errors import InvalidRequest
-from img_serving.domain.images import SEED_LIMIT, ImageRequest, OutputFormat
+from img_serving.domain.images import SEED_LIMIT, ImageRequest, Operation, OutputFormat
 from img_serving.domain.stored import ResponseFormat
 from img_serving.gateway.identifiers import random_bytes
 
@@ -160,16 +160,18 @@ class Bounds:
     max_prompt_chars: int
     default_format: str
     allow_file: bool
+    max_upload_bytes: int = 64 * 1024 * 1024
+    """Of all the pictures of one request together."""
 
 
-def to_request(body: GenerationBody, bounds: Bounds) -> ImageRequest:
-    """Check and normalise.
+def to_request(body: GenerationBody, bounds: Bounds, operation: Operation = "generation") -> ImageRequest:
+    """Check and normalise. Pictures that it starts from are put in by others (see `edits`).
 
     Raises:
         InvalidRequest: a value is impossible; `param` names the field as the client spelled it.
     """
     _check_text(body.prompt, "prompt", bounds)
-    if not body.prompt.strip():
+    if not body.prompt.strip() and operation != "variation":
         raise InvalidRequest("prompt is empty", param="prompt")
     if body.negative_prompt is not None:
         _check_text(body.negative_prompt, "negative_prompt", bounds)
@@ -201,6 +203,7 @@ def to_request(body: GenerationBody, bounds: Bounds) -> ImageRequest:
         raise InvalidRequest("a JPEG cannot be transparent; use png or webp", param="background")
     return ImageRequest(
         prompt=body.prompt,
+        operation=operation,
         model=body.model or None,
         backend=body.backend or None,
         n=count,

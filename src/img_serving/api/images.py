@@ -24,7 +24,7 @@ from img_serving.api.asked import (
     without_previews,
 )
 from img_serving.api.bodies import check_json_type, decode_json, read_raw
-from img_serving.api.edits import EditBody, body_of_form, pictures_of, to_edit
+from img_serving.api.edits import PicturesOperation
 from img_serving.api.event_stream import finished_events, image_events, reply_of
 from img_serving.api.exchange import ClientDisconnected, Exchange, Headers, Reply
 from img_serving.api.fingerprints import fingerprint_of_json
@@ -39,11 +39,11 @@ from img_serving.api.generation import (
     unknown_fields,
     with_unknown,
 )
+from img_serving.api.inputs import is_form, read_pictures_request, url_fetcher
 from img_serving.api.job_replies import accepted_reply
 from img_serving.api.keep_alive import KeepAlive
-from img_serving.api.multipart import read_form
 from img_serving.api.services import Services
-from img_serving.domain.errors import Cancelled, GatewayError, InvalidRequest, NotFound, QueueFull
+from img_serving.domain.errors import Cancelled, GatewayError, InvalidRequest, QueueFull
 from img_serving.domain.images import Operation
 from img_serving.domain.jobs import Job
 from img_serving.domain.stored import StoredError, StoredJob
@@ -51,11 +51,10 @@ from img_serving.gateway.delivery import Answer
 from img_serving.gateway.jobs import Order, Taken
 from img_serving.gateway.live import LiveJob
 from img_serving.gateway.returns import Key, Shared
+from img_serving.policy.webhooks import check_webhook_url
 
 HELD_UPLOADS = 16
 """Bodies of edits in memory at most, in units of the largest one: a queue of uploads must not fill the machine."""
-
-EDIT_FIELDS = frozenset(EditBody.__struct_fields__)
 
 HEAD_SECONDS = 5.0
 """How long a stream's head waits for something to tell: until then a failure has its own status."""
@@ -71,7 +70,7 @@ class Images:
         self._closed_decoder = msgspec.json.Decoder(ClosedGenerationBody)
         config = services.config
         self._limit = config.server.max_body_bytes
-        self._edit_decoder = msgspec.json.Decoder(EditBody)
+        self._fetch = url_fetcher(allowed=config.limits.fetch_image_urls)
         self._upload_limit = config.server.max_upload_bytes
         self._uploads = 0
         self._cancels = config.jobs.cancel_on_disconnect
@@ -84,6 +83,7 @@ class Images:
             max_prompt_chars=config.limits.max_prompt_chars,
             default_format=config.response.default_format,
             allow_file=config.response.allow_file,
+            max_upload_bytes=config.server.max_upload_bytes,
         )
 
     async def generate(self, exchange: Exchange) -> Reply:
@@ -92,12 +92,21 @@ class Images:
 
     async def edit(self, exchange: Exchange) -> Reply:
         """`POST /v1/images/edits`, as a form or as JSON."""
-        with self.uploads() as hold:
-            return await self._answer(exchange, await self._read_edit(exchange, hold))
+        return await self._change("edit", exchange)
 
-    async def not_yet(self, exchange: Exchange) -> Reply:
-        """Variations: a route of the API that this version does not serve, said so."""
-        raise NotFound(f"{exchange.path} is not supported by this version; it draws and edits", code="unsupported")
+    async def vary(self, exchange: Exchange) -> Reply:
+        """`POST /v1/images/variations`, as a form or as JSON."""
+        return await self._change("variation", exchange)
+
+    async def _change(self, operation: PicturesOperation, exchange: Exchange) -> Reply:
+        kind = exchange.header(b"content-type")
+        if not is_form(kind):
+            check_json_type(exchange)
+        with self.uploads() as hold:
+            raw = await self.read_upload(exchange, hold)
+            wanted = await self._read_pictures(operation, raw, kind, hold)
+            del raw
+            return await self._answer(exchange, wanted)
 
     # reading
 
@@ -155,36 +164,21 @@ class Images:
         hold(len(raw))
         return raw
 
-    async def read_json(self, operation: Operation, raw: bytes, webhook_url: str | None) -> Asked:
-        """What a job's body asks for."""
-        wanted = self.read_generation(raw)
+    async def read_json(
+        self, operation: Operation, raw: bytes, webhook_url: str | None, hold: Callable[[int], None]
+    ) -> Asked:
+        """What the body of a job asks for, which is JSON. Raises as the operation's own route does."""
+        if operation == "generation":
+            wanted = self.read_generation(raw)
+        else:
+            wanted = await self._read_pictures(operation, raw, b"application/json", hold)
         return wanted if webhook_url is None else replace(wanted, webhook_url=webhook_url)
 
-    async def _read_edit(self, exchange: Exchange, hold: Callable[[int], None]) -> Asked:
-        """Read and check what is edited. In a thread: a body of many megabytes must not hold everybody else up."""
-        kind = exchange.header(b"content-type")
-        is_form = (kind or b"").partition(b";")[0].strip().lower() == b"multipart/form-data"
-        if not is_form:
-            check_json_type(exchange)
-        raw = await self.read_upload(exchange, hold)
-
-        def read(raw: bytes) -> Asked:
-            if is_form:
-                form = read_form(raw, kind or b"")
-                body, pictures, mask = body_of_form(form)
-                unknown = sorted(form.fields.keys() - EDIT_FIELDS)
-            else:
-                body = decode_json(raw, self._edit_decoder, CHOICES)
-                pictures, mask = pictures_of(body)
-                unknown = unknown_fields(raw, EDIT_FIELDS)
-            if unknown and body.strict:
-                refuse_unknown(unknown, EDIT_FIELDS)
-            response_format = response_format_of(body, self._bounds)
-            request = with_unknown(to_edit(body, pictures, mask, self._bounds), unknown)
-            digest = fingerprint_of_json("edit", raw)
-            return asked(request, response_format, body, lambda: digest, cancels=self._cancels)
-
-        return await asyncio.to_thread(read, raw)
+    async def _read_pictures(
+        self, operation: PicturesOperation, raw: bytes, kind: bytes | None, hold: Callable[[int], None]
+    ) -> Asked:
+        read = await read_pictures_request(operation, raw, kind, self._bounds, self._fetch, hold=hold)
+        return asked(read.request, read.response_format, read.body, lambda: read.fingerprint, cancels=self._cancels)
 
     # answering
 
@@ -213,9 +207,20 @@ class Images:
             request_id=exchange.request_id,
             traceparent=traceparent_of(exchange),
             idempotency_key=key,
-            webhook_url=wanted.webhook_url,
+            webhook_url=self._webhook_url(exchange, wanted) if is_async else None,
             is_async=is_async,
         )
+
+    def _webhook_url(self, exchange: Exchange, wanted: Asked) -> str | None:
+        """Who is told of the end of a job: the receiver that it names, or its key's own."""
+        webhooks = self._services.config.webhooks
+        url = wanted.webhook_url
+        if url is None:
+            return exchange.tenant.webhook_url if webhooks.enabled else None
+        if not webhooks.enabled:
+            raise InvalidRequest("webhooks are off here; the operator can allow them", param="webhook_url")
+        check_webhook_url(url, allow_private=webhooks.allow_private_addresses)
+        return url
 
     async def accept(self, exchange: Exchange, wanted: Asked, key: str | None) -> Reply:
         """Take a job and say so: 202, once it is on disk."""

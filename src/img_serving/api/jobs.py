@@ -68,7 +68,7 @@ class Jobs:
         with self._images.uploads() as hold:
             raw = await self._images.read_upload(exchange, hold)
             body = decode_json(raw, self._decoder, {"operation": OPERATIONS})
-            wanted = await self._images.read_json(body.operation, bytes(body.body), body.webhook_url)
+            wanted = await self._images.read_json(body.operation, bytes(body.body), body.webhook_url, hold)
             return await self._images.accept(exchange, wanted, idempotency_key_of(exchange))
 
     async def list(self, exchange: Exchange) -> Reply:

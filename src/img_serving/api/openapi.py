@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from img_serving.api.backends import BackendList, BackendRecord, DeletedBackend
-from img_serving.api.edits import EditBody
+from img_serving.api.edits import EditBody, VariationBody
 from img_serving.api.errors import ErrorBody
 from img_serving.api.generation import GenerationBody, ImagesReply
 from img_serving.api.health import Alive, HealthReply
@@ -23,6 +23,7 @@ def document(version: str) -> dict[str, Any]:
     types = [
         GenerationBody,
         EditBody,
+        VariationBody,
         ImagesReply,
         ModelList,
         Model,
@@ -36,7 +37,8 @@ def document(version: str) -> dict[str, Any]:
         ErrorBody,
     ]
     _, schemas = msgspec.json.schema_components(types, ref_template=_REF)
-    schemas["EditForm"] = _form_of(schemas["EditBody"])
+    schemas["EditForm"] = _form_of(schemas["EditBody"], "prompt", mask=True)
+    schemas["VariationForm"] = _form_of(schemas["VariationBody"], "image", mask=False)
     key: list[dict[str, list[str]]] = [{"bearer": []}, {"apiKey": []}]
     name = _variable("name", "A backend's name.")
     return {
@@ -63,6 +65,17 @@ def document(version: str) -> dict[str, Any]:
                     body="EditBody",
                     answer="ImagesReply",
                     form="EditForm",
+                )
+            },
+            "/v1/images/variations": {
+                "post": _operation(
+                    "varyImage",
+                    "Make pictures like one",
+                    "images",
+                    key,
+                    body="VariationBody",
+                    answer="ImagesReply",
+                    form="VariationForm",
                 )
             },
             "/v1/models": {"get": _operation("listModels", "List models", "models", key, answer="ModelList")},
@@ -139,11 +152,13 @@ _STRING = {"type": "string"}
 _FILE = {"type": "string", "format": "binary"}
 
 
-def _form_of(body: dict[str, Any]) -> dict[str, Any]:
+def _form_of(body: dict[str, Any], required: str, *, mask: bool) -> dict[str, Any]:
     """The same fields as a form, where pictures are files and everything else is text."""
     fields = {name: one for name, one in body["properties"].items() if name not in {"images", "image", "mask"}}
-    files = {"image": _FILE, "image[]": {"type": "array", "items": _FILE}, "mask": _FILE}
-    return {"type": "object", "required": ["prompt"], "properties": {**fields, **files}}
+    files: dict[str, Any] = {"image": _FILE, "image[]": {"type": "array", "items": _FILE}}
+    if mask:
+        files["mask"] = _FILE
+    return {"type": "object", "required": [required], "properties": {**fields, **files}}
 
 
 def _operation(

@@ -15,6 +15,7 @@ from img_serving.gateway.pipeline import Pipeline
 from img_serving.gateway.registry import Registry
 from img_serving.gateway.returns import Returns
 from img_serving.gateway.tasks import TaskRegistry
+from img_serving.gateway.webhooks import WebhookDeliverer
 from img_serving.policy.api_keys import KeyRing
 from img_serving.policy.rate_limits import RateLimits
 from img_serving.ports import ArtifactStore
@@ -41,6 +42,7 @@ class Services:
     jobs: Jobs
     records: JobRecords
     returns: Returns
+    webhooks: WebhookDeliverer
     store: ArtifactStore
     metrics: Metrics
     request_log: RequestLog

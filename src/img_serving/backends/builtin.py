@@ -15,11 +15,17 @@ from img_serving.ports import HealthReport, OnProgress
 
 MAX_THREADS: Final = 4
 
+_HONOURS: Final = frozenset({"negative_prompt", "seed", "num_inference_steps", "guidance_scale", "size", "quality"})
+
 CAPABILITIES: Final = Capabilities(
+    operations=frozenset({"generation", "edit", "variation"}),
     batch="items",
     max_batch_size=4,
-    honours=frozenset({"negative_prompt", "seed", "num_inference_steps", "guidance_scale", "size", "quality"}),
+    honours=_HONOURS,
+    honours_in_edits=_HONOURS | {"strength"},
     sizes=SizeRule(min_side=16, max_side=4096, max_pixels=2048 * 2048),
+    max_images=16,
+    masks=True,
     formats=("png",),
     progress=True,
     previews=True,

@@ -117,6 +117,8 @@ class ScriptedBackend:
             max_batch_size=script.max_batch_size,
             max_concurrency=script.max_concurrency,
             honours=PARAMETERS - {"output_format", "output_compression"},
+            max_images=16,
+            masks=True,
             progress=script.steps > 0,
             previews=script.previews,
             switches_models=script.switches_models,
@@ -182,8 +184,9 @@ class ScriptedBackend:
         if not self.script.previews or not call.previews:
             return (None,) if self.script.steps else ()
         width, height = (max(1, side // 4) for side in (call.width, call.height))
+        share = done / self.script.steps  # all pictures at once
         return [
-            Preview(picture(f"{item.prompt}, step {done}", item.seed, width, height), "image/png", index)
+            Preview(picture(f"{item.prompt}, step {done}", item.seed, width, height), "image/png", index, share)
             for index, item in enumerate(call.items)
         ]
 

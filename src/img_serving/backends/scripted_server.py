@@ -113,7 +113,7 @@ class ScriptedServer(StubServer):
 
     def _draw(self, exchange: Exchange) -> Answer:
         is_openai = exchange.path.endswith("/images/generations")
-        if not (is_openai or exchange.path == "/sdapi/v1/txt2img"):
+        if not (is_openai or exchange.path in {"/sdapi/v1/txt2img", "/sdapi/v1/img2img"}):
             return Answer(404, b'{"detail":"Not Found"}')
         script = self.script
         last = len(script.sequence) - 1

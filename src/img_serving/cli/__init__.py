@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from img_serving import __version__
-from img_serving.cli import backends, check_config, generate, queue, serve, simulate, version, worker
+from img_serving.cli import backends, check_config, generate, queue, serve, simulate, version, webhooks, worker
 from img_serving.cli.endings import FAILED, INTERRUPTED, OK, CommandFailed, say
 from img_serving.cli.usage import Parser
 
 PROGRAM = "img-serving"
-COMMANDS = (serve, generate, backends, queue, worker, check_config, simulate, version)
+COMMANDS = (serve, generate, backends, queue, webhooks, worker, check_config, simulate, version)
 """One module a command: its `register` tells argparse about it, and names the function that runs it."""
 
 EXAMPLES = """\

@@ -20,14 +20,8 @@ DEFAULT_FILE: Final = Path("config") / "default.toml"
 MOST_BYTES: Final = 16 * 2**20
 """A configuration is smaller than that."""
 
-_NO_WEBHOOKS: Final = "webhooks are not sent"
-
 NOT_YET: Final[Mapping[str, str]] = {
     "storage.signed_urls": "URLs carry no signature",
-    "webhooks.enabled": _NO_WEBHOOKS,
-    "webhooks.secret": _NO_WEBHOOKS,
-    "webhooks.max_age_hours": _NO_WEBHOOKS,
-    "webhooks.allow_private_addresses": _NO_WEBHOOKS,
     "backends[].cut_through": "a picture is passed on when it is complete",
 }
 """Keys that the interface fixes and this version does not act on, with what happens instead."""
@@ -178,6 +172,8 @@ def _idle_notes(config: Config) -> Iterator[str]:
             unknown = sorted(set(key.backends or ()) - names)
             if unknown:
                 yield f"auth.api_keys[{index}].backends: no backend here is named {', '.join(unknown)}"
+            if key.webhook_url is not None and not config.webhooks.enabled:
+                yield f"auth.api_keys[{index}].webhook_url is set, but webhooks.enabled is false: nothing is called"
     if config.auth.enabled and config.auth.api_keys and all(key.role != "admin" for key in config.auth.key_list()):
         yield "auth.api_keys: none is an admin key, so nobody may look at the queue or change backends"
     if config.retry.hedge_after_factor is not None and not any(backend.cheap for backend in config.backends):

@@ -11,6 +11,7 @@ from img_serving.config.addresses import fault_of_network, fault_of_origin, faul
 from img_serving.config.backend import NAME_PATTERN, NAME_RULE, BackendConfig, Text, is_token
 from img_serving.config.section import SECRET, Finding, Section
 from img_serving.domain.tenants import Role, Tenant
+from img_serving.policy.webhooks import fault_of_webhook_url, parse_secrets
 
 Strategy = Literal["round_robin", "weighted_round_robin", "random", "least_connections", "least_work", "peak_ewma"]
 MAX_KEY_CHARS = 512
@@ -103,6 +104,14 @@ class KeyConfig(Section, frozen=True, kw_only=True):
     max_running: Annotated[
         Annotated[int, Meta(ge=1)] | None, Meta(description="Its pictures drawn at a time.", examples=[4])
     ] = None
+    webhook_url: Annotated[
+        Text | None,
+        Meta(
+            description="Called when its jobs end, those that name no other.",
+            examples=["https://hooks.example.com/pictures"],
+            extra=SECRET,  # many receivers know their callers by a token in the path
+        ),
+    ] = None
 
     def tenant(self) -> Tenant:
         """The owner of the key."""
@@ -117,6 +126,7 @@ class KeyConfig(Section, frozen=True, kw_only=True):
             priority=self.priority,
             weight=self.weight,
             max_running=self.max_running,
+            webhook_url=self.webhook_url,
         )
 
     def findings(self) -> Iterator[Finding]:
@@ -284,6 +294,10 @@ class Limits(Section, frozen=True, kw_only=True):
     max_pixels: Annotated[int, Meta(ge=1, description="Width times height of one picture.")] = 16777216
     max_steps: Annotated[int, Meta(ge=1, description="Inference steps.")] = 200
     max_prompt_chars: Annotated[int, Meta(ge=1, description="Characters of a prompt.")] = 32000
+    fetch_image_urls: Annotated[
+        bool,
+        Meta(description="Whether pictures to edit may be named by http(s) URLs, fetched from public addresses only."),
+    ] = False
 
 
 class Storage(Section, frozen=True, kw_only=True):
@@ -345,11 +359,21 @@ class Webhooks(Section, frozen=True, kw_only=True):
     secret: Annotated[
         Text | None,
         Meta(
-            description="Signs the calls; unset: made at the first start.", examples=["${WEBHOOK_SECRET}"], extra=SECRET
+            description="Signs the calls; unset: made at the first start. Several, with commas, while one replaces another.",
+            examples=["${WEBHOOK_SECRET}"],
+            extra=SECRET,
         ),
     ] = None
     max_age_hours: Annotated[float, Meta(gt=0, description="Hours for which an undelivered call is tried again.")] = 24
     allow_private_addresses: Annotated[bool, Meta(description="Whether they may go to private networks.")] = False
+
+    def findings(self) -> Iterator[Finding]:
+        """A secret that protects nothing."""
+        if self.secret is not None:
+            try:
+                parse_secrets(self.secret)
+            except ValueError as error:
+                yield ("secret",), str(error)
 
 
 class Config(Section, frozen=True, kw_only=True):
@@ -393,6 +417,11 @@ class Config(Section, frozen=True, kw_only=True):
             width, height = backend.default_dimensions()
             if backend.default_size is not None and width * height > self.limits.max_pixels:
                 yield ("backends", index, "default_size"), f"is more than limits.max_pixels = {self.limits.max_pixels}"
+        for index, key in enumerate(self.auth.api_keys):
+            if not isinstance(key, str) and key.webhook_url is not None:
+                fault = fault_of_webhook_url(key.webhook_url, allow_private=self.webhooks.allow_private_addresses)
+                if fault is not None:
+                    yield ("auth", "api_keys", index, "webhook_url"), fault
 
 
 def _fault_of_key(key: str) -> str | None:

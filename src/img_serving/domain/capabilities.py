@@ -114,6 +114,7 @@ class Capabilities:
         max_concurrency: calls in flight on one endpoint, where the operator says nothing.
         honours: the names of `PARAMETERS` that reach the engine.
         honours_in_edits: the same for edits, where that differs; None: it does not.
+        honours_in_variations: the same for variations, where that differs from edits; None: it does not.
         sizes: the sizes that it draws.
         default_size: what it draws where nobody says a size (pixels); None: nobody knows.
         max_steps: inference steps at most.
@@ -136,6 +137,7 @@ class Capabilities:
     max_concurrency: int = 32
     honours: frozenset[str] = field(default_factory=frozenset)
     honours_in_edits: frozenset[str] | None = None
+    honours_in_variations: frozenset[str] | None = None
     sizes: SizeRule = ANY_SIZE
     default_size: tuple[int, int] | None = None
     max_steps: int | None = None
@@ -153,6 +155,8 @@ class Capabilities:
 
     def honoured(self, operation: Operation) -> frozenset[str]:
         """The names of `PARAMETERS` that reach the engine when it does this."""
+        if operation == "variation" and self.honours_in_variations is not None:
+            return self.honours_in_variations
         edits = self.honours_in_edits
         return self.honours if operation == "generation" or edits is None else edits
 

@@ -17,6 +17,9 @@ MEDIA_TYPES: dict[OutputFormat, MediaType] = {"png": "image/png", "jpeg": "image
 EXTENSIONS: dict[str, str] = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp"}
 FORMATS: dict[str, OutputFormat] = {media: name for name, media in MEDIA_TYPES.items()}
 
+VARIATION_STRENGTH = 0.5
+"""How much of its picture a variation changes where nobody says: enough to differ, and not to be another one."""
+
 SEED_LIMIT = 2**63
 """Seeds are whole numbers from 0 to this, exclusive (they travel as int64 in every protocol we speak)."""
 
@@ -48,8 +51,9 @@ class ImageRequest(msgspec.Struct, frozen=True, gc=False):
     `None` always means "the backend's own default". `width` and `height` (pixels) are given together or not at all.
     `seed` is the seed of image 0; image i has seed + i. `seed_given` tells a client's seed from one that we drew.
     `given` names the optional parameters that the client set: what a backend cannot honour is reported by name.
-    `images` are what an edit starts from; `mask` (a PNG of the first one's size) is transparent where it may change it, and
-    `strength` is how much of it may change: 0 nothing, 1 everything. `previews` is how many unfinished pictures are wanted.
+    `images` are what an edit or a variation starts from; `mask` (a PNG of the first one's size) is transparent where it may
+    change it, and `strength` is how much of it may change: 0 nothing, 1 everything. A variation's prompt is empty. `previews`
+    is how many unfinished pictures are wanted.
     """
 
     prompt: str
@@ -84,6 +88,11 @@ class ImageRequest(msgspec.Struct, frozen=True, gc=False):
     def seed_of(self, index: int) -> int:
         """The seed of image `index`: base + index, wrapping below `SEED_LIMIT`."""
         return (self.seed + index) % SEED_LIMIT
+
+    @property
+    def usual_strength(self) -> float | None:
+        """The strength to draw with: the client's; else a variation has its own, and everything else the engine's (None)."""
+        return VARIATION_STRENGTH if self.strength is None and self.operation == "variation" else self.strength
 
 
 class Item(msgspec.Struct, frozen=True, gc=False):
@@ -146,11 +155,16 @@ class ItemFailure(msgspec.Struct, frozen=True, gc=False):
 
 
 class Preview(msgspec.Struct, frozen=True, gc=False):
-    """An unfinished picture, as the engine sent it: a JPEG, PNG or WebP of any size. `index`: of which item of the call."""
+    """An unfinished picture, as the engine sent it: a JPEG, PNG or WebP of any size. `index`: of which item of the call.
+
+    `share` is how far that one picture is, from 0 to 1; None: nobody knows. It is not the call's: an engine that draws its
+    items one after the other is a quarter through a call of four when the first is done.
+    """
 
     data: bytes
     media_type: MediaType
     index: int = 0
+    share: float | None = None
 
 
 class Progress(msgspec.Struct, frozen=True, gc=False):

@@ -47,7 +47,7 @@ class JobWatcher(Protocol):
         ...
 
     def progressed(self, index: int, share: float, preview: Preview | None) -> None:
-        """Picture `index` is done to `share` (0 to 1), and looks like `preview` by now, where the engine shows it."""
+        """Its call is done to `share` (0 to 1), and picture `index` looks like `preview` by now, where the engine shows it."""
         ...
 
     def drawn(self, index: int, artifact: Artifact) -> None:

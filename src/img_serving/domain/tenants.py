@@ -14,6 +14,7 @@ class Tenant:
 
     `models` and `backends` None means "all of them". `rate` (requests a second) and `burst` (requests) None means the
     configured default. `priority`, `weight` and `max_running` are for the scheduler.
+    `webhook_url` is called when a job ends that names none itself.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Tenant:
     priority: int = 0
     weight: float = 1.0
     max_running: int | None = None
+    webhook_url: str | None = None
 
     def may_use_backend(self, name: str) -> bool:
         """Whether this tenant's work may go to that backend."""

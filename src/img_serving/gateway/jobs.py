@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 
 from msgspec import structs
@@ -37,7 +37,7 @@ from img_serving.gateway.live import LiveJob
 from img_serving.gateway.pipeline import Pipeline
 from img_serving.gateway.tasks import TaskRegistry
 from img_serving.policy.options import JobOptions
-from img_serving.ports import ArtifactStore, JobQuery, JobStore
+from img_serving.ports import ArtifactStore, JobQuery, JobStore, StoredWebhook
 from img_serving.telemetry.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -99,9 +99,17 @@ class Jobs:
         metrics: Metrics,
         unix_clock: Callable[[], float],
         tenant_of: Callable[[str], Tenant],
+        event_of: Callable[[StoredJob], Awaitable[StoredWebhook | None]],
+        on_event: Callable[[], None],
         options: JobOptions,
     ) -> None:
-        """`spool` keeps the input pictures of jobs that wait; `tenant_of` finds who owns a job after a restart."""
+        """Take the parts.
+
+        `spool` keeps the input pictures of jobs that wait; `tenant_of` finds who owns a job after a restart; `event_of` is what
+        the client of a job that has ended is to be told, and `on_event` hears that there is such an event.
+        """
+        self._event_of = event_of
+        self._on_event = on_event
         self._pipeline = pipeline
         self._dispatcher = dispatcher
         self._delivery = delivery
@@ -492,15 +500,18 @@ class Jobs:
 
     async def _written(self, stored: StoredJob) -> None:
         """Write a job's end down; a disk that is full for a moment is tried again."""
+        event = await self._event_of(stored)
         for again in range(WRITE_TRIES):
             try:
-                await self._store.save_job(stored)
+                await self._store.save_job(stored, event)
             except GatewayError as error:
                 if again == WRITE_TRIES - 1 or self._dispatcher.is_draining:
                     raise
                 log.warning("job %s could not be written down, trying again: %s", stored.id, error.message)
                 await asyncio.sleep(0.2 * 2**again)
             else:
+                if event is not None:
+                    self._on_event()
                 return
 
     # what the dispatcher asks for and tells (`AttemptJournal`)

@@ -106,12 +106,14 @@ class LiveJob:
         self._tell()
 
     def progressed(self, index: int, share: float, preview: Preview | None) -> None:
-        """Picture `index` is done to `share`; see `JobWatcher`."""
+        """Its call is done to `share`; see `JobWatcher`."""
         if index in self._drawn:
             return
         self._shares[index] = min(1.0, max(self._shares[index], share))
         if preview is not None and self.job.request.previews:
-            for number, shown in self._partials[index].offer(share, preview):
+            # engines that draw one picture after the other say how far each is
+            own = share if preview.share is None else preview.share
+            for number, shown in self._partials[index].offer(own, preview):
                 self._add(PartialNews(index, number, shown))
         self._tell()
 

@@ -5,10 +5,16 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING
 
-from img_serving.media.transcode import MAX_PIXELS
+from img_serving.media.png import SIGNATURE
+from img_serving.media.transcode import MAX_PIXELS, has_alpha
 
 if TYPE_CHECKING:
     from PIL import Image
+
+_COLOUR_TYPE = 25
+"""Where a PNG says what its pixels are (PNG 11.2.1)."""
+
+_WITH_ALPHA = (b"\x04", b"\x06")
 
 
 def white_where_painted(mask: bytes, *, needs_area: bool = False) -> bytes:
@@ -20,7 +26,7 @@ def white_where_painted(mask: bytes, *, needs_area: bool = False) -> bytes:
     Raises:
         ValueError: it is not a picture, or over `MAX_PIXELS`; with `needs_area` also one that leaves nothing to paint.
     """
-    area = _area(mask)
+    area = area_of(mask)
     if needs_area and area.getbbox() is None:
         raise ValueError("the mask leaves nothing to paint: it is opaque, or black, everywhere")
     return _png(area)
@@ -34,9 +40,19 @@ def transparent_where_painted(mask: bytes) -> bytes:
     """
     from PIL import Image, ImageChops
 
-    area = _area(mask)
+    area = area_of(mask)
     keep = ImageChops.invert(area)
     return _png(Image.merge("RGBA", (keep, keep, keep, keep)))
+
+
+def with_alpha(mask: bytes) -> bytes:
+    """The mask as a PNG that is transparent where the edit may paint: itself, where it has an alpha channel already.
+
+    Raises:
+        ValueError: it is not a picture, or over `MAX_PIXELS`.
+    """
+    has_channel = mask.startswith(SIGNATURE) and mask[_COLOUR_TYPE : _COLOUR_TYPE + 1] in _WITH_ALPHA
+    return mask if has_channel else transparent_where_painted(mask)
 
 
 def mask_in(picture: bytes) -> bytes:
@@ -48,7 +64,7 @@ def mask_in(picture: bytes) -> bytes:
     from PIL import Image
 
     opened = _opened(picture)
-    if not _has_alpha(opened):
+    if not has_alpha(opened):
         return _png(Image.new("RGBA", opened.size, (0, 0, 0, 0)))
     return transparent_where_painted(picture)
 
@@ -62,23 +78,23 @@ def with_transparency(picture: bytes, mask: bytes) -> bytes:
     from PIL import ImageChops
 
     merged = _opened(picture).convert("RGB").convert("RGBA")
-    keep = ImageChops.invert(_area(mask))
+    keep = ImageChops.invert(area_of(mask))
     merged.putalpha(keep if keep.size == merged.size else keep.resize(merged.size))
     return _png(merged)
 
 
-def _area(mask: bytes) -> Image.Image:
-    """Where to paint, as an 8-bit grey picture: 255 is "wholly"."""
+def area_of(mask: bytes) -> Image.Image:
+    """Where to paint, as an 8-bit grey picture: 255 is "wholly". The same rule, for those who work on pixels.
+
+    Raises:
+        ValueError: it is not a picture, or over `MAX_PIXELS`.
+    """
     from PIL import ImageChops
 
     picture = _opened(mask)
-    if _has_alpha(picture):
+    if has_alpha(picture):
         return ImageChops.invert(picture.convert("RGBA").getchannel("A"))
     return picture.convert("L")
-
-
-def _has_alpha(picture: Image.Image) -> bool:
-    return picture.mode in {"RGBA", "LA", "PA"} or "transparency" in picture.info
 
 
 def _opened(data: bytes) -> Image.Image:

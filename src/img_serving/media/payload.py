@@ -36,12 +36,7 @@ def artifact_from_base64(
         except UnicodeEncodeError:
             raise ValueError("bad base64: it is not ASCII") from None
     text = _without_prefix(text)
-    if not text:
-        raise ValueError("not a picture: it is empty")
-    try:
-        data, canonical = pybase64.b64decode(text, validate=True), True
-    except binascii.Error:
-        data, canonical = _decode_leniently(text), False
+    data, canonical = _decoded(text)
     media_type, width, height = check_picture(data)
     return Artifact(
         media_type=media_type,
@@ -52,6 +47,19 @@ def artifact_from_base64(
         encoded=text if canonical else None,
         revised_prompt=revised_prompt,
     )
+
+
+def decoded_base64(text: str) -> bytes:
+    """The bytes in base64, or in a `data:` URL, whatever they are.
+
+    Raises:
+        ValueError: "bad base64: …", or it is empty.
+    """
+    try:
+        raw = text.encode("ascii")
+    except UnicodeEncodeError:
+        raise ValueError("bad base64: it is not ASCII") from None
+    return _decoded(_without_prefix(raw))[0]
 
 
 def artifact_from_bytes(
@@ -102,6 +110,16 @@ def _without_prefix(text: bytes | memoryview) -> bytes | memoryview:
     if comma < 0 or not head[:comma].lower().endswith(b";base64"):
         raise ValueError("bad base64: the data URL is of another kind")
     return memoryview(text)[comma + 1 :]
+
+
+def _decoded(text: bytes | memoryview) -> tuple[bytes, bool]:
+    """What is in base64, and whether the text is canonical. Raises ValueError."""
+    if not text:
+        raise ValueError("not a picture: it is empty")
+    try:
+        return pybase64.b64decode(text, validate=True), True
+    except binascii.Error:
+        return _decode_leniently(text), False
 
 
 def _decode_leniently(text: bytes | memoryview) -> bytes:

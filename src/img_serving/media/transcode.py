@@ -32,12 +32,12 @@ def transcode(data: bytes, to: OutputFormat, compression: int | None = None) -> 
             if width * height > MAX_PIXELS:
                 raise ValueError(f"a picture of {width}x{height} is over {MAX_PIXELS} pixels and is not decoded")
             picture.load()
-            upright = _in_eight_bits(ImageOps.exif_transpose(picture))
+            upright = in_eight_bits(ImageOps.exif_transpose(picture))
             out = io.BytesIO()
             if to == "jpeg":
-                _without_alpha(upright).save(out, "JPEG", quality=max(1, quality))
+                without_alpha(upright).save(out, "JPEG", quality=max(1, quality))
             elif to == "webp":
-                mode = "RGBA" if _has_alpha(upright) else "RGB"
+                mode = "RGBA" if has_alpha(upright) else "RGB"
                 upright.convert(mode).save(out, "WEBP", quality=quality, method=2)
             else:
                 upright.save(out, "PNG", compress_level=1)
@@ -49,19 +49,21 @@ def transcode(data: bytes, to: OutputFormat, compression: int | None = None) -> 
         raise ValueError(f"the picture could not be decoded ({type(error).__name__})") from error
 
 
-def _in_eight_bits(picture: Image.Image) -> Image.Image:
+def in_eight_bits(picture: Image.Image) -> Image.Image:
     """16-bit greys scaled (a plain conversion clips them to white), CMYK and the like as RGB."""
     if picture.mode.startswith("I"):
         return picture.convert("I").point(lambda value: value / 257).convert("L")
     return picture.convert("RGB") if picture.mode in {"CMYK", "YCbCr", "LAB", "HSV", "F"} else picture
 
 
-def _has_alpha(picture: Image.Image) -> bool:
+def has_alpha(picture: Image.Image) -> bool:
+    """Whether something in it may be transparent."""
     return picture.mode in {"RGBA", "LA", "PA"} or "transparency" in picture.info
 
 
-def _without_alpha(picture: Image.Image) -> Image.Image:
-    if not _has_alpha(picture):
+def without_alpha(picture: Image.Image) -> Image.Image:
+    """As RGB, laid on white where it is transparent."""
+    if not has_alpha(picture):
         return picture.convert("RGB")
     layered = picture.convert("RGBA")
     ground = layered.convert("RGB")

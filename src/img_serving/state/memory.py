@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+
+import msgspec
 
 from img_serving.domain.stored import StoredJob
-from img_serving.ports import JobQuery
+from img_serving.ports import JobQuery, StoredWebhook, WebhookState
 from img_serving.state.sqlite import StateError
 
 
@@ -20,6 +22,7 @@ class MemoryState:
         self._keys: dict[tuple[str, str], str] = {}
         self._backends: dict[str, bytes] = {}
         self._values: dict[str, str] = {}
+        self._webhooks: dict[str, StoredWebhook] = {}
         self._closed = False
 
     async def open(self) -> None:
@@ -62,12 +65,14 @@ class MemoryState:
         self._jobs[job.id] = job
         return None
 
-    async def save_job(self, job: StoredJob) -> None:
-        """Replace a job that is there and not over."""
+    async def save_job(self, job: StoredJob, webhook: StoredWebhook | None = None) -> None:
+        """Replace a job that is there and not over, and add its event to the outbox."""
         self._check()
         known = self._jobs.get(job.id)
         if known is not None and not known.is_over:
             self._jobs[job.id] = job
+            if webhook is not None:
+                await self.add_webhook(webhook)
 
     async def find_job(self, tenant: str, job_id: str) -> StoredJob | None:
         """A tenant's job, unless it is past its `expires_at`."""
@@ -129,6 +134,83 @@ class MemoryState:
 
     def _is_kept(self, job: StoredJob) -> bool:
         return job.expires_at is None or job.expires_at > self._clock()
+
+    async def add_webhook(self, webhook: StoredWebhook) -> None:
+        """Add an event to the outbox; one whose id is there already is left as it is."""
+        self._check()
+        self._webhooks.setdefault(webhook.event_id, webhook)
+
+    async def due_webhooks(
+        self, now: float, limit: int, *, except_events: Collection[str] = (), except_hosts: Collection[str] = ()
+    ) -> list[StoredWebhook]:
+        """Events whose time has come: those never tried first, each kind longest due first."""
+        self._check()
+        due = [
+            (one.attempts > 0, one.next_at, place, one)
+            for place, one in enumerate(self._webhooks.values())
+            if one.next_at is not None and one.next_at <= now
+            if one.event_id not in except_events and one.host not in except_hosts
+        ]
+        return [one for *_, one in sorted(due)[:limit]]
+
+    async def next_webhook_at(self, after: float) -> float | None:
+        """When the next event is due that is not due at `after` yet; None: there is none."""
+        self._check()
+        moments = (one.next_at for one in self._webhooks.values())
+        return min((moment for moment in moments if moment is not None and moment > after), default=None)
+
+    async def record_webhook(
+        self, event_id: str, *, attempts: int, next_at: float | None, delivered_at: float | None, last_error: str
+    ) -> None:
+        """Note how a try ended; an event that is gone meanwhile is fine."""
+        self._check()
+        if event_id in self._webhooks:
+            self._webhooks[event_id] = msgspec.structs.replace(
+                self._webhooks[event_id],
+                attempts=attempts,
+                next_at=next_at,
+                delivered_at=delivered_at,
+                last_error=last_error,
+            )
+
+    async def find_webhooks(
+        self,
+        *,
+        event_id: str | None = None,
+        job_id: str | None = None,
+        state: WebhookState | None = None,
+        limit: int,
+        after: str | None = None,
+    ) -> list[StoredWebhook]:
+        """Events, newest first, that have all of what is given; those older than the event `after`."""
+        self._check()
+        newest_first = list(reversed(self._webhooks.values()))
+        if after is not None:
+            ids = [one.event_id for one in newest_first]
+            newest_first = newest_first[ids.index(after) + 1 :] if after in ids else []
+        return [
+            one
+            for one in newest_first
+            if event_id in {None, one.event_id} and job_id in {None, one.job_id} and state in {None, one.state}
+        ][:limit]
+
+    async def requeue_webhook(self, event_id: str, now: float) -> bool:
+        """Have an event delivered (again), from the beginning of its schedule; False: there is no such event."""
+        self._check()
+        if event_id not in self._webhooks:
+            return False
+        self._webhooks[event_id] = msgspec.structs.replace(
+            self._webhooks[event_id], queued_at=now, next_at=now, attempts=0, delivered_at=None, last_error=""
+        )
+        return True
+
+    async def sweep_webhooks(self, before: float) -> int:
+        """Forget events that are not tried any more and were queued before then; returns how many."""
+        self._check()
+        old = [one.event_id for one in self._webhooks.values() if one.next_at is None and one.queued_at < before]
+        for event_id in old:
+            del self._webhooks[event_id]
+        return len(old)
 
     async def close(self) -> None:
         """No more calls. Closing twice is fine."""

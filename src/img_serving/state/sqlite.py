@@ -12,7 +12,7 @@ import os
 import sqlite3
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +20,16 @@ from typing import Any, TypeVar
 
 from img_serving.domain.errors import GatewayError
 from img_serving.domain.stored import StoredJob
-from img_serving.ports import JobQuery
-from img_serving.state import job_table
+from img_serving.ports import JobQuery, StoredWebhook, WebhookState
+from img_serving.state import sqlite_jobs as jobs
+from img_serving.state import sqlite_webhooks as webhooks
 
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
     (
         "CREATE TABLE backends (place INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, record BLOB NOT NULL)",
         "CREATE TABLE named_values (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
     ),
-    job_table.TABLES,
+    (*jobs.JOB_TABLES, *webhooks.WEBHOOK_TABLES),
 )
 """What leads from each version of the file to the next. Entries are never edited once released, only added."""
 
@@ -154,42 +155,104 @@ class SqliteState:
     async def add_job(self, job: StoredJob) -> StoredJob | None:
         """Take a new job; or return the one that has its idempotency key already."""
         now = self._clock()
-        return await self._changed(lambda connection: job_table.add(connection, job, now))
+        return await self._changed(lambda connection: jobs.add(connection, job, now))
 
-    async def save_job(self, job: StoredJob) -> None:
-        """Replace a job that is there and not over."""
-        await self._changed(lambda connection: job_table.save(connection, job))
+    async def save_job(self, job: StoredJob, webhook: StoredWebhook | None = None) -> None:
+        """Replace a job that is there and not over, and add its event to the outbox in the same transaction."""
+
+        def save(connection: sqlite3.Connection) -> None:
+            if jobs.save(connection, job) and webhook is not None:
+                webhooks.insert_webhook(connection, webhook)
+
+        await self._changed(save)
 
     async def find_job(self, tenant: str, job_id: str) -> StoredJob | None:
         """A tenant's job, unless it is past its `expires_at`."""
         now = self._clock()
-        return await self._on_thread(lambda connection: job_table.find(connection, tenant, job_id, now))
+        return await self._on_thread(lambda connection: jobs.find(connection, tenant, job_id, now))
 
     async def find_key(self, tenant: str, idempotency_key: str) -> StoredJob | None:
         """The job that was made with this key."""
         now = self._clock()
-        return await self._on_thread(lambda connection: job_table.find_key(connection, tenant, idempotency_key, now))
+        return await self._on_thread(lambda connection: jobs.find_key(connection, tenant, idempotency_key, now))
 
     async def list_jobs(self, tenant: str, query: JobQuery) -> list[StoredJob]:
         """A tenant's jobs, newest first."""
         now = self._clock()
-        return await self._on_thread(lambda connection: job_table.select(connection, tenant, query, now))
+        return await self._on_thread(lambda connection: jobs.select(connection, tenant, query, now))
 
     async def unfinished_jobs(self) -> list[str]:
         """The ids of all jobs that are not over, oldest first."""
-        return await self._on_thread(job_table.unfinished)
+        return await self._on_thread(jobs.unfinished)
 
     async def load_job(self, job_id: str) -> StoredJob | None:
         """A job of whatever tenant."""
-        return await self._on_thread(lambda connection: job_table.load(connection, job_id))
+        return await self._on_thread(lambda connection: jobs.load(connection, job_id))
 
     async def forget_job(self, job_id: str) -> None:
         """Remove a job; unknown ones are fine."""
-        await self._changed(lambda connection: job_table.forget(connection, job_id))
+        await self._changed(lambda connection: jobs.forget(connection, job_id))
 
     async def forget_expired(self, now: float) -> int:
         """Remove the jobs whose `expires_at` has passed."""
-        return await self._changed(lambda connection: job_table.forget_expired(connection, now))
+        return await self._changed(lambda connection: jobs.forget_expired(connection, now))
+
+    # webhooks (see `ports.WebhookStore`)
+
+    async def add_webhook(self, webhook: StoredWebhook) -> None:
+        """Add an event to the outbox; one whose id is there already is left as it is."""
+        await self._changed(lambda connection: webhooks.insert_webhook(connection, webhook))
+
+    async def due_webhooks(
+        self, now: float, limit: int, *, except_events: Collection[str] = (), except_hosts: Collection[str] = ()
+    ) -> list[StoredWebhook]:
+        """Events whose time has come: those never tried first, each kind longest due first."""
+        return await self._on_thread(
+            lambda connection: webhooks.due_webhooks(connection, now, limit, tuple(except_events), tuple(except_hosts))
+        )
+
+    async def next_webhook_at(self, after: float) -> float | None:
+        """When the next event is due that is not due at `after` yet; None: there is none."""
+        return await self._on_thread(lambda connection: webhooks.next_webhook_at(connection, after))
+
+    async def record_webhook(
+        self, event_id: str, *, attempts: int, next_at: float | None, delivered_at: float | None, last_error: str
+    ) -> None:
+        """Note how a try ended, on disk before it returns; an event that is gone meanwhile is fine."""
+        await self._changed(
+            lambda connection: webhooks.record_webhook(
+                connection,
+                event_id,
+                attempts=attempts,
+                next_at=next_at,
+                delivered_at=delivered_at,
+                last_error=last_error,
+            )
+        )
+
+    async def find_webhooks(
+        self,
+        *,
+        event_id: str | None = None,
+        job_id: str | None = None,
+        state: WebhookState | None = None,
+        limit: int,
+        after: str | None = None,
+    ) -> list[StoredWebhook]:
+        """Events, newest first, that have all of what is given; those older than the event `after`."""
+        return await self._on_thread(
+            lambda connection: webhooks.find_webhooks(
+                connection, event_id=event_id, job_id=job_id, state=state, limit=limit, after=after
+            )
+        )
+
+    async def requeue_webhook(self, event_id: str, now: float) -> bool:
+        """Have an event delivered (again), from the beginning of its schedule; False: there is no such event."""
+        return await self._changed(lambda connection: webhooks.requeue_webhook(connection, event_id, now))
+
+    async def sweep_webhooks(self, before: float) -> int:
+        """Forget events that are not tried any more and were queued before then; returns how many, 1000 a call at most."""
+        return await self._changed(lambda connection: webhooks.sweep_webhooks(connection, before))
 
     async def close(self) -> None:
         """Finish what is being written and let go of the file. Closing twice is fine."""

@@ -86,6 +86,9 @@ class Metrics:
         self.artifact_bytes = Counter("artifact_bytes_total", "Bytes of artifacts stored.")
         self.storage_failures = Counter("storage_failures_total", "Artifacts that could not be stored.")
         self.disconnects = Counter("client_disconnects_total", "Clients that left before their answer.")
+        self.webhooks = Counter(
+            "webhooks_total", "Calls to webhooks: delivered, failed (each try), given_up (each event).", "outcome"
+        )
         self.internal_errors = Counter("internal_errors_total", "Unexpected exceptions; each one is logged.", "where")
 
     def render(self, gauges: Iterable[tuple[str, str, Mapping[Labels, float]]]) -> bytes:

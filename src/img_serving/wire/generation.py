@@ -213,7 +213,8 @@ def progress_events(progress: Progress) -> Iterator[pb.GenerateEvent]:
     """How far a batch is, after what it looks like by then, if that is known and fits into a message."""
     preview = progress.preview
     if preview is not None and len(preview.data) <= CHUNK_BYTES and 0 <= preview.index < MAX_ITEMS:
-        shown = pb.Preview(index=preview.index, data=preview.data, media_type=preview.media_type)
+        share = None if preview.share is None else min(1.0, max(0.0, preview.share))
+        shown = pb.Preview(index=preview.index, data=preview.data, media_type=preview.media_type, share=share)
         yield pb.GenerateEvent(preview=shown)
     done, total = (min(max(0, round(one)), MAX_COUNT) for one in (progress.done, progress.total))
     yield pb.GenerateEvent(progress=pb.Progress(done=done, total=total))

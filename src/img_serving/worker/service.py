@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+from collections import deque
 from collections.abc import Awaitable, Callable
 from functools import partial
+from itertools import chain
 from typing import Any, Final, NoReturn
 
 import grpc
@@ -36,6 +38,9 @@ WAITING_SECONDS: Final = 5.0
 
 READING_SECONDS: Final = 60.0
 """How long a caller may take for one event of at most a mebibyte."""
+
+PREVIEWS_KEPT: Final = 4
+"""Of one picture, that nobody has read yet."""
 
 NO_HURRY_SECONDS: Final = 86_400.0
 _NOT_STARTED: Final = (("img-serving-not-started", "1"),)
@@ -158,18 +163,21 @@ def handler_of(service: GenerationService) -> grpc.GenericRpcHandler:
 
 
 class _News:
-    """What a call has to tell, the latest of each kind: who reads slowly misses steps, and costs no memory."""
+    """What a call has to tell, the latest of each kind: who reads slowly misses steps, and costs little memory.
+
+    Of the previews of one picture the latest few are kept: a quick engine draws them all before any was read.
+    """
 
     def __init__(self) -> None:
         self._bell = asyncio.Event()
         self._step: Progress | None = None
-        self._previews: dict[int, Progress] = {}
+        self._previews: dict[int, deque[Progress]] = {}
         self._is_started = False
 
     def progress(self, progress: Progress) -> None:
         """A step was made, or a preview."""
         if progress.preview is not None:
-            self._previews[progress.preview.index] = progress
+            self._previews.setdefault(progress.preview.index, deque(maxlen=PREVIEWS_KEPT)).append(progress)
         else:
             self._step = progress
         self._bell.set()
@@ -197,7 +205,7 @@ class _News:
     def take(self) -> list[Progress]:
         """Everything since the last time, in order."""
         self._bell.clear()
-        news = [*self._previews.values(), *([self._step] if self._step is not None else [])]
+        news = [*chain.from_iterable(self._previews.values()), *([self._step] if self._step is not None else [])]
         self._previews.clear()
         self._step = None
         return sorted(news, key=lambda one: one.done)

@@ -402,7 +402,7 @@ def test_memory_that_ends_while_a_vae_is_in_other_numbers_leaves_it_usable(model
         ({"sampler": "Eular"}, "no such sampler; the nearest it has: Euler"),
         ({"scheduler": "karas"}, "no such scheduler; the nearest it has: Karras"),
         ({"sampler": "DDIM", "scheduler": "karras"}, "Karras does not go with this sampler, but with: Euler"),
-        ({"operation": "variation"}, "does edit and generation, not variation"),
+        ({"operation": "variation"}, "needs a picture"),
         ({"operation": "edit"}, "an edit needs a picture"),
     ],
     ids=str,
@@ -511,7 +511,7 @@ def test_what_a_model_can_do_is_read_off_its_pipeline(
 ) -> None:
     can = engine(family).capabilities()
     always = {"seed", "size", "num_inference_steps", "sampler", "scheduler"}
-    assert can.operations == {"generation", "edit"}
+    assert can.operations == {"generation", "edit", "variation"}
     # whether Stable Diffusion can leave out layers depends on the version of transformers
     optional = {"clip_skip"} if family == "sd" else set()
     assert can.honours - optional == always | honours

@@ -62,13 +62,23 @@ def test_nothing_is_shown_to_those_who_do_not_ask(model: Engines) -> None:
 
 
 def test_previews_take_a_small_share_of_the_time_only(model: Engines) -> None:
-    """One that takes a second is not made again for half a minute."""
+    """One that takes a second is not made again for half a minute, but at the quarters of the picture."""
     one = ticking(model("sd"), 1.0)
-    steps = [step for step, _ in shown(one, item(1), previews=True, steps=50)]
+    seen = shown(one, item(1), previews=True, steps=50)
+    steps = [step for step, _ in seen]
     assert steps[0] == 1
-    gaps = np.diff(steps)
-    assert len(steps) >= 3
-    assert gaps.min() >= 10  # of a clock that is looked at some three times a step
+    quarters = {13, 25, 38}
+    assert quarters <= set(steps)
+    others = [step for step in steps if step not in quarters]
+    assert all(gap >= 10 for gap in np.diff(others))  # of a clock that is looked at some three times a step
+    assert [preview.share for _, preview in seen] == [step / 50 for step in steps]
+
+
+def test_a_quick_picture_of_four_steps_is_shown_three_times(model: Engines) -> None:
+    """Exactly what a stream of three unfinished pictures waits for."""
+    seen = shown(ticking(model("sd"), 0.001), item(1), item(2), previews=True, steps=4)
+    shares = [(preview.index, preview.share) for _, preview in seen]
+    assert sorted(shares) == [(index, share) for index in (0, 1) for share in (0.25, 0.5, 0.75)]
 
 
 class _Mixer:

@@ -270,7 +270,7 @@ class A1111Backend:
         # one that was asked and has no list of them is older than the parameter
         schedules = () if self._is_known and server.schedulers is None and server.is_complete else ("scheduler",)
         return Capabilities(
-            operations=frozenset({"generation", "edit"}),
+            operations=frozenset({"generation", "edit", "variation"}),
             batch="seeds",
             max_batch_size=min(self._max_batch_size, SDCPP_BATCH) if server.is_sdcpp else self._max_batch_size,
             max_concurrency=1,
@@ -365,6 +365,7 @@ class A1111Backend:
             clip_skip=clip_skip,
             restore=self._shared or clip_skip is not None,
             mask=mask,
+            one_by_one=self._shows_each(call),
             is_sdcpp=server.is_sdcpp,
         )
         path = IMAGE_PATH if request.images else TEXT_PATH
@@ -442,8 +443,12 @@ class A1111Backend:
             watching.cancel()
             await asyncio.gather(watching, return_exceptions=True)
 
+    def _shows_each(self, call: Call) -> bool:
+        """Whether the pictures are drawn one after the other, so that what the server shows is one of them."""
+        return call.previews and self._capabilities.previews and len(call.items) > 1
+
     async def _watch(self, call: Call, on_progress: OnProgress, heard: Callable[[], None]) -> None:
-        furthest, shown = 0, ""
+        furthest, shown, drawing = 0, "", 0
         while True:
             await asyncio.sleep(self._options.progress_interval_seconds)
             page = await self._page(previews=call.previews)
@@ -451,9 +456,12 @@ class A1111Backend:
                 continue
             done, total = page.steps()
             preview = None
+            index = min(max(0, page.state.job_no), len(call.items) - 1) if self._shows_each(call) else 0
             if call.previews and page.current_image and page.current_image != shown:
                 shown = page.current_image
-                preview = _preview(shown)
+                # at the beginning of a picture the server still shows the end of the one before
+                preview = _preview(shown, index, page.share()) if index == drawing else None
+            drawing = index
             if done > furthest:
                 # steps that have not grown are no sign of life
                 furthest = done
@@ -516,11 +524,11 @@ def _fits_one_call(call: Call) -> bool:
     ) and all(after.seed == before.seed + 1 for before, after in pairwise(call.items))
 
 
-def _preview(text: str) -> Preview | None:
+def _preview(text: str, index: int, share: float | None) -> Preview | None:
     """An unfinished picture as the page of progress has it; None for anything that is no picture."""
     try:
         data = pybase64.b64decode(text.rpartition(",")[2], validate=True)
     except ValueError:
         return None
     media_type = sniff(data)
-    return None if media_type is None else Preview(data, media_type)
+    return None if media_type is None else Preview(data, media_type, index, share)

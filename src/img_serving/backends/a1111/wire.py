@@ -16,9 +16,9 @@ from img_serving.media.scan import SKELETON_BYTES, split_string_list_json
 HONOURED: Final = {
     "num_inference_steps": ("steps", "steps"),
     "guidance_scale": ("guidance_scale", "cfg_scale"),
-    "strength": ("strength", "denoising_strength"),
+    "strength": ("usual_strength", "denoising_strength"),
 }
-"""Parameters that are passed on as they are: the field of `ImageRequest` that holds each, and its name in this protocol."""
+"""Parameters that are passed on as they are: the attribute of `ImageRequest` that holds each, and its name in this protocol."""
 
 SDCPP_SEED_LIMIT: Final = 2**31
 """stable-diffusion.cpp's server (97d2990) reads the field `seed` as 32 bits with a sign, and draws any seed from here on
@@ -94,6 +94,11 @@ class ProgressPage(msgspec.Struct):
             return int(self.progress * PROGRESS_SCALE), PROGRESS_SCALE
         return 0, 0
 
+    def share(self) -> float | None:
+        """How far the picture is that is drawn now, 0 to 1; None where the server counts no steps."""
+        state = self.state
+        return min(1.0, max(0.0, state.sampling_step / state.sampling_steps)) if state.sampling_steps > 0 else None
+
 
 _REPLY = msgspec.json.Decoder(_Reply)
 _INFO = msgspec.json.Decoder(Info)
@@ -110,6 +115,7 @@ def request_body(
     clip_skip: int | None = None,
     restore: bool = False,
     mask: bytes | None = None,
+    one_by_one: bool = False,
     is_sdcpp: bool = False,
 ) -> dict[str, Any]:
     """What is sent: the call's own facts, and of the optional parameters only what the client gave.
@@ -123,6 +129,7 @@ def request_body(
         clip_skip: to set for this call; None: as it is.
         restore: whether the server's own settings are put back afterwards. It loads its own model again then.
         mask: a PNG, white where it may paint.
+        one_by_one: the pictures are drawn one after the other, for the server shows those of a batch in one contact sheet.
         is_sdcpp: the server is stable-diffusion.cpp's, which has some things elsewhere.
     """
     request = call.request
@@ -133,8 +140,8 @@ def request_body(
         "seed": first.seed,
         "width": size[0],
         "height": size[1],
-        "batch_size": len(call.items),
-        "n_iter": 1,
+        "batch_size": 1 if one_by_one else len(call.items),
+        "n_iter": len(call.items) if one_by_one else 1,
         "send_images": True,
         "save_images": False,
     }

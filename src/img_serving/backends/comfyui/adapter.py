@@ -204,7 +204,7 @@ class ComfyUIBackend:
     def _describe(self) -> Capabilities:
         """What is known of the server and its workflows, as a record."""
         common = Capabilities(
-            operations=frozenset({"generation", "edit"}),
+            operations=frozenset({"generation", "edit", "variation"}),
             batch="single",
             max_batch_size=1,
             max_concurrency=1,
@@ -373,7 +373,7 @@ class ComfyUIBackend:
             "height": height,
             "steps": request.steps,
             "guidance_scale": request.guidance_scale,
-            "strength": request.strength,
+            "strength": request.usual_strength,
             "checkpoint": checkpoint,
             "clip_skip": None if request.clip_skip is None else -request.clip_skip,
             **own,
@@ -453,5 +453,6 @@ class ComfyUIBackend:
 
 def _progress(news: News, index: int, count: int) -> Progress:
     total = max(1, news.total)
-    preview = None if news.preview is None else Preview(*news.preview, index=index)
+    share = min(1.0, news.done / news.total) if news.total > 0 else None
+    preview = None if news.preview is None else Preview(*news.preview, index=index, share=share)
     return Progress(index * total + news.done, count * total, preview)

@@ -181,7 +181,11 @@ class Workflow:
     @property
     def operations(self) -> frozenset[Operation]:
         """What it can do."""
-        pairs: tuple[tuple[Operation, Template | None], ...] = (("generation", self.generation), ("edit", self.edit))
+        pairs: tuple[tuple[Operation, Template | None], ...] = (
+            ("generation", self.generation),
+            ("edit", self.edit),
+            ("variation", self.edit),  # an edit without words
+        )
         return frozenset(name for name, template in pairs if template is not None)
 
     @property

@@ -285,7 +285,9 @@ def _preview_of(preview: pb.Preview, items: int) -> Preview | None:
     media_type: MediaType | None = sniff(preview.data)
     if media_type is None or len(preview.data) > CHUNK_BYTES or preview.index >= items:
         return None
-    return Preview(preview.data, media_type, preview.index)
+    # also false for NaN, which no comparison is true of
+    known = preview.HasField("share") and 0.0 <= preview.share <= 1.0
+    return Preview(preview.data, media_type, preview.index, preview.share if known else None)
 
 
 def _said(error: AttemptError | BackendRefusal) -> str:

@@ -255,7 +255,9 @@ class KServeBackend:
                     last = outputs if _picture(outputs, signature) is not None or last is None else last
                     done = max(done, _step(outputs, signature, answers))
                     total = max(request.steps or done + 1, done)
-                    preview = await self._preview(outputs, signature, index) if call.previews and done < total else None
+                    preview = None
+                    if call.previews and done < total:
+                        preview = await self._preview(outputs, signature, index, done / total)
                     on_progress(Progress(index * total + done, len(call.items) * total, preview))
                 final = answer.infer_response.parameters.get("triton_final_response")
                 if final is not None and final.bool_param:
@@ -266,7 +268,9 @@ class KServeBackend:
             raise AttemptError(Outcome.FAILED, "the model ended its stream without a picture")
         return await self._pictures(last, [item], signature)
 
-    async def _preview(self, outputs: dict[str, Tensor], signature: Signature, index: int) -> Preview | None:
+    async def _preview(
+        self, outputs: dict[str, Tensor], signature: Signature, index: int, share: float
+    ) -> Preview | None:
         tensor = _picture(outputs, signature)
         if tensor is None:
             return None
@@ -274,7 +278,7 @@ class KServeBackend:
             (drawn,) = await _decoded(tensor, [None], signature)
         except ValueError:
             return None  # only the last one has to be a picture
-        return Preview(raw_bytes(drawn), drawn.media_type, index) if isinstance(drawn, Artifact) else None
+        return Preview(raw_bytes(drawn), drawn.media_type, index, share) if isinstance(drawn, Artifact) else None
 
     async def _pictures(
         self, outputs: dict[str, Tensor], items: Sequence[Item], signature: Signature

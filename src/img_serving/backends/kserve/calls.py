@@ -115,7 +115,7 @@ def _values(
             "guidance_scale": request.guidance_scale,
             "width": size[0],
             "height": size[1],
-            "strength": request.strength if request.images else None,
+            "strength": request.usual_strength if request.images else None,
             "sampler": request.sampler,
             "scheduler": request.scheduler,
             "clip_skip": request.clip_skip,

@@ -163,7 +163,7 @@ class Signature:
         if {"width", "height"} <= self.places.keys():
             honours.add("size")
         if has_image:
-            operations.add("edit")
+            operations |= {"edit", "variation"}
             honours |= {"strength"} & self.places.keys()
         multiple = self.options.size_multiple
         pixels = self.output is not None and self.output.datatype in PIXELS

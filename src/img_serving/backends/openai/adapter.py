@@ -26,7 +26,7 @@ from img_serving.backends.http import (
     prompts_of,
     unhealthy,
 )
-from img_serving.backends.openai.body import Draft, draft, draft_edit
+from img_serving.backends.openai.body import Draft, draft, draft_edit, draft_variation
 from img_serving.backends.openai.detect import (
     NO_NAMES,
     Finding,
@@ -101,8 +101,7 @@ class OpenAIBackend:
         self._transport = transport
         self._headers: Headers = (*headers, *((("Authorization", f"Bearer {api_key}"),) if api_key else ()))
         root = "" if base_has_v1 else "/v1"
-        self._generations_path = f"{root}/images/generations"
-        self._edits_path = f"{root}/images/edits"
+        self._images_path = f"{root}/images"
         self._models_path = f"{root}/models"
         self._health_check_path = health_check_path
         self._max_reply_bytes = max_reply_bytes
@@ -154,8 +153,11 @@ class OpenAIBackend:
             raise BackendRefusal(InvalidRequest(lacking, code="unsupported", param="model"))
         if (reason := _unfit(call, preset)) is not None:
             raise AttemptError(Outcome.NOT_STARTED, reason)
-        stream = call.previews and preset.stream and len(call.items) == 1
-        if edits is None or call.request.operation != "edit":
+        varies = call.request.operation == "variation"
+        stream = call.previews and preset.stream and len(call.items) == 1 and not varies
+        if varies:
+            letter = draft_variation(call, preset, self._names)
+        elif edits is None or call.request.operation != "edit":
             letter = draft(call, preset, self._names, stream=stream)
         else:
             letter = await draft_edit(call, preset, edits, self._names, stream=stream)
@@ -274,7 +276,7 @@ class OpenAIBackend:
         usual = self._preset.capabilities()
         if self._found is None:
             # it may be any of them: what it cannot do is known before anything is sent
-            usual = replace(usual, operations=frozenset({"generation", "edit"}), masks=True, max_images=16)
+            usual = replace(usual, operations=frozenset({"generation", "edit", "variation"}), masks=True, max_images=16)
         names = {*self._models, *self._named, *(OPENAI_MODELS if family == "openai" else ())}
         variants = {name: self._preset.of(name).capabilities() for name in sorted(names)}
         self._capabilities = replace(
@@ -299,7 +301,7 @@ class OpenAIBackend:
         """Send it, and take the reply if it is a good one."""
         reply = await self._transport.request(
             "POST",
-            self._edits_path if letter.is_edit else self._generations_path,
+            f"{self._images_path}/{letter.route}",
             headers=call_headers(self._headers, call, letter.content_type),
             body=letter.body,
             timeout_seconds=timeout_seconds,
@@ -384,7 +386,11 @@ def _lacking(call: Call, preset: Preset) -> str | None:
     request, edits = call.request, preset.edits
     if request.operation == "generation":
         return None
-    if request.operation != "edit" or edits is None:
+    if request.operation == "variation":
+        if preset.variations is None:
+            return "this server has no variations"
+        return None if len(request.images) == 1 else "a variation starts from one picture"
+    if edits is None:
         return f"this server has no {request.operation}s"
     if request.mask is not None and not edits.mask:
         return "this server does not look at masks"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterable, Iterator
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import msgspec
 import pybase64
@@ -48,7 +48,7 @@ _NOT_IN_GIVEN: Final = ("user", "output_format", "output_compression")
 class Draft(msgspec.Struct, frozen=True, gc=False):
     """A call as it is sent. `ignored`: what the client gave, the preset honours, and this operation has no place for."""
 
-    is_edit: bool
+    route: Literal["generations", "edits", "variations"]
     body: bytes
     content_type: str
     ignored: frozenset[str] = frozenset()
@@ -61,7 +61,7 @@ def draft(call: Call, preset: Preset, names: Names, *, stream: bool = False) -> 
         BackendRefusal: the dialect cannot say it.
     """
     body, ignored = request_fields(call, preset, names, stream=stream)
-    return Draft(False, _encode(body), "application/json", ignored)
+    return Draft("generations", _encode(body), "application/json", ignored)
 
 
 async def draft_edit(call: Call, preset: Preset, edits: Edits, names: Names, *, stream: bool = False) -> Draft:
@@ -74,10 +74,23 @@ async def draft_edit(call: Call, preset: Preset, edits: Edits, names: Names, *, 
     request = call.request
     if edits.shape != "multipart":
         body[edits.shape] = _inline(request.images[0], as_url=edits.shape == "image_url")
-        return Draft(False, _encode(body), "application/json", ignored)
+        return Draft("generations", _encode(body), "application/json", ignored)
     files = [*_image_parts(request), *await _mask_parts(request, edits)]
     form, content_type = encode_form([(name, _as_text(value)) for name, value in body.items()], files)
-    return Draft(True, form, content_type, ignored)
+    return Draft("edits", form, content_type, ignored)
+
+
+def draft_variation(call: Call, preset: Preset, names: Names) -> Draft:
+    """A variation in the dialect of `preset`: a form without words.
+
+    Raises:
+        BackendRefusal: the dialect cannot say it.
+    """
+    body, ignored = request_fields(call, preset, names)
+    del body["prompt"]
+    fields = [(name, _as_text(value)) for name, value in body.items()]
+    form, content_type = encode_form(fields, list(_image_parts(call.request)))
+    return Draft("variations", form, content_type, ignored)
 
 
 def request_fields(
@@ -138,7 +151,7 @@ def _given(call: Call, preset: Preset, known: Parameters) -> list[tuple[str, Any
             value = _format(request, preset)
         elif name == "output_compression" and _format(request, preset) != request.output_format:
             continue  # it is meant for the format that is made here
-        elif name == "strength" and request.operation != "edit":
+        elif name == "strength" and request.operation == "generation":
             continue
         if value is not None:
             found.append((name, value))

@@ -42,6 +42,7 @@ class OpenAIOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
         max_n: pictures in one call.
         sizes: the only sizes that it draws.
         edits: whether edits are sent to it.
+        variations: whether variations are sent to it, to its `/images/variations`.
         stream: whether it shows unfinished pictures.
         extra: constant fields of every body.
     """
@@ -54,6 +55,7 @@ class OpenAIOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     max_n: Annotated[int, Meta(ge=1, le=1000)] | None = None
     sizes: tuple[str, ...] = ()
     edits: bool | None = None
+    variations: bool | None = None
     stream: bool | None = None
     extra: dict[str, Any] = {}
 
@@ -71,6 +73,7 @@ class OpenAIOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
             preset,
             parameters=self._renamed(preset.parameters),
             edits=self._edits_over(preset.edits),
+            variations=self._variations_over(preset.variations),
             extra={**preset.extra, **self.extra},
             models=tuple((pattern, self.over(one)) for pattern, one in preset.models),
             **{name: value for name, value in given.items() if value is not None},
@@ -92,6 +95,13 @@ class OpenAIOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
         if edits is None:
             return Edits() if self.edits else None
         return edits if edits.parameters is None else replace(edits, parameters=self._renamed(edits.parameters))
+
+    def _variations_over(self, variations: Parameters | None) -> Parameters | None:
+        if self.variations is False:
+            return None
+        if variations is None:
+            return {} if self.variations else None
+        return self._renamed(variations)
 
 
 def read_openai_options(table: Mapping[str, Any]) -> OpenAIOptions:

@@ -71,6 +71,7 @@ class Preset:
             prompt (`prompt_tag`), or one in the string `kwargs`.
         negative_after_bar: the negative prompt travels behind a `|` in the prompt.
         edits: how edits are taken; None where there are none.
+        variations: what `/images/variations` honours, and under which name; None where there is no such route.
         stream: whether unfinished pictures can be asked for (server-sent events).
         extra: constant fields of every body.
         models: models of the same server that differ, by a pattern that matches the beginning of their name.
@@ -91,6 +92,7 @@ class Preset:
     placement: Placement = "fields"
     negative_after_bar: bool = False
     edits: Edits | None = None
+    variations: Parameters | None = None
     stream: bool = False
     extra: Mapping[str, object] = field(default_factory=dict)
     models: tuple[tuple[re.Pattern[str], Preset], ...] = ()
@@ -104,6 +106,8 @@ class Preset:
 
     def names(self, operation: Operation) -> Parameters:
         """What is honoured for this operation, and under which name."""
+        if operation == "variation":
+            return self.variations or {}
         if operation == "edit" and self.edits is not None and self.edits.parameters is not None:
             return self.edits.parameters
         return self.parameters
@@ -114,12 +118,15 @@ class Preset:
         always = {"size", "output_format", "output_compression"}
         honours = always.union(self.parameters) - {"strength"}  # which means nothing to a generation
         return Capabilities(
-            operations=frozenset({"generation", "edit"}) if edits else frozenset({"generation"}),
+            operations=frozenset(
+                {"generation", *(["edit"] if edits else []), *(["variation"] if self.variations is not None else [])}
+            ),
             batch=self.batch,
             max_batch_size=self.max_n,
             max_concurrency=self.max_concurrency,
             honours=frozenset(honours),
             honours_in_edits=frozenset(always.union(self.names("edit"))) if edits else None,
+            honours_in_variations=frozenset(always.union(self.variations)) if self.variations is not None else None,
             sizes=self.sizes,
             max_steps=self.max_steps,
             max_images=edits.max_images if edits else 1,
@@ -170,6 +177,7 @@ def _openai() -> Preset:
             dall_e,
             sizes=SizeRule(choices=((256, 256), (512, 512), (1024, 1024))),
             edits=replace(edits, max_images=1, parameters=_same("user")),
+            variations=_same("user"),
         ),
         r"dall-e-3": replace(
             dall_e,
@@ -281,7 +289,7 @@ TOGETHER: Final = Preset(
 XINFERENCE: Final = Preset(
     family="xinference",
     # Source: Xinference 4.1.0 (api/restful_api.py, api/schemas/requests.py): `W*H`, url unless told, everything else as a JSON
-    # string in `kwargs`; its form of edits takes none of that and paints white.
+    # string in `kwargs`; its form of edits takes none of that and paints white, that of variations takes `kwargs` again.
     parameters={
         "negative_prompt": "negative_prompt",
         "seed": "seed",
@@ -291,6 +299,7 @@ XINFERENCE: Final = Preset(
     size="star",
     placement="kwargs",
     edits=Edits(mask="white", parameters={}),
+    variations=_same("seed", "num_inference_steps", "guidance_scale"),
 )
 
 GENERIC: Final = _generic()

@@ -161,7 +161,9 @@ class StreamedReply:
             except ValueError:
                 data = b""
             media_type = sniff(data)
-            preview = None if media_type is None else Preview(data, media_type)
+            # a call is streamed alone, and its partial pictures are spread evenly over the way
+            share = done / (PARTIAL_IMAGES + 1)
+            preview = None if media_type is None else Preview(data, media_type, share=share)
         self._on_progress(Progress(done, PARTIAL_IMAGES + 1, preview))
 
     def _keep(self, told: _Streamed, payloads: list[memoryview]) -> None:

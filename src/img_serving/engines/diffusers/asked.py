@@ -75,7 +75,7 @@ def _check_strength(batch: Call, options: DiffusersOptions, edits: Iterable[Pipe
             continue
         own = one.defaults.get("num_inference_steps")
         count = batch.request.steps or options.default_steps or (own if isinstance(own, int) else None)
-        strength = batch.request.strength or one.defaults.get("strength")
+        strength = batch.request.usual_strength or one.defaults.get("strength")
         if count is not None and strength is not None and int(count * strength) < 1:
             raise ValueError(
                 f"{count} steps at strength {strength} are less than one: ask for more steps or a higher strength"
@@ -128,8 +128,8 @@ def arguments(batch: Call, works: Sequence[Work], pipeline: Pipeline, options: D
         found["clip_skip"] = request.clip_skip - 1  # A1111 counts from the last layer, diffusers what it skips
     if works[0].start is not None:
         found["image"] = [work.start for work in works]
-        if request.strength is not None and pipeline.has_strength:
-            found["strength"] = request.strength
+        if request.usual_strength is not None and pipeline.has_strength:
+            found["strength"] = request.usual_strength
     if "mask_image" in takes:
         found["mask_image"] = [work.painted or _everywhere(batch.width, batch.height) for work in works]
     return found

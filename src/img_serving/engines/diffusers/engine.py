@@ -253,6 +253,8 @@ class DiffusersEngine:
         operations = {"generation"} if words is not None else set()
         if edits:
             operations.add("edit")
+        if self._image is not None and self._image.has_strength:
+            operations.add("variation")  # a picture that is only a reference comes out as it went in, without words
         if not operations:
             raise StartError(f"model: {type(pipe).__name__} neither draws from words nor edits")
         choosable = {"sampler", "scheduler"} if samplers is not None and samplers.samplers.names else set()

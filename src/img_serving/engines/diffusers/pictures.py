@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from img_serving.domain.images import InputImage
 from img_serving.media.masks import white_where_painted
-from img_serving.media.transcode import MAX_PIXELS
+from img_serving.media.pixels import on_white
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -20,25 +20,7 @@ def start_of(picture: InputImage, width: int, height: int) -> PILImage:
     Raises:
         ValueError: it is none, or over `MAX_PIXELS`.
     """
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(io.BytesIO(picture.data)) as opened:
-            wide, high = opened.size
-            if wide * high > MAX_PIXELS:
-                raise ValueError(f"a picture of {wide}x{high} is over {MAX_PIXELS} pixels and is not decoded")
-            opened.load()
-            upright = ImageOps.exif_transpose(opened)
-            if upright.mode in {"RGBA", "LA", "PA"} or "transparency" in upright.info:
-                upright = upright.convert("RGBA")
-                upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
-            rgb = upright.convert("RGB")
-    except ValueError:
-        raise
-    except Exception as error:
-        # a broken picture makes Pillow raise nearly anything
-        raise ValueError(f"the picture could not be decoded ({type(error).__name__})") from error
-    return rgb if rgb.size == (width, height) else rgb.resize((width, height), Image.Resampling.LANCZOS)
+    return on_white(picture.data, (width, height))
 
 
 def painted_of(mask: InputImage, width: int, height: int) -> PILImage:

@@ -144,24 +144,35 @@ def as_jpeg(pixels: Any) -> bytes:
     return out.getvalue()
 
 
+MILESTONES: Final = 4
+"""Of a picture: at each of its quarters it is shown, however soon that is, for a stream of a few pictures waits for those."""
+
+
 class Previewer:
-    """Shows the pictures of one call now and then: never more often than pays, never the last step."""
+    """Shows the pictures of one call now and then: at their quarters, else never more often than pays."""
 
     def __init__(self, looks: Looks, clock: Callable[[], float]) -> None:
         self._looks, self._clock = looks, clock
         self._not_before = clock()
 
-    def show(self, latents: Any, width: int, height: int, indices: Sequence[int]) -> tuple[Preview, ...]:
-        """What the pictures `indices` of the call look like, in the order of `latents`; nothing if it is too soon."""
+    def show(
+        self, latents: Any, width: int, height: int, indices: Sequence[int], *, step: int, steps: int
+    ) -> tuple[Preview, ...]:
+        """What the pictures `indices` of the call look like, in the order of `latents`, after `step` of their `steps`.
+
+        Nothing if it is too soon.
+        """
         began = self._clock()
-        if began < self._not_before:
+        is_milestone = step * MILESTONES // steps > (step - 1) * MILESTONES // steps
+        if began < self._not_before and not is_milestone:
             return ()
         plain = unpacked(latents[: len(indices)] if latents.ndim > 2 else latents, width, height)
         if plain is None:
             return ()
         pictures = self._looks.of(plain)
         shown = tuple(
-            Preview(as_jpeg(pixels), "image/jpeg", index) for index, pixels in zip(indices, pictures, strict=True)
+            Preview(as_jpeg(pixels), "image/jpeg", index, step / steps)
+            for index, pixels in zip(indices, pictures, strict=True)
         )
         took = self._clock() - began
         self._not_before = began + max(MIN_SECONDS, took / SHARE)

@@ -53,6 +53,9 @@ class Watch:
         total = getattr(self._pipe, "_num_timesteps", None) or max(self._batch.request.steps or 1, step + 1)
         previews: Sequence[Preview] = ()
         if self._previewer is not None and step + 1 < total and tensors.get("latents") is not None:
-            previews = self._previewer.show(tensors["latents"], self._batch.width, self._batch.height, self._indices)
+            batch = self._batch
+            previews = self._previewer.show(
+                tensors["latents"], batch.width, batch.height, self._indices, step=step + 1, steps=total
+            )
         self._steps.stepped(min(step + 1, total), total, previews)
         return {}

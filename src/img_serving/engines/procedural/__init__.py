@@ -16,6 +16,8 @@ How a picture comes about, and where:
                          at full resolution                           stars, bodies, ranges (land, flora, city),
                                                                       lighthouse, water
                          on top                                       foreground
+An edit or a variation begins with pictures instead (start): the scene's light and lines are carried into them (edit), or the
+latent's flow carries their points (variation).
 Underneath: chance and noise (all that is random), fields and colours (all arithmetic), limits (what is taken).
 
 The rooms import numpy as they load, so whoever wants a quick start imports this package late.
@@ -33,8 +35,9 @@ from img_serving.engines.procedural.limits import (
     MIN_SIDE,
     MODEL,
 )
-from img_serving.engines.procedural.painter import Preview, paint
+from img_serving.engines.procedural.painter import Preview, Watch, paint, retouch, vary
 from img_serving.engines.procedural.scene import Scene, compose
+from img_serving.engines.procedural.start import Start, start_of
 
 __all__ = [
     "DEFAULT_GUIDANCE",
@@ -47,6 +50,11 @@ __all__ = [
     "Preview",
     "ProceduralEngine",
     "Scene",
+    "Start",
+    "Watch",
     "compose",
     "paint",
+    "retouch",
+    "start_of",
+    "vary",
 ]

@@ -65,6 +65,20 @@ def lerp(grid: Array, at: Array, axis: int) -> Array:
     return first
 
 
+def averaged(field: Array, reach: int, *, wraps: bool = False) -> Array:
+    """The mean over a square of `2 * reach + 1` points; beyond its border a field goes on as at its edge, or around it."""
+    for axis in (0, 1):
+        padding = [(0, 0), (0, 0)]
+        padding[axis] = (reach + 1, reach)
+        padded = np.pad(field, padding, mode="wrap" if wraps else "edge")
+        sums = np.cumsum(padded, axis=axis, dtype=np.float64)
+        count = field.shape[axis]
+        high = np.take(sums, range(2 * reach + 1, 2 * reach + 1 + count), axis=axis)
+        low = np.take(sums, range(count), axis=axis)
+        field = ((high - low) / (2 * reach + 1)).astype(np.float32)
+    return field
+
+
 def smooth(low: float, high: float, x: Array) -> Array:
     """0 below `low`, 1 above `high`, an S between; a new array."""
     t: Array = (x - np.float32(low)) * np.float32(1.0 / (high - low))

@@ -10,6 +10,8 @@ DEFAULT_STEPS, MAX_STEPS = 20, 1000
 STEPS_OF_QUALITY = {"low": 8, "high": 40}
 """Quality is a matter of steps here, where nobody says how many."""
 DEFAULT_GUIDANCE = 7.0
+MAX_IMAGES = 16
+"""Input pictures of one edit."""
 
 
 def check(seed: int, guidance: float, steps: int, width: int, height: int) -> None:
@@ -29,3 +31,13 @@ def check(seed: int, guidance: float, steps: int, width: int, height: int) -> No
         raise ValueError(f"the guidance scale must be from 0 to 100, not {guidance}")
     if not 1 <= steps <= MAX_STEPS:
         raise ValueError(f"the number of steps must be from 1 to {MAX_STEPS}, not {steps}")
+
+
+def check_strength(strength: float) -> None:
+    """Refuse a strength that is none.
+
+    Raises:
+        ValueError: it is not from 0 to 1.
+    """
+    if not 0.0 <= strength <= 1.0:
+        raise ValueError(f"the strength must be from 0 to 1, not {strength}")

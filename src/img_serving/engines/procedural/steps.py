@@ -6,7 +6,6 @@ import numpy as np
 
 from img_serving.engines.procedural.fields import centres, sample
 from img_serving.engines.procedural.noise import tile
-from img_serving.engines.procedural.scene import Scene
 
 
 class Latent:
@@ -18,8 +17,9 @@ class Latent:
 
     SIZE = 64
 
-    def __init__(self, scene: Scene, steps: int) -> None:
-        potential = tile(f"{scene.key}:flow", self.SIZE, 0.5, gain=0.42, coarsest=4)
+    def __init__(self, key: str, steps: int) -> None:
+        """`key` is the picture's, `steps` how many there will be."""
+        potential = tile(f"{key}:flow", self.SIZE, 0.5, gain=0.42, coarsest=4)
         across = np.roll(potential, -1, 0) - np.roll(potential, 1, 0)
         down = np.roll(potential, 1, 1) - np.roll(potential, -1, 1)
         self.velocity = (across, down)  # the curl of a potential: nothing is compressed, only stirred
@@ -29,7 +29,7 @@ class Latent:
             np.broadcast_to(cells[:, None], (self.SIZE, self.SIZE)),
         )
         self.warp = (np.zeros_like(potential), np.zeros_like(potential))
-        self.stride = 0.64 / (steps + 12.0)
+        self.steps, self.stride = steps, 0.64 / (steps + 12.0)
         self.done = 0
 
     def advance(self) -> None:

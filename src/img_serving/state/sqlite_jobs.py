@@ -12,7 +12,7 @@ import msgspec
 from img_serving.domain.stored import StoredJob
 from img_serving.ports import JobQuery
 
-TABLES: tuple[str, ...] = (
+JOB_TABLES: tuple[str, ...] = (
     """CREATE TABLE jobs (
         place INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, tenant TEXT NOT NULL, operation TEXT NOT NULL,
         status TEXT NOT NULL, is_over INTEGER NOT NULL, request_id TEXT NOT NULL, idempotency_key TEXT, expires_at REAL,
@@ -56,12 +56,13 @@ def add(connection: sqlite3.Connection, job: StoredJob, now: float) -> StoredJob
     return None
 
 
-def save(connection: sqlite3.Connection, job: StoredJob) -> None:
-    """Replace a job that is there and not over."""
-    connection.execute(
+def save(connection: sqlite3.Connection, job: StoredJob) -> bool:
+    """Replace a job that is there and not over; whether there is one."""
+    changed = connection.execute(
         "UPDATE jobs SET status = ?, is_over = ?, expires_at = ?, record = ? WHERE id = ? AND is_over = 0",
         (job.status, job.is_over, job.expires_at, _encode(job), job.id),
     )
+    return changed.rowcount > 0
 
 
 def find(connection: sqlite3.Connection, tenant: str, job_id: str, now: float) -> StoredJob | None:
