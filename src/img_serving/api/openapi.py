@@ -6,14 +6,19 @@ from typing import Any
 
 import msgspec
 
+from img_serving.api.asked import MAX_KEY_CHARS
 from img_serving.api.backends import BackendList, BackendRecord, DeletedBackend
 from img_serving.api.edits import EditBody, VariationBody
 from img_serving.api.errors import ErrorBody
 from img_serving.api.generation import GenerationBody, ImagesReply
 from img_serving.api.health import Alive, HealthReply
+from img_serving.api.jobs import MOST_LISTED, OPERATIONS, JobBody, JobList
 from img_serving.api.models import Model, ModelList
 from img_serving.api.queue import QueueReply
+from img_serving.api.webhooks import STATES, WebhookList, WebhookRecord
 from img_serving.config import BackendConfig
+from img_serving.domain.jobs import JobStatus
+from img_serving.gateway.job_records import JobRecord
 
 _REF = "#/components/schemas/{name}"
 
@@ -31,12 +36,20 @@ def document(version: str) -> dict[str, Any]:
         BackendList,
         BackendRecord,
         DeletedBackend,
+        JobBody,
+        JobRecord,
+        JobList,
+        WebhookList,
+        WebhookRecord,
         QueueReply,
         HealthReply,
         Alive,
         ErrorBody,
     ]
     _, schemas = msgspec.json.schema_components(types, ref_template=_REF)
+    # what is read and written as it is, without a look inside, has no schema of its own
+    schemas["JobBody"]["properties"]["body"] = {"anyOf": [_ref(one) for one in _BODIES]}
+    schemas["JobRecord"]["properties"]["result"] = {"anyOf": [_ref("ImagesReply"), {"type": "null"}]}
     schemas["EditForm"] = _form_of(schemas["EditBody"], "prompt", mask=True)
     schemas["VariationForm"] = _form_of(schemas["VariationBody"], "image", mask=False)
     key: list[dict[str, list[str]]] = [{"bearer": []}, {"apiKey": []}]
@@ -52,11 +65,20 @@ def document(version: str) -> dict[str, Any]:
         },
         "paths": {
             "/v1/images/generations": {
+                "parameters": [_IDEMPOTENCY_KEY, _PREFER],
                 "post": _operation(
-                    "createImage", "Draw pictures", "images", key, body="GenerationBody", answer="ImagesReply"
-                )
+                    "createImage",
+                    "Draw pictures",
+                    "images",
+                    key,
+                    body="GenerationBody",
+                    answer="ImagesReply",
+                    is_image=True,
+                    streams=True,
+                ),
             },
             "/v1/images/edits": {
+                "parameters": [_IDEMPOTENCY_KEY, _PREFER],
                 "post": _operation(
                     "editImage",
                     "Change pictures",
@@ -65,9 +87,12 @@ def document(version: str) -> dict[str, Any]:
                     body="EditBody",
                     answer="ImagesReply",
                     form="EditForm",
-                )
+                    is_image=True,
+                    streams=True,
+                ),
             },
             "/v1/images/variations": {
+                "parameters": [_IDEMPOTENCY_KEY, _PREFER],
                 "post": _operation(
                     "varyImage",
                     "Make pictures like one",
@@ -76,7 +101,74 @@ def document(version: str) -> dict[str, Any]:
                     body="VariationBody",
                     answer="ImagesReply",
                     form="VariationForm",
-                )
+                    is_image=True,
+                ),
+            },
+            "/v1/jobs": {
+                "post": {
+                    **_operation(
+                        "createJob",
+                        "Draw without waiting: 202 once the job is on disk",
+                        "jobs",
+                        key,
+                        body="JobBody",
+                        answer="JobRecord",
+                        status="202",
+                    ),
+                    "parameters": [_IDEMPOTENCY_KEY],
+                },
+                "get": {
+                    **_operation("listJobs", "List one's own jobs, newest first", "jobs", key, answer="JobList"),
+                    "parameters": [
+                        _query("status", "Only these.", enum=[*JobStatus]),
+                        _query("operation", "Only these.", enum=[*OPERATIONS]),
+                        _query("idempotency_key", "The job of this key, with its result."),
+                        _query("request_id", "The jobs of this X-Request-Id, with their results."),
+                        _query("after", "The id of the last job of the page before."),
+                        _limit(),
+                    ],
+                },
+            },
+            "/v1/jobs/{id}": {
+                "parameters": [_variable("id", "A job's id.")],
+                "get": _operation("getJob", "Look at one job", "jobs", key, answer="JobRecord"),
+                "delete": _operation("cancelJob", "End a job", "jobs", key, answer="JobRecord"),
+            },
+            "/v1/jobs/{id}/events": {
+                "parameters": [_variable("id", "A job's id."), _LAST_EVENT_ID],
+                "get": {
+                    "operationId": "followJob",
+                    "summary": "What happens to a job, as it happens",
+                    "tags": ["jobs"],
+                    "security": key,
+                    "responses": {
+                        "200": {
+                            "description": "Server-sent events",
+                            "content": {"text/event-stream": {"schema": _STRING}},
+                        },
+                        "204": {"description": "Everything was heard already (Last-Event-ID)"},
+                        "default": _failure(),
+                    },
+                },
+            },
+            "/v1/webhooks": {
+                "get": {
+                    **_operation("listWebhooks", "List what is sent (admin)", "webhooks", key, answer="WebhookList"),
+                    "parameters": [
+                        _query("state", "Only these.", enum=[*STATES]),
+                        _query("job_id", "Those of one job."),
+                        _query("after", "The id of the last event of the page before."),
+                        _limit(),
+                    ],
+                }
+            },
+            "/v1/webhooks/{event_id}": {
+                "parameters": [_variable("event_id", "An event's id.")],
+                "get": _operation("getWebhook", "Look at one event (admin)", "webhooks", key, answer="WebhookRecord"),
+            },
+            "/v1/webhooks/{event_id}/redeliver": {
+                "parameters": [_variable("event_id", "An event's id.")],
+                "post": _operation("redeliver", "Send an event again (admin)", "webhooks", key, answer="WebhookRecord"),
             },
             "/v1/models": {"get": _operation("listModels", "List models", "models", key, answer="ModelList")},
             "/v1/models/{id}": {
@@ -150,6 +242,25 @@ def document(version: str) -> dict[str, Any]:
 
 _STRING = {"type": "string"}
 _FILE = {"type": "string", "format": "binary"}
+_BODIES = ("GenerationBody", "EditBody", "VariationBody")
+_IDEMPOTENCY_KEY = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "description": "The same key again is answered with what came of the first request, for 24 hours.",
+    "schema": {"type": "string", "minLength": 1, "maxLength": MAX_KEY_CHARS, "pattern": "^[!-~]([ -~]*[!-~])?$"},
+}
+_PREFER = {
+    "name": "Prefer",
+    "in": "header",
+    "description": "`respond-async`: answer 202 with a job.",
+    "schema": _STRING,
+}
+_LAST_EVENT_ID = {
+    "name": "Last-Event-ID",
+    "in": "header",
+    "description": "Where to go on: the id of the last event that was heard.",
+    "schema": _STRING,
+}
 
 
 def _form_of(body: dict[str, Any], required: str, *, mask: bool) -> dict[str, Any]:
@@ -171,24 +282,39 @@ def _operation(
     body: str | None = None,
     form: str | None = None,
     status: str = "200",
+    is_image: bool = False,
+    streams: bool = False,
 ) -> dict[str, Any]:
+    content = _json(answer)
+    if streams:
+        content["text/event-stream"] = {"schema": _STRING}
+    responses: dict[str, Any] = {status: {"description": "Success", "content": content}, "default": _failure()}
+    if is_image:
+        responses["202"] = {
+            "description": "A job was made of it (Prefer: respond-async)",
+            "content": _json("JobRecord"),
+        }
     operation: dict[str, Any] = {
         "operationId": operation_id,
         "summary": summary,
         "tags": [tag],
         "security": security,
-        "responses": {status: {"description": "Success", "content": _json(answer)}, "default": _failure()},
+        "responses": responses,
     }
     if body is not None:
-        content = _json(body)
+        read = _json(body)
         if form is not None:
-            content["multipart/form-data"] = {"schema": {"$ref": _REF.format(name=form)}}
-        operation["requestBody"] = {"required": True, "content": content}
+            read["multipart/form-data"] = {"schema": _ref(form)}
+        operation["requestBody"] = {"required": True, "content": read}
     return operation
 
 
 def _json(schema: str) -> dict[str, Any]:
-    return {"application/json": {"schema": {"$ref": _REF.format(name=schema)}}}
+    return {"application/json": {"schema": _ref(schema)}}
+
+
+def _ref(schema: str) -> dict[str, str]:
+    return {"$ref": _REF.format(name=schema)}
 
 
 def _failure() -> dict[str, Any]:
@@ -202,3 +328,15 @@ def _picture_types() -> dict[str, Any]:
 
 def _variable(name: str, text: str) -> dict[str, Any]:
     return {"name": name, "in": "path", "required": True, "description": text, "schema": _STRING}
+
+
+def _query(name: str, text: str, *, enum: list[str] | None = None) -> dict[str, Any]:
+    schema: dict[str, Any] = (
+        {"type": "string"} if enum is None else {"type": "string", "enum": [str(one) for one in enum]}
+    )
+    return {"name": name, "in": "query", "description": text, "schema": schema}
+
+
+def _limit() -> dict[str, Any]:
+    schema = {"type": "integer", "minimum": 1, "maximum": MOST_LISTED, "default": 20}
+    return {"name": "limit", "in": "query", "description": "How many.", "schema": schema}
