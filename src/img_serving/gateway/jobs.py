@@ -608,14 +608,7 @@ class Jobs:
             if stored is None or stored.is_over:
                 continue
             if stored.at_risk:
-                error = OutcomeUnknown(
-                    f"the gateway stopped while {stored.backend or 'a backend'} was drawing this, and it may have been "
-                    "paid for: it is not drawn again (retry_unknown)",
-                    should_retry=False,
-                )
-                await self._written(self._failed(stored, error))
-                self._metrics.jobs.add(JobStatus.FAILED)
-                log.warning("job %s ended without our knowing how", stored.id)
+                await self._end_at_risk(stored)
                 continue
             wanted.update(stored.spooled)
             stored = structs.replace(stored, status=JobStatus.QUEUED)
@@ -627,6 +620,26 @@ class Jobs:
             if name not in wanted:
                 await self._spool.delete(name)
         return len(self._live)
+
+    async def _end_at_risk(self, stored: StoredJob) -> None:
+        """End a job that may not be drawn again: with its pictures, where the gateway died after they were stored."""
+        try:
+            result = await self._delivery.found(stored)
+        except (GatewayError, ValueError) as error:
+            log.warning("what was stored of job %s cannot be read: %s", stored.id, error)
+            result = None
+        if result is not None:
+            done = self._over(structs.replace(stored, status=JobStatus.SUCCEEDED, result=result, at_risk=0))
+        else:
+            unknown = OutcomeUnknown(
+                f"the gateway stopped while {stored.backend or 'a backend'} was drawing this, and it may have been "
+                "paid for: it is not drawn again (retry_unknown)",
+                should_retry=False,
+            )
+            done = self._failed(stored, unknown)
+            log.warning("job %s ended without our knowing how", stored.id)
+        await self._written(done)
+        self._metrics.jobs.add(done.status)
 
     def _revived(self, stored: StoredJob) -> Job:
         job = self._pipeline.admit(
