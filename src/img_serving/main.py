@@ -49,6 +49,7 @@ from img_serving.policy.rate_limits import Allowance, RateLimits
 from img_serving.policy.scheduler import Scheduler
 from img_serving.ports import ArtifactStore, Backend, State, StoredWebhook
 from img_serving.state.admin_key import ENV_KEY, admin_key, remember_keys
+from img_serving.state.ownership import owned
 from img_serving.state.sqlite import SqliteState
 from img_serving.state.webhook_secret import webhook_secrets
 from img_serving.storage.local_disk import LocalDiskStore
@@ -443,12 +444,16 @@ async def serve(
     async with AsyncExitStack() as stack:
         listener = stack.enter_context(closing(listen(config.server.host, config.server.port)))
         state = open_state(config)
+        stack.enter_context(owned(Path(config.server.data_dir)))
         await state.open()
         stack.push_async_callback(state.close)
         store = open_store(config)
         stack.callback(store.close)
-        spool = LocalDiskStore(Path(config.server.data_dir) / "job_inputs", ttl_seconds=None, max_bytes=0)
+        inputs = Path(config.server.data_dir) / "job_inputs"
+        spool = LocalDiskStore(inputs, ttl_seconds=None, max_bytes=0, is_ours_alone=True)
         stack.callback(spool.close)
+        if inputs.is_dir():  # only edits make it
+            await spool.prepare()
         try:
             await store.prepare()
         except StorageFailed as error:

@@ -615,5 +615,7 @@ def test_a_job_s_log_line_and_counters_are_those_of_any_request() -> None:
             metrics = (await gateway.client.get("/metrics")).body.decode()
             assert 'img_serving_jobs_total{status="succeeded"} 1' in metrics
             assert 'img_serving_pictures_total{backend="one"} 2' in metrics
+            assert 'img_serving_durable_jobs_total{event="taken"} 1' in metrics
+            assert 'img_serving_live_jobs{kept="disk"} 0' in metrics
 
     run_virtual(main())

@@ -92,6 +92,7 @@ def test_an_answer_after_310_s_has_its_head_after_50_and_a_blank_every_15() -> N
         assert wire.head["x-job-id"].startswith("job_")
         assert wire.is_complete
         assert json.loads(wire.text)["data"][0]["url"]
+        assert "img_serving_kept_open_total 1" in (await gateway.client.get("/metrics")).body.decode()
 
     on_the_wire(slow(310), check)
 
@@ -113,6 +114,18 @@ def test_keepalive_after_seconds(after: float, expected: float) -> None:
         assert wire.sent[0][0] == expected
 
     on_the_wire(slow(310) + f"[server]\nkeepalive_after_seconds = {after}\n", check)
+
+
+@pytest.mark.parametrize("seconds", [50, 65, 80])
+def test_an_answer_that_comes_together_with_the_head_or_a_blank_is_whole(seconds: float) -> None:
+    async def check(gateway: Harness) -> None:
+        wire = Wire(gateway, {"prompt": "x", "size": "64x64"})
+        await wire.run()
+        assert wire.status == 200
+        assert wire.is_complete
+        assert json.loads(wire.text)["data"]
+
+    on_the_wire(slow(seconds), check)
 
 
 def test_many_waiting_replies_each_have_their_own_time() -> None:

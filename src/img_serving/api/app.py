@@ -78,7 +78,13 @@ class App:
         self._auth = services.config.auth.enabled
         self._prompts = services.config.logging.prompts
         self._cross_origin = CrossOrigin(services.config.server.cors_allow_origins)
-        self._keep_alive = KeepAlive(services.config.server.keepalive_after_seconds, services.tasks, self._head)
+        self._keep_alive = KeepAlive(
+            services.config.server.keepalive_after_seconds,
+            services.tasks,
+            services.metrics,
+            services.clock,
+            self._head,
+        )
         images, models, backends = Images(services, self._keep_alive), Models(services), Backends(services)
         jobs, webhooks = Jobs(services, images), Webhooks(services.webhooks)
         files, health, docs = Files(services), Health(services), Docs(services)

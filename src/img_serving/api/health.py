@@ -95,6 +95,11 @@ class Health:
             {key: one.oldest_seconds for key, one in tenants},
         )
         yield "batches_running", "Calls in flight.", {(): scheduler.running}
+        yield (
+            "live_jobs",
+            "Jobs apart from a connection that are not over: on disk, or in memory alone.",
+            {(("kept", where),): count for where, count in services.jobs.live_counts().items()},
+        )
         endpoints = [
             ((("backend", one.backend), ("endpoint", one.url)), one)
             for backend in services.registry.snapshots()

@@ -182,6 +182,7 @@ class Jobs:
             self._drop(live)
             await self._unspool(stored)
             return await self._again(order, holder)
+        self._metrics.durable_jobs.add("taken")
         self._tasks.spawn(self._run(live), "job")
         return Taken(stored, live)
 
@@ -209,6 +210,7 @@ class Jobs:
             holder = await self._store.load_job(holder.id) or holder
             if not holder.is_over:
                 raise Draining("the gateway is stopping", retry_after_seconds=5.0)
+        self._metrics.durable_jobs.add("replayed")
         return Taken(holder, live, replayed=True)
 
     def start(self, order: Order, *, kept: bool) -> LiveJob:
@@ -298,10 +300,10 @@ class Jobs:
         else:
             self._stop(live)
 
-    @property
-    def grace_seconds(self) -> float:
-        """How long a client that retries by itself has to come back."""
-        return self._options.disconnect_grace_seconds
+    def live_counts(self) -> dict[str, int]:
+        """How many jobs are not over, by where they are kept."""
+        durable = sum(live.durable for live in self._live.values())
+        return {"disk": durable, "memory": len(self._live) - durable}
 
     async def find(self, tenant: Tenant, job_id: str) -> tuple[StoredJob, LiveJob | None]:
         """A tenant's job, and itself where it is not over.
@@ -584,14 +586,14 @@ class Jobs:
     async def _to_disk(self, one: InputImage, names: list[str]) -> InputImage:
         stored = await self._spool.put(one.data, EXTENSIONS[one.media_type])
         names.append(stored.name)
-        return structs.replace(one, data=b"", spooled=stored.name)
+        return structs.replace(one, data=b"", spooled=stored.name, spooled_bytes=stored.size_bytes)
 
     async def _read(self, one: InputImage) -> InputImage:
         found = None if one.spooled is None else await self._spool.find(one.spooled)
         if found is None:
             raise ResultGone("an input picture of this job is not there any more", code="input_lost")
         data = b"".join([chunk async for chunk in self._spool.read(found.name, 0, found.size_bytes)])
-        return structs.replace(one, data=data, spooled=None)
+        return structs.replace(one, data=data, spooled=None, spooled_bytes=0)
 
     async def _unspool(self, stored: StoredJob) -> None:
         for name in stored.spooled:
@@ -615,6 +617,7 @@ class Jobs:
             # its route is looked for when it runs: backends may not have said yet what they have
             job = self._pipeline.placeholder(self._tenant_of(stored.tenant), stored)
             live = self._live[stored.id] = self._follow(job, stored, durable=True, kept=True)
+            self._metrics.durable_jobs.add("recovered")
             self._tasks.spawn(self._run(live), "job")
         for name in await self._spool.names():
             if name not in wanted:
@@ -637,6 +640,7 @@ class Jobs:
                 should_retry=False,
             )
             done = self._failed(stored, unknown)
+            self._metrics.durable_jobs.add("unknown")
             log.warning("job %s ended without our knowing how", stored.id)
         await self._written(done)
         self._metrics.jobs.add(done.status)

@@ -73,6 +73,12 @@ class Metrics:
             "breaker_openings_total", "Times that a circuit breaker opened.", "backend", "endpoint"
         )
         self.jobs = Counter("jobs_total", "Image jobs by how they ended.", "status")
+        self.durable_jobs = Counter(
+            "durable_jobs_total",
+            "Durable jobs: taken, replayed (a known key), recovered (after a restart), unknown (how it ended).",
+            "event",
+        )
+        self.kept_open = Counter("kept_open_total", "Plain replies whose head went out before their job was done.")
         self.pictures = Counter("pictures_total", "Pictures made, by backend.", "backend")
         self.wrong_size = Counter(
             "wrong_size_total", "Pictures delivered in another size than was asked for.", "backend"
