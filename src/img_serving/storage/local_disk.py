@@ -94,8 +94,8 @@ class LocalDiskStore:
     ) -> None:
         """`ttl_seconds` None keeps for ever; `max_bytes` 0 is unlimited; `clock` gives Unix seconds. Does no I/O yet.
 
-        `is_ours_alone`: no other process writes there, so what is half written at the start was left by a gateway that died; and
-        nobody else reads there.
+        `is_ours_alone`: nobody else reads there, and no other process writes: what is half written at the start was left by a
+        gateway that died.
         """
         self._directory = Path(directory)
         self._ttl_seconds = ttl_seconds
