@@ -98,8 +98,13 @@ def test_a_picture_is_told_when_it_is_done_and_not_when_all_are() -> None:
 
 def test_a_long_silence_is_filled_with_comments() -> None:
     reply, frames = streamed(scripted("one", latency_seconds=50))
-    assert comments_of(reply.body) == 3
+    assert comments_of(reply.body) == 1 + 3  # with the head, and then every 15 s
     assert [frame.event for frame in frames] == ["image_generation.completed"]
+
+
+def test_who_has_heads_go_out_early_hears_more_often() -> None:
+    reply, _ = streamed(scripted("one", latency_seconds=50) + "[server]\nkeepalive_after_seconds = 4\n")
+    assert comments_of(reply.body) == 1 + 11
 
 
 def test_a_failure_before_the_head_has_its_own_status() -> None:

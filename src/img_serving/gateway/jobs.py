@@ -52,6 +52,9 @@ LONGEST_PAUSE_SECONDS = 60.0
 PATIENCE_AFTER_RESTART_SECONDS = 120.0
 """For so long a model that nobody serves is one whose backend has not said yet what it has."""
 
+RECOVERED_AT_ONCE = 500
+"""Jobs read from the store in one go after a restart."""
+
 WRITE_TRIES = 5
 CONTENT_KEY_BYTES = 16
 
@@ -605,24 +608,27 @@ class Jobs:
         """Bring back what was not over when the gateway stopped or died; returns how many go on."""
         self._recovered_at = self._unix_clock()
         wanted: set[str] = set()
-        for job_id in await self._store.unfinished_jobs():
-            stored = await self._store.load_job(job_id)
-            if stored is None or stored.is_over:
-                continue
-            if stored.at_risk:
-                await self._end_at_risk(stored)
-                continue
-            wanted.update(stored.spooled)
-            stored = structs.replace(stored, status=JobStatus.QUEUED)
-            # its route is looked for when it runs: backends may not have said yet what they have
-            job = self._pipeline.placeholder(self._tenant_of(stored.tenant), stored)
-            live = self._live[stored.id] = self._follow(job, stored, durable=True, kept=True)
-            self._metrics.durable_jobs.add("recovered")
-            self._tasks.spawn(self._run(live), "job")
+        page = await self._store.unfinished_jobs(RECOVERED_AT_ONCE)
+        while page:
+            for stored in page:
+                if stored.at_risk:
+                    await self._end_at_risk(stored)
+                else:
+                    wanted.update(stored.spooled)
+                    self._bring_back(stored)
+            page = await self._store.unfinished_jobs(RECOVERED_AT_ONCE, page[-1].id)
         for name in await self._spool.names():
             if name not in wanted:
                 await self._spool.delete(name)
         return len(self._live)
+
+    def _bring_back(self, stored: StoredJob) -> None:
+        stored = structs.replace(stored, status=JobStatus.QUEUED)
+        # its route is looked for when it runs: backends may not have said yet what they have
+        job = self._pipeline.placeholder(self._tenant_of(stored.tenant), stored)
+        live = self._live[stored.id] = self._follow(job, stored, durable=True, kept=True)
+        self._metrics.durable_jobs.add("recovered")
+        self._tasks.spawn(self._run(live), "job")
 
     async def _end_at_risk(self, stored: StoredJob) -> None:
         """End a job that may not be drawn again: with its pictures, where the gateway died after they were stored."""
