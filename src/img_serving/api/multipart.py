@@ -91,8 +91,8 @@ def _take(form: Form, body: bytes, start: int, stop: int) -> None:
 def _parameters(header: bytes) -> dict[str, str]:
     """A header's value ("") and its parameters, in lower-case names; the first of a name stands, unreadable ones are left out.
 
-    Each character is looked at once, or twice behind a quote that nothing closes. Python's own reader takes seconds for a header
-    of semicolons, and raises nearly anything for what RFC 2231 lets a parameter say of its encoding.
+    Each character is looked at once, or twice behind a quote that nothing closes. Python's own reader takes seconds for a
+    header of semicolons, and raises nearly anything for what RFC 2231 lets a parameter say of its encoding.
     """
     text = header.decode("latin-1").replace("\r", " ").replace("\n", " ")
     value, _, rest = text.partition(";")
