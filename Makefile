@@ -14,7 +14,7 @@ BENCH_ARGS ?=
 FAULTS_ARGS ?=
 SOAK_ARGS ?=
 
-.PHONY: install serve test test-diffusers lint fmt bench bench-scheduling bench-faults bench-jobs soak clean help
+.PHONY: install serve test test-clients test-diffusers lint fmt bench bench-scheduling bench-faults bench-jobs soak clean help
 .DEFAULT_GOAL := help
 
 help: ## list the commands
@@ -31,6 +31,9 @@ serve: $(STAMP) ## start the gateway on :8080 with the built-in backend
 
 test: $(STAMP) ## run the whole suite
 	@$(BIN)/python -m pytest -n auto $(TEST_ARGS)
+
+test-clients: $(STAMP) ## the official client libraries (openai-python 1-3, openai-node 4, 6, 7) against the real server
+	@PYTHON=$(BIN)/python scripts/official-clients $(TEST_ARGS)
 
 test-diffusers: ## the diffusers engine's tests, in .venv-diffusers with PyTorch (TORCH=torch==… for another wheel)
 	@scripts/test-diffusers "$(PYTHON)" .venv-diffusers -n 2 tests/engines/diffusers $(TEST_ARGS)

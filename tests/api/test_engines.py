@@ -102,7 +102,7 @@ def test_the_list_of_backends_says_what_was_found_and_what_it_can(caplog: pytest
             able = record["capabilities"]
             assert able["samplers"] == ["Euler", "Euler a", "DPM++ 2M"]
             assert (able["size_multiple"], able["batch"], able["masks"]) == (8, "seeds", True)
-            assert able["operations"] == ["edit", "generation"]
+            assert able["operations"] == ["edit", "generation", "variation"]
 
     with caplog.at_level(logging.INFO):
         asyncio.run(main())

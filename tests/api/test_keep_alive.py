@@ -116,6 +116,18 @@ def test_keepalive_after_seconds(after: float, expected: float) -> None:
     on_the_wire(slow(310) + f"[server]\nkeepalive_after_seconds = {after}\n", check)
 
 
+@pytest.mark.parametrize("seconds", [50, 65, 80])
+def test_an_answer_that_comes_together_with_the_head_or_a_blank_is_whole(seconds: float) -> None:
+    async def check(gateway: Harness) -> None:
+        wire = Wire(gateway, {"prompt": "x", "size": "64x64"})
+        await wire.run()
+        assert wire.status == 200
+        assert wire.is_complete
+        assert json.loads(wire.text)["data"]
+
+    on_the_wire(slow(seconds), check)
+
+
 def test_many_waiting_replies_each_have_their_own_time() -> None:
     async def check(gateway: Harness) -> None:
         wires = [Wire(gateway, {"prompt": str(number), "size": "64x64"}) for number in range(5)]

@@ -7,6 +7,7 @@ import json
 from collections.abc import AsyncIterator, Callable
 
 import pytest
+from msgspec import structs
 from tests.support.fake_openai import FakeOpenAI, drawn, sse
 from tests.support.openai_calls import PROMPT, call_of, draw, picture_of
 
@@ -51,6 +52,12 @@ def test_unfinished_pictures_are_told_and_the_finished_one_is_kept():
     assert [(one.media_type, one.index) for one in previews if one is not None] == [("image/png", 0)] * 2
     assert [one.share for one in previews if one is not None] == [1 / 3, 2 / 3]
     assert previews[2] is None
+
+
+@pytest.mark.parametrize("wanted", [1, 2, 3])
+def test_as_many_are_asked_for_as_the_client_wants(wanted):
+    watched = structs.replace(CALL, request=structs.replace(CALL.request, previews=wanted))
+    assert streamed(call=watched).server.posts[0].json["partial_images"] == wanted
 
 
 def test_a_call_whose_pictures_nobody_watches_is_an_ordinary_one():
@@ -223,7 +230,7 @@ def test_a_stream_that_falls_silent_is_given_up():
 
 def test_an_event_over_the_limit_is_read_no_further():
     told: list[Progress] = []
-    stream = StreamedReply(told.append, lambda: None, limit_bytes=1000)
+    stream = StreamedReply(told.append, lambda: None, limit_bytes=1000, partials=2)
     stream.feed(b"data: " + b"x" * 2000)
     stream.feed(sse("image_generation.completed", {"b64_json": "AAAA"}))
     stream.finish()

@@ -56,6 +56,21 @@ def tasks(prompt: str = "cat", **options: Any) -> list[Task]:
     return Job("id", request, (Target("a", None),), ANONYMOUS, submitted_at=0, deadline=100).tasks
 
 
+def test_watched_pictures_of_a_request_travel_alone_where_nobody_says_whose_a_preview_is():
+    first, second = tasks(n=2)
+    assert may_share("request", [first], second)
+    first, second = tasks(n=2, previews=1)
+    assert not may_share("request", [first], second)
+    assert may_share("seeds", [first], second)
+
+
+def test_inputs_that_wait_on_disk_count_like_those_in_memory():
+    half = InputImage(b"", "image/png", 8, 8, "img-1.png", MAX_INPUT_BYTES // 2)
+    first, second, third = (tasks(operation="edit", images=(half,))[0] for _ in range(3))
+    assert may_share("items", [first], second)
+    assert not may_share("items", [first, second], third)
+
+
 def test_a_single_shape_never_shares():
     first, second = tasks(n=2)
     assert not may_share("single", [first], second)

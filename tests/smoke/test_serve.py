@@ -228,6 +228,23 @@ def test_a_refused_upload_gets_its_answer(shared_program: Program) -> None:
         assert connection.recv(4000).startswith(b"HTTP/1.1 200 ")
 
 
+def test_who_is_refused_in_the_middle_of_an_upload_can_read_why(shared_program: Program) -> None:
+    """A connection that is reset has lost the answer for some clients, Node's among them."""
+    with shared_program.connect() as connection:
+        head = b"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Length: 3000000\r\n\r\n"
+        connection.sendall(head + b"x" * 150_000)
+        reply = b""
+        while not reply.endswith(b"}}"):
+            reply += connection.recv(4000)
+        assert reply.startswith(b"HTTP/1.1 401 ")
+        assert b"connection: close" in reply.lower()
+        for _ in range(3):
+            time.sleep(0.05)
+            connection.sendall(b"x" * 1000)  # raises if it was reset
+        with suppress(ConnectionResetError):
+            assert connection.recv(4000) == b""  # it does end
+
+
 def test_pipelined_requests_are_answered_in_order(shared_program: Program) -> None:
     with shared_program.connect() as connection:
         one = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"

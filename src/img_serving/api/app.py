@@ -79,7 +79,11 @@ class App:
         self._prompts = services.config.logging.prompts
         self._cross_origin = CrossOrigin(services.config.server.cors_allow_origins)
         self._keep_alive = KeepAlive(
-            services.config.server.keepalive_after_seconds, services.tasks, services.metrics, self._head
+            services.config.server.keepalive_after_seconds,
+            services.tasks,
+            services.metrics,
+            services.clock,
+            self._head,
         )
         images, models, backends = Images(services, self._keep_alive), Models(services), Backends(services)
         jobs, webhooks = Jobs(services, images), Webhooks(services.webhooks)

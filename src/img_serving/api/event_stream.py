@@ -55,19 +55,24 @@ def error_frame(error: GatewayError) -> bytes:
 
 async def follow(live: LiveJob, heartbeat_seconds: float = HEARTBEAT_SECONDS) -> AsyncIterator[News | None]:
     """Everything that happens to a job's pictures, from the first on; None where nothing has for a while. Ends with the job."""
+    loop = asyncio.get_running_loop()
     read = 0
+    silent_until = loop.time() + heartbeat_seconds
     while True:
         version = live.version
         while read < len(live.news):
             read += 1
             yield live.news[read - 1]
+            silent_until = loop.time() + heartbeat_seconds
         if live.is_over:
             return
         try:
-            async with asyncio.timeout(heartbeat_seconds):
+            # until a point in time: steps that nothing is told of must not put the heartbeat off
+            async with asyncio.timeout_at(silent_until):
                 await live.changed(version)
         except TimeoutError:
             yield None
+            silent_until = loop.time() + heartbeat_seconds
 
 
 async def image_events(live: LiveJob) -> AsyncIterator[bytes]:

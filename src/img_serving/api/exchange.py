@@ -118,15 +118,13 @@ class Connection(Protocol):
 
 
 class Trickle(Protocol):
-    """What may have sent the head of a reply, and goes on to send blanks, while its handler works (see `keep_alive`)."""
+    """What sends the head of a reply, and then blanks, while its handler works (see `keep_alive`)."""
 
-    @property
-    def is_out(self) -> bool:
-        """Whether the head is out."""
-        ...
+    is_out: bool
+    """Whether the head was sent."""
 
-    async def stop(self) -> bool:
-        """No more of it before the rest of the reply; whether the head is out."""
+    async def stop(self) -> None:
+        """No more of it before the rest of the reply; it is known then whether the head was sent."""
         ...
 
     def end(self) -> None:
@@ -207,9 +205,6 @@ class Exchange:
         self.trickle: Trickle | None = None
         self.on_end: Callable[[], None] | None = None
         """Called once when the exchange is over, however it ends."""
-
-    def __hash__(self) -> int:
-        return id(self)
 
     @property
     def query(self) -> dict[str, str]:
@@ -303,10 +298,11 @@ class Exchange:
     async def send(self, reply: Reply, headers: Headers) -> None:
         """Send a complete reply; `headers` come before the reply's own."""
         self.status = reply.status
-        trickle = self.trickle
-        if trickle is not None and await trickle.stop():
-            await self._send_late(reply)
-            return
+        if self.trickle is not None:
+            await self.trickle.stop()
+            if self.trickle.is_out:
+                await self._send_late(reply)
+                return
         self.reply_started = True
         head = [*headers, *reply.headers]
         if reply.is_open:

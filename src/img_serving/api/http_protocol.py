@@ -38,6 +38,9 @@ HEAD_SECONDS = 30.0
 WRITE_SECONDS = 60.0
 """How long a client may take to read what is buffered for it."""
 
+LINGER_SECONDS = 1.0
+"""How long a connection is held after a reply to a client that is sending still."""
+
 MAX_PIPELINED = 16
 """Requests that may wait behind the one being answered before the connection is not read any more."""
 
@@ -276,7 +279,7 @@ class HttpRequest:
         self._callback = None
         self.wake()
         if not self.keep_alive:
-            self._protocol.transport.close()
+            self._protocol.close_after_reply(is_sending=self.more_body)
         self._protocol.on_response_complete()
 
 
@@ -292,6 +295,7 @@ class HttpProtocol(HttpToolsProtocol):
     idle_since: float | None = None
     cycle: HttpRequest | None  # type: ignore[assignment]
     serving: HttpRequest | None = None
+    is_closing = False
     _head_bytes = 0
     _unended_bytes = 0
     _heads = 0
@@ -447,11 +451,24 @@ class HttpProtocol(HttpToolsProtocol):
             # nothing can be said any more: the client sees that the reply is not complete
             self.transport.close()
 
+    def close_after_reply(self, *, is_sending: bool) -> None:
+        """Close when the reply is written; a client that is sending still has a moment to see it first.
+
+        Closing with bytes unread resets the connection, and some clients (Node's) then drop the reply that they have already.
+        Nothing more is read meanwhile.
+        """
+        if is_sending:
+            self.is_closing = True
+            self.flow.pause_reading()
+            self.loop.call_later(LINGER_SECONDS, self.transport.close)
+        else:
+            self.transport.close()
+
     def on_response_complete(self) -> None:
         """The reply is written: the next request that waits, or silence, follows."""
         self.server_state.total_requests += 1
         self.serving = None
-        if self.transport.is_closing():
+        if self.is_closing or self.transport.is_closing():
             return
         self.flow.resume_reading()
         if self.waiting:

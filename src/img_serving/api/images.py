@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 import msgspec
+from msgspec import structs
 
 from img_serving.api.asked import (
     Asked,
@@ -172,7 +172,7 @@ class Images:
             wanted = self.read_generation(raw)
         else:
             wanted = await self._read_pictures(operation, raw, b"application/json", hold)
-        return wanted if webhook_url is None else replace(wanted, webhook_url=webhook_url)
+        return wanted if webhook_url is None else structs.replace(wanted, webhook_url=webhook_url)
 
     async def _read_pictures(
         self, operation: PicturesOperation, raw: bytes, kind: bytes | None, hold: Callable[[int], None]
@@ -274,6 +274,7 @@ class Images:
             raise
         finally:
             exchange.connection.on_disconnect(None)
+            self._keep_alive.forget(exchange)
             if departure.shared is not None:
                 returns.over(departure.shared)
         if departure.shared is not None:
@@ -286,8 +287,7 @@ class Images:
         """Tell who has joined; and where this client cannot be told any more, its retry."""
         if shared is not None:
             shared.fail(error)
-        trickle = exchange.trickle
-        if trickle is not None and trickle.is_out:
+        if exchange.trickle is not None and exchange.trickle.is_out:
             told = StoredError.of(error).again()
             self._services.returns.remember((exchange.tenant.name, wanted.fingerprint()), told)
 
@@ -314,6 +314,7 @@ class Images:
             raise
         finally:
             exchange.connection.on_disconnect(None)
+            self._keep_alive.forget(exchange)
         exchange.job = job
         exchange.extra_headers.append((b"x-job-id", job.id.encode()))
         return Reply(200, answer.parts, headers=_headers(job, answer.ignored))
@@ -340,6 +341,7 @@ class Images:
                 raise
             finally:
                 exchange.connection.on_disconnect(None)
+                self._keep_alive.forget(exchange)
         if stored.error is not None:
             raise stored.error.again()
         answer = await self._services.delivery.again(stored, None if live is None else live.artifacts)

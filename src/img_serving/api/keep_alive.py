@@ -18,41 +18,32 @@ BLANK_SECONDS = 15.0
 
 
 class Trickle:
-    """The blanks of one reply."""
+    """The head and the blanks of one reply (see `exchange.Trickle`). `is_out`: the head was sent."""
 
-    __slots__ = ("_is_out", "_keep_alive", "_owner", "task")
+    __slots__ = ("_exchange", "_task", "is_out")
 
-    def __init__(self, keep_alive: KeepAlive, exchange: Exchange) -> None:
-        self._keep_alive = keep_alive
-        self._owner = exchange
-        self._is_out = False
-        self.task: asyncio.Task[None] | None = None
+    def __init__(self, exchange: Exchange, headers: Headers, tasks: TaskRegistry) -> None:
+        self._exchange = exchange
+        self.is_out = False
+        self._task: asyncio.Task[None] | None = tasks.spawn(self._run(headers), "keeping a reply open")
 
-    @property
-    def is_out(self) -> bool:
-        """Whether the head is out."""
-        return self._is_out
-
-    async def stop(self) -> bool:
-        """No more of it before the rest of the reply; whether the head is out."""
-        task = self.task
+    async def stop(self) -> None:
+        """No more of it before the rest of the reply. One that has not begun yet never does."""
+        task = self._task
         self.end()
         if task is not None and not task.done():
             await asyncio.wait({task})
-        return self._is_out
 
     def end(self) -> None:
         """No more of it: the exchange is over. Asking twice is fine."""
-        self._keep_alive.forget(self)
-        task, self.task = self.task, None
+        task, self._task = self._task, None
         if task is not None:
             task.cancel()
 
-    async def run(self, headers: Headers) -> None:
+    async def _run(self, headers: Headers) -> None:
         """Send the head, then blanks for as long as the client is there."""
-        connection = self._owner.connection
-        self._is_out = True
-        self._owner.reply_started = True
+        connection = self._exchange.connection
+        self.is_out = self._exchange.reply_started = True
         try:
             await connection.begin(200, [*headers, (b"content-type", b"application/json")])
             while True:
@@ -61,60 +52,52 @@ class Trickle:
         except ClientDisconnected:
             return
 
-    @property
-    def exchange(self) -> Exchange:
-        """Whose reply it is."""
-        return self._owner
-
 
 class KeepAlive:
     """Every reply that waits, in the order in which they will have waited for too long: one timer for all of them."""
 
     def __init__(
-        self, after_seconds: float, tasks: TaskRegistry, metrics: Metrics, head_of: Callable[[Exchange], Headers]
+        self,
+        after_seconds: float,
+        tasks: TaskRegistry,
+        metrics: Metrics,
+        clock: Callable[[], float],
+        head_of: Callable[[Exchange], Headers],
     ) -> None:
         """`after_seconds` 0 is off. `head_of` gives the headers that go out with every reply to an exchange."""
         self._after_seconds = after_seconds
         self._tasks = tasks
         self._metrics = metrics
+        self._clock = clock
         self._head_of = head_of
-        self._waiting: dict[Trickle, float] = {}
+        self._waiting: dict[Exchange, float] = {}
         self._timer: asyncio.TimerHandle | None = None
 
     def __len__(self) -> int:
         return len(self._waiting)
 
     def watch(self, exchange: Exchange) -> None:
-        """From now on its reply is waited for."""
-        if self._after_seconds <= 0:
+        """From now on its reply is waited for, until `forget`."""
+        after = self._after_seconds
+        if after <= 0:
             return
-        loop = asyncio.get_running_loop()
-        trickle = exchange.trickle = Trickle(self, exchange)
-        self._waiting[trickle] = loop.time() + self._after_seconds
+        self._waiting[exchange] = self._clock() + after
         if self._timer is None:
-            self._timer = loop.call_later(self._after_seconds, self._look)
+            self._timer = asyncio.get_running_loop().call_later(after, self._look)
 
-    def forget(self, trickle: Trickle) -> None:
+    def forget(self, exchange: Exchange) -> None:
         """Its reply is there, or nobody waits for it any more."""
-        self._waiting.pop(trickle, None)
-
-    def close(self) -> None:
-        """No more of it."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._waiting.pop(exchange, None)
 
     def _look(self) -> None:
         self._timer = None
-        loop = asyncio.get_running_loop()
-        now = loop.time()
+        now = self._clock()
         while self._waiting:
-            trickle, due = next(iter(self._waiting.items()))
+            exchange, due = next(iter(self._waiting.items()))
             if due > now:
-                self._timer = loop.call_later(due - now, self._look)
+                self._timer = asyncio.get_running_loop().call_later(due - now, self._look)
                 return
-            del self._waiting[trickle]
-            exchange = trickle.exchange
-            if not (exchange.reply_started or exchange.disconnected):
+            del self._waiting[exchange]
+            if not exchange.disconnected:
                 self._metrics.kept_open.add()
-                trickle.task = self._tasks.spawn(trickle.run(self._head_of(exchange)), "keeping a reply open")
+                exchange.trickle = Trickle(exchange, self._head_of(exchange), self._tasks)

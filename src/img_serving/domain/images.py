@@ -36,6 +36,12 @@ class InputImage(msgspec.Struct, frozen=True, gc=False):
     width: int
     height: int
     spooled: str | None = None
+    spooled_bytes: int = 0
+
+    @property
+    def size_bytes(self) -> int:
+        """How large its file is, wherever that is."""
+        return self.spooled_bytes if self.spooled is not None else len(self.data)
 
     def fitted(self, pixels: int) -> tuple[int, int]:
         """Its own size, or where that is more than `pixels`, the largest of the same shape that is not."""

@@ -154,6 +154,10 @@ class Batch(msgspec.Struct, eq=False):
     is_hedge: bool = False
     retry_unknown: bool = True
     """Whether it may be made again where nobody knows how it ended: false where somebody pays for each."""
+    durable: bool = False
+    """Whether a picture of it belongs to a durable job."""
+    watched: bool = False
+    """Whether a job of it has a watcher."""
 
     @property
     def is_unwanted(self) -> bool:

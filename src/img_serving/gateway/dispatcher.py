@@ -227,9 +227,10 @@ class Dispatcher:
         """What the call needs is looked up now: the backend may be removed before its first step."""
         attempt = _Attempt(batch, self._call(batch), self._endpoints.adapter_of(batch.endpoint_id))
         self._attempts[batch] = attempt
-        for task in batch.tasks:
-            if task.job.watcher is not None:
-                task.job.watcher.started()
+        if batch.watched:
+            for task in batch.tasks:
+                if task.job.watcher is not None:
+                    task.job.watcher.started()
         self._watch_the_clock()
         return attempt
 
@@ -285,7 +286,7 @@ class Dispatcher:
         batch = attempt.batch
         call = attempt.call
         try:
-            if self.journal is not None and any(task.job.durable for task in batch.tasks):
+            if batch.durable and self.journal is not None:
                 try:
                     call = await self.journal.filled(call)
                     await self.journal.starting(batch)
@@ -393,10 +394,11 @@ class Dispatcher:
             resolved = [task.job for task in batch.tasks]
             for job in resolved:
                 self.scheduler.cancel(job, now, error)
-        for task in batch.tasks:
-            if task.job.watcher is not None and task.artifact is not None:
-                task.job.watcher.drawn(task.index, task.artifact)
-        if self.journal is not None and any(task.job.durable for task in batch.tasks):
+        if batch.watched:
+            for task in batch.tasks:
+                if task.job.watcher is not None and task.artifact is not None:
+                    task.job.watcher.drawn(task.index, task.artifact)
+        if batch.durable and self.journal is not None:
             self.journal.ended(batch, ended)
         for job in resolved:
             self._settle(job)

@@ -305,11 +305,6 @@ class Jobs:
         durable = sum(live.durable for live in self._live.values())
         return {"disk": durable, "memory": len(self._live) - durable}
 
-    @property
-    def grace_seconds(self) -> float:
-        """How long a client that retries by itself has to come back."""
-        return self._options.disconnect_grace_seconds
-
     async def find(self, tenant: Tenant, job_id: str) -> tuple[StoredJob, LiveJob | None]:
         """A tenant's job, and itself where it is not over.
 
@@ -591,14 +586,14 @@ class Jobs:
     async def _to_disk(self, one: InputImage, names: list[str]) -> InputImage:
         stored = await self._spool.put(one.data, EXTENSIONS[one.media_type])
         names.append(stored.name)
-        return structs.replace(one, data=b"", spooled=stored.name)
+        return structs.replace(one, data=b"", spooled=stored.name, spooled_bytes=stored.size_bytes)
 
     async def _read(self, one: InputImage) -> InputImage:
         found = None if one.spooled is None else await self._spool.find(one.spooled)
         if found is None:
             raise ResultGone("an input picture of this job is not there any more", code="input_lost")
         data = b"".join([chunk async for chunk in self._spool.read(found.name, 0, found.size_bytes)])
-        return structs.replace(one, data=data, spooled=None)
+        return structs.replace(one, data=data, spooled=None, spooled_bytes=0)
 
     async def _unspool(self, stored: StoredJob) -> None:
         for name in stored.spooled:

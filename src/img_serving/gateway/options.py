@@ -60,5 +60,4 @@ def job_options(config: Config) -> JobOptions:
     return JobOptions(
         max_age_seconds=jobs.max_age_hours * 3600,
         result_ttl_seconds=jobs.result_ttl_hours * 3600,
-        disconnect_grace_seconds=jobs.disconnect_grace_seconds,
     )

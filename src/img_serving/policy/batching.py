@@ -53,7 +53,8 @@ def may_share(shape: BatchShape, members: list[Task], other: Task) -> bool:
     if shape == "single" or first.alone or other.alone or other.tried != first.tried:
         return False
     if shape == "request":
-        return other.job is first.job and not first.job.request.seed_given
+        # an upstream that streams does not say whose an unfinished picture is
+        return other.job is first.job and not first.job.request.seed_given and not first.job.request.previews
     ours, theirs = first.job.request, other.job.request
     if other.job is not first.job and shared_part(ours) != shared_part(theirs):
         return False
@@ -70,8 +71,8 @@ def may_share(shape: BatchShape, members: list[Task], other: Task) -> bool:
 
 def _input_bytes(task: Task) -> int:
     request = task.job.request
-    mask = 0 if request.mask is None else len(request.mask.data)
-    return mask + sum(len(one.data) for one in request.images)
+    mask = 0 if request.mask is None else request.mask.size_bytes
+    return mask + sum(one.size_bytes for one in request.images)
 
 
 def able_for(endpoint: EndpointState, task: Task) -> Capabilities:

@@ -42,4 +42,3 @@ class JobOptions:
 
     max_age_seconds: float = 24 * 3600.0
     result_ttl_seconds: float = 24 * 3600.0
-    disconnect_grace_seconds: float = 2.0

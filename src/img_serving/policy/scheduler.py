@@ -367,8 +367,11 @@ class Scheduler:
         if not is_hedge:
             self._queued -= len(members)
         is_last_hope = not endpoint.is_usable(now)
+        durable = watched = False
         for task in members:
             job = task.job
+            durable = durable or job.durable
+            watched = watched or job.watcher is not None
             if not task.tried:
                 self._budget.earn()
                 job.panicked = job.panicked or is_last_hope
@@ -387,6 +390,8 @@ class Scheduler:
         batch = Batch(endpoint.id, endpoint.backend, model, tuple(members), endpoint.breaker.start(now), cost, now, now)
         batch.is_hedge = is_hedge
         batch.retry_unknown = endpoint.retry_unknown
+        batch.durable = durable
+        batch.watched = watched
         self._placement.expect(batch, endpoint, now)
         for task in members:
             if is_hedge:

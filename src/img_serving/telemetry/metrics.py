@@ -75,7 +75,7 @@ class Metrics:
         self.jobs = Counter("jobs_total", "Image jobs by how they ended.", "status")
         self.durable_jobs = Counter(
             "durable_jobs_total",
-            "Durable jobs by what happened: taken, replayed (a known key), recovered (after a restart), unknown (how it ended).",
+            "Durable jobs: taken, replayed (a known key), recovered (after a restart), unknown (how it ended).",
             "event",
         )
         self.kept_open = Counter("kept_open_total", "Plain replies whose head went out before their job was done.")

@@ -214,6 +214,18 @@ def test_the_stronger_an_edit_the_less_is_left_of_its_start(engine: Engines, fam
     assert left_of_it(0.25) > left_of_it(1.0)
 
 
+@EVERY
+def test_a_variation_is_an_edit_without_words_that_leaves_half_of_it(engine: Engines, family: str) -> None:
+    one = engine(family, buckets=(2,))
+    assert "variation" in one.capabilities().operations
+    start = [item(seed, "", images=(picture(),)) for seed in (1, 2)]
+    first, second = draw(one, *start, operation="variation", steps=8)
+    assert most_different(first, second) > 4
+    same = draw(one, *start, strength=0.5, steps=8)
+    assert [most_different(*pair) for pair in zip((first, second), same, strict=True)] == [0, 0]
+    assert np.array_equal(draw(one, *start, operation="variation", strength=0.9, steps=8)[0], first) is False
+
+
 def test_pictures_of_any_size_and_kind_are_a_start_and_each_item_has_its_own(engine: Engines) -> None:
     one = engine("sd", buckets=(2,))
     from PIL import Image
@@ -277,6 +289,7 @@ def test_a_model_that_takes_pictures_as_references_edits_one_at_a_time(model: En
     one = engine_of(folder)
     assert "strength" not in (one.capabilities().honours_in_edits or ())
     assert not one.capabilities().masks
+    assert "variation" not in one.capabilities().operations, "without words it would come out as it went in"
     seen = Seen()
     items = [item(1, images=(picture(),)), item(1, images=(picture("teal"),))]
     first, second = draw(one, *items, on_step=seen.on_step())

@@ -26,7 +26,7 @@ from img_serving.backends.http import (
     prompts_of,
     unhealthy,
 )
-from img_serving.backends.openai.body import Draft, draft, draft_edit, draft_variation
+from img_serving.backends.openai.body import Draft, draft, draft_edit, draft_variation, partial_images
 from img_serving.backends.openai.detect import (
     NO_NAMES,
     Finding,
@@ -317,7 +317,7 @@ class OpenAIBackend:
         stream: StreamedReply | None = None
         try:
             async with patience(call.timeout_seconds) as heard:
-                stream = StreamedReply(on_progress, heard, self._max_reply_bytes)
+                stream = StreamedReply(on_progress, heard, self._max_reply_bytes, partials=partial_images(call))
                 whole = await self._until_finished(call, letter, stream)
         except AttemptError:
             # neither a picture nor a reason that is there is lost by how the connection ends

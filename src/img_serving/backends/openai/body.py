@@ -18,8 +18,9 @@ from img_serving.domain.errors import BackendRefusal, InvalidRequest
 from img_serving.domain.images import EXTENSIONS, Call, ImageRequest, InputImage
 from img_serving.media.masks import transparent_where_painted, white_where_painted
 
-PARTIAL_IMAGES: Final = 2
-"""Unfinished pictures to ask for: the API gives three at most, and each is drawn, sent and paid for."""
+USUAL_PARTIALS: Final = 2
+MOST_PARTIALS: Final = 3
+"""The API gives no more."""
 
 ATTRIBUTES: Final = {
     "num_inference_steps": "steps",
@@ -52,6 +53,11 @@ class Draft(msgspec.Struct, frozen=True, gc=False):
     body: bytes
     content_type: str
     ignored: frozenset[str] = frozenset()
+
+
+def partial_images(call: Call) -> int:
+    """How many unfinished pictures to ask for: as many as the client wants, for each is drawn, sent and paid for."""
+    return min(call.request.previews, MOST_PARTIALS) or USUAL_PARTIALS
 
 
 def draft(call: Call, preset: Preset, names: Names, *, stream: bool = False) -> Draft:
@@ -112,7 +118,7 @@ def request_fields(
     if preset.response_format:
         body["response_format"] = preset.response_format
     if stream:
-        body |= {"stream": True, "partial_images": PARTIAL_IMAGES}
+        body |= {"stream": True, "partial_images": partial_images(call)}
     extras: dict[str, Any] = {}
     known = preset.names(request.operation)
     ignored: set[str] = set()

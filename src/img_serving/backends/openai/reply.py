@@ -9,7 +9,6 @@ from typing import Any, Final
 import msgspec
 import pybase64
 
-from img_serving.backends.openai.body import PARTIAL_IMAGES
 from img_serving.backends.sse import Event, EventReader
 from img_serving.domain.errors import AttemptError, Outcome
 from img_serving.domain.images import Preview, Progress
@@ -93,8 +92,9 @@ class StreamedReply:
     of an error event.
     """
 
-    def __init__(self, on_progress: OnProgress, heard: Callable[[], None], limit_bytes: int) -> None:
-        """`heard` is called at every sign of life; an event may have `limit_bytes`."""
+    def __init__(self, on_progress: OnProgress, heard: Callable[[], None], limit_bytes: int, *, partials: int) -> None:
+        """`heard` is called at every sign of life; an event may have `limit_bytes`; `partials` previews were asked for."""
+        self._partials = partials
         self.reply = Reply()
         self.finished = asyncio.Event()
         """The picture is there: what may still come is of no interest."""
@@ -152,7 +152,7 @@ class StreamedReply:
     def _preview(self, told: _Streamed, payloads: list[memoryview]) -> None:
         """A preview that cannot be shown is not worth the picture that is still to come."""
         index = told.partial_image_index if type(told.partial_image_index) is int else 0
-        done = max(1, min(index + 1, PARTIAL_IMAGES))
+        done = max(1, min(index + 1, self._partials))
         self._heard()
         preview = None
         if payloads:
@@ -162,9 +162,9 @@ class StreamedReply:
                 data = b""
             media_type = sniff(data)
             # a call is streamed alone, and its partial pictures are spread evenly over the way
-            share = done / (PARTIAL_IMAGES + 1)
+            share = done / (self._partials + 1)
             preview = None if media_type is None else Preview(data, media_type, share=share)
-        self._on_progress(Progress(done, PARTIAL_IMAGES + 1, preview))
+        self._on_progress(Progress(done, self._partials + 1, preview))
 
     def _keep(self, told: _Streamed, payloads: list[memoryview]) -> None:
         reply = self.reply
@@ -176,4 +176,4 @@ class StreamedReply:
         reply.background, reply.quality = told.background, told.quality
         self._heard()
         self.finished.set()
-        self._on_progress(Progress(PARTIAL_IMAGES + 1, PARTIAL_IMAGES + 1))
+        self._on_progress(Progress(self._partials + 1, self._partials + 1))
