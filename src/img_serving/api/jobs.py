@@ -257,7 +257,7 @@ def _query_of(exchange: Exchange) -> JobQuery:
     """
     given = exchange.query
     limit = given.get("limit") or "20"
-    if not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:4]) <= MOST_LISTED):
+    if not (limit.isascii() and limit.isdigit() and len(limit) < 10 and 1 <= int(limit) <= MOST_LISTED):
         raise InvalidRequest(f"limit must be a whole number from 1 to {MOST_LISTED}", param="limit")
     status = given.get("status") or None
     if status is not None and status not in set(JobStatus):
