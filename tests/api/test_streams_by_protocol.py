@@ -37,17 +37,17 @@ async def gateway_of(kind: str) -> AsyncIterator[Harness]:
             async with running(backend(f"grpc://127.0.0.1:{worker.port}", "grpc")) as gateway:
                 yield await _known(gateway)
     elif kind == "comfyui":
-        async with FakeComfyUI() as server, running(backend(server.url, "comfyui")) as gateway:
-            server.step_seconds = 0.02
+        async with FakeComfyUI() as comfyui, running(backend(comfyui.url, "comfyui")) as gateway:
+            comfyui.step_seconds = 0.02
             yield await _known(gateway)
     elif kind == "a1111":
-        async with FakeA1111(step_seconds=0.25) as server, running(backend(server.url, "a1111")) as gateway:
+        async with FakeA1111(step_seconds=0.25) as forge, running(backend(forge.url, "a1111")) as gateway:
             yield await _known(gateway)
     else:
         async with (
-            FakeOpenAI("openai") as server,
+            FakeOpenAI("openai") as hosted,
             running(
-                backend(server.url, "openai", 'models = ["gpt-image-1"]\n[backends.openai]\npreset = "openai"')
+                backend(hosted.url, "openai", 'models = ["gpt-image-1"]\n[backends.openai]\npreset = "openai"')
             ) as gateway,
         ):
             yield await _known(gateway)
