@@ -189,3 +189,18 @@ def test_a_retry_joins_the_stream_that_was_left_and_hears_all_of_it() -> None:
             assert gateway.adapter("one").count == 1
 
     run_virtual(main())
+
+
+def test_a_strict_request_shows_nothing_finished_that_was_not_honoured() -> None:
+    async def main() -> Reply:
+        async with running(scripted("one", latency_seconds=10, sequence=["bad_size"])) as gateway:
+            return await gateway.client.draw(stream=True, size="64x64", strict=True)
+
+    frames = frames_of(run_virtual(main()).body)
+    assert [frame.event for frame in frames] == ["error"]
+    assert frames[0].data["error"]["param"] == "size"
+
+
+def test_a_strict_request_that_was_honoured_is_told_at_the_end() -> None:
+    _, frames = streamed(scripted("one", latency_seconds=10), strict=True, n=2)
+    assert [frame.data["image_index"] for frame in frames] == [0, 1]

@@ -386,6 +386,9 @@ class Jobs:
             if isinstance(converted, GatewayError):
                 raise converted
             artifacts.append(converted)
+        if live.job.request.strict:
+            for index, artifact in enumerate(artifacts):
+                live.finished(index, artifact)
         self._delivery.count(live.job, artifacts)
         if live.durable or (live.kept and not live.followers):
             done = await self._kept(self._current(live), live.job, artifacts, ignored)
@@ -454,7 +457,8 @@ class Jobs:
             converted = await self._delivery.as_delivered(artifact, live.job.request)
         except GatewayError as error:
             return error
-        live.finished(index, converted)
+        if not live.job.request.strict:  # whether a strict request was honoured is known when all of it is there
+            live.finished(index, converted)
         return converted
 
     # ends
