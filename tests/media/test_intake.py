@@ -211,3 +211,32 @@ def test_any_damage_is_refused_or_harmless(data: st.DataObject) -> None:
 
 def test_a_scripted_picture_is_one() -> None:
     assert take_in(picture("x", 1, 64, 48), **LIMITS).width == 64
+
+
+@pytest.mark.parametrize(("scans", "words"), [(intake.MAX_SCANS, ""), (intake.MAX_SCANS + 1, "more than 100 scans")])
+def test_a_jpeg_has_no_more_scans_than_encoders_write(scans: int, words: str) -> None:
+    """Each is some bytes to who sends it, and a walk over every pixel to who decodes it."""
+    data = saved(art(), "JPEG", progressive=True)
+    at = data.rindex(b"\xff\xda")
+    longer = data[:at] + data[at:-2] * (scans + 1 - data.count(b"\xff\xda")) + data[-2:]
+    if words:
+        with pytest.raises(ValueError, match=words):
+            take_in(longer, **LIMITS)
+    else:
+        assert take_in(longer, **LIMITS).data == longer
+
+
+@pytest.mark.parametrize("pieces", [1, 4])
+def test_a_jpeg_is_not_made_of_fill_bytes(pieces: int) -> None:
+    """Some may stand before a marker; a megabyte would be read byte by byte by who decodes it."""
+    data = saved(art(), "JPEG")
+    comment = b"\xff\xfe\0\2"
+    for count, is_taken in ((intake.MAX_FILL_BYTES, True), (intake.MAX_FILL_BYTES + pieces, False)):
+        filled = data[:2] + (b"\xff" * (count // pieces) + comment) * pieces + data[2:]
+        if is_taken:
+            assert take_in(filled, **LIMITS).data == filled
+        else:
+            with pytest.raises(ValueError, match="fill bytes"):
+                take_in(filled, **LIMITS)
+    with pytest.raises(ValueError, match="cut short"):
+        take_in(data[:2] + b"\xff" * 10, **LIMITS)

@@ -2,7 +2,7 @@
 
 from io import BytesIO
 from struct import pack
-from zlib import crc32
+from zlib import compress, crc32
 
 import numpy as np
 import pytest
@@ -190,3 +190,17 @@ def _note() -> PngInfo:
     info = PngInfo()
     info.add_text("prompt", "a cat")
     return info
+
+
+def test_a_decoder_is_not_given_text() -> None:
+    """Pillow would inflate it: this file of a hundred kilobytes would cost 64 MiB."""
+    whole = png.encode_png(np.zeros((4, 4, 3), np.uint8))
+    texts = (
+        chunk(b"tEXt", b"a\0b")
+        + chunk(b"iTXt", b"a\0\0\0\0\0b")
+        + chunk(b"zTXt", b"a\0\0" + compress(bytes(1 << 20))) * 60
+    )
+    assert png.without_text(whole[:33] + texts + whole[33:]) == whole
+    assert png.without_text(whole) is whole
+    for data in (b"", b"GIF89a", whole[:-3], whole[:40]):
+        assert png.without_text(data) is data

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
 from typing import Annotated, Literal
@@ -13,9 +12,10 @@ from msgspec import Meta
 
 from img_serving.api.asked import idempotency_key_of
 from img_serving.api.bodies import check_json_type, decode_json
-from img_serving.api.event_stream import COMMENT, HEARTBEAT_SECONDS, Piece, frame, news_pieces, reply_of
+from img_serving.api.event_stream import COMMENT, Piece, frame, news_pieces, reply_of
 from img_serving.api.exchange import ClientDisconnected, Exchange, Reply
 from img_serving.api.images import Images
+from img_serving.api.keep_alive import pause_seconds
 from img_serving.api.services import Services
 from img_serving.domain.errors import InvalidRequest, NotFound
 from img_serving.domain.images import Operation
@@ -31,7 +31,6 @@ PROGRESS_SECONDS = 0.5
 """Between two reports of progress at least."""
 
 MICROSECONDS = 1_000_000
-_LIMIT = re.compile("[0-9]{1,3}")
 END_SECONDS = 1.0
 """What is added to the time of the last event, so that its id is the greatest."""
 
@@ -63,6 +62,7 @@ class Jobs:
         self._services = services
         self._images = images
         self._decoder = msgspec.json.Decoder(JobBody)
+        self._heartbeat = pause_seconds(services.config.server.keepalive_after_seconds)
 
     async def create(self, exchange: Exchange) -> Reply:
         """`POST /v1/jobs`."""
@@ -208,6 +208,8 @@ class Jobs:
         read = 0 if seen is None else live.news_after(seen)
         told: tuple[object, ...] = ()
         last_id = seen or 0
+        loop = asyncio.get_running_loop()
+        silent_until = loop.time() + self._heartbeat
         try:
             while True:
                 version = live.version
@@ -216,6 +218,7 @@ class Jobs:
                     last_id = max(last_id + 1, live.news_ids[read - 1])
                     for piece in news_pieces(live.job.request, live.news[read - 1], last_id):
                         yield piece
+                    silent_until = loop.time() + self._heartbeat
                 if live.is_over:
                     break
                 record = records.brief(live.stored, live)
@@ -225,13 +228,15 @@ class Jobs:
                     told = state
                     last_id = max(last_id + 1, int(unix() * MICROSECONDS))
                     yield frame(f"job.{kind}", msgspec.json.encode(record), last_id)
+                    silent_until = loop.time() + self._heartbeat
                     await _pause(live)
                     continue
                 try:
-                    async with asyncio.timeout(HEARTBEAT_SECONDS):
+                    async with asyncio.timeout_at(silent_until):
                         await live.changed(version)
                 except TimeoutError:
                     yield COMMENT
+                    silent_until = loop.time() + self._heartbeat
             stored = live.stored
             if stored.is_over:
                 record = await records.full(stored, live)
@@ -272,7 +277,7 @@ def _query_of(exchange: Exchange) -> JobQuery:
     """
     given = exchange.query
     limit = given.get("limit") or "20"
-    if not (_LIMIT.fullmatch(limit) and 1 <= int(limit) <= MOST_LISTED):
+    if not (limit.isascii() and limit.isdigit() and len(limit) < 10 and 1 <= int(limit) <= MOST_LISTED):
         raise InvalidRequest(f"limit must be a whole number from 1 to {MOST_LISTED}", param="limit")
     status = given.get("status") or None
     if status is not None and status not in set(JobStatus):

@@ -90,8 +90,8 @@ class Webhooks:
 def _limit(text: str | None) -> int:
     if not text:
         return USUAL_LIMIT
-    if text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= MAX_LIMIT:
-        return int(text[:9])
+    if text.isascii() and text.isdigit() and len(text) < 10 and 1 <= int(text) <= MAX_LIMIT:
+        return int(text)
     raise InvalidRequest(f"limit must be a whole number from 1 to {MAX_LIMIT}", param="limit")
 
 

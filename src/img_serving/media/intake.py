@@ -25,7 +25,15 @@ MAX_SIDE = 16_384
 LOSSLESS_PIXELS = 2048 * 2048
 """A picture that has to be turned stays lossless up to here; a larger one, a camera's, becomes a good JPEG again."""
 
+MAX_SCANS = 100
+"""Of a JPEG: encoders write about ten. Each costs whoever decodes it a walk over every pixel and its sender some bytes: a file
+of a hundred kilobytes could hold a processor for minutes."""
+
+MAX_FILL_BYTES = 64 * 1024
+"""Of a JPEG, before all of its markers together: they mean nothing, and decoders read them one by one."""
+
 _JPEG_QUALITY = 95
+_FILL = re.compile(rb"\xff+")
 _MARKER_IN_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 _STEP_BYTES = 4 << 20
 _LONE_MARKERS = frozenset({0x01, *range(0xD0, 0xD8)})
@@ -124,17 +132,20 @@ def _walk_jpeg(data: bytes) -> _Found:
 
 def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
     """Each segment's marker, and where its content begins and ends; the last is the end of the image. Raises ValueError."""
-    at = 2
+    at, scans, fill_bytes = 2, 0, 0
     for _ in range(SEGMENTS_LIMIT):
         if at + 1 >= len(data):
             break
-        if data[at] != 0xFF:
+        fill = _FILL.match(data, at)
+        if fill is None:
             raise ValueError(f"damaged: the JPEG has no marker at byte {at}")
-        marker = data[at + 1]
-        if marker == 0xFF:  # any number of fill bytes may stand before a marker
-            at = _past_fill(data, at)
-            continue
-        at += 2
+        fill_bytes += fill.end() - at - 1
+        if fill_bytes > MAX_FILL_BYTES:
+            raise ValueError(f"not a picture: a JPEG of more than {MAX_FILL_BYTES} fill bytes")
+        if fill.end() == len(data):
+            break
+        marker = data[fill.end()]
+        at = fill.end() + 1
         if marker == _END:
             yield marker, at, at
             return
@@ -144,17 +155,16 @@ def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
         if stop < at + 2 or stop > len(data):
             break
         yield marker, at + 2, stop
-        at = _past_scan(data, stop) if marker == _SCAN else stop
+        if marker != _SCAN:
+            at = stop
+            continue
+        scans += 1
+        if scans > MAX_SCANS:
+            raise ValueError(f"not a picture: a JPEG of more than {MAX_SCANS} scans")
+        at = _past_scan(data, stop)
     else:
         raise ValueError(f"not a picture: a JPEG of more than {SEGMENTS_LIMIT} segments")
     raise ValueError("cut short: the JPEG ends before its end marker")
-
-
-def _past_fill(data: bytes, at: int) -> int:
-    """Where the last of a row of fill bytes stands."""
-    while at + 1 < len(data) and data[at + 1] == 0xFF:
-        at += 1
-    return at
 
 
 def _past_scan(data: bytes, at: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING
 
-from img_serving.media.png import SIGNATURE
+from img_serving.media.png import SIGNATURE, without_text
 from img_serving.media.transcode import MAX_PIXELS, has_alpha
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def _opened(data: bytes) -> Image.Image:
     from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(data)) as picture:
+        with Image.open(io.BytesIO(without_text(data))) as picture:
             width, height = picture.size
             if width * height > MAX_PIXELS:
                 raise ValueError(f"a mask of {width}x{height} is over {MAX_PIXELS} pixels and is not decoded")

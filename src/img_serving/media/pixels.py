@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING
 
+from img_serving.media.png import without_text
 from img_serving.media.transcode import MAX_PIXELS, has_alpha, in_eight_bits, without_alpha
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def decoded(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as opened:
+        with Image.open(io.BytesIO(without_text(data)), formats=_FORMATS) as opened:
             width, height = opened.size
             if width * height > max_pixels:
                 raise ValueError(f"a picture of {width}x{height} is over {max_pixels} pixels and is not decoded")

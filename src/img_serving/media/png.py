@@ -22,6 +22,8 @@ SHOWN_CHUNKS = frozenset(
 )
 """What changes how a picture looks; every other ancillary chunk tells about it instead, or is nobody knows what."""
 
+_TEXT_CHUNKS = frozenset((b"tEXt", b"zTXt", b"iTXt"))
+
 CHUNKS_LIMIT = 100_000
 """A PNG of 16 megapixels has some thousands; millions of empty ones would only hold up whoever walks over them."""
 
@@ -112,6 +114,23 @@ def strip_metadata(data: bytes | memoryview) -> bytes:
     if isinstance(data, bytes) and sum(map(len, parts)) == len(data):
         return data
     return b"".join(parts)
+
+
+def without_text(data: bytes) -> bytes:
+    """What to give a decoder that wants the pixels only: the same file without its text chunks.
+
+    Forty kilobytes of them inflate to the 64 MiB of text that Pillow is ready to keep of one picture. What is no PNG, or is
+    malformed, comes back as it is: the decoder says what is wrong with it.
+    """
+    if not data.startswith(SIGNATURE):
+        return data
+    view = memoryview(data)
+    parts: list[bytes | memoryview] = [SIGNATURE]
+    try:
+        parts += [view[start:stop] for kind, start, stop in _chunks(view) if kind not in _TEXT_CHUNKS]
+    except ValueError:
+        return data
+    return data if sum(map(len, parts)) == len(data) else b"".join(parts)
 
 
 def size_if_complete(data: bytes | memoryview) -> tuple[int, int] | None:

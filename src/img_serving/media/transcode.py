@@ -6,6 +6,7 @@ import io
 from typing import TYPE_CHECKING
 
 from img_serving.domain.images import OutputFormat
+from img_serving.media.png import without_text
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -27,7 +28,7 @@ def transcode(data: bytes, to: OutputFormat, compression: int | None = None) -> 
 
     quality = 100 if compression is None else compression
     try:
-        with Image.open(io.BytesIO(data)) as picture:
+        with Image.open(io.BytesIO(without_text(data))) as picture:
             width, height = picture.size
             if width * height > MAX_PIXELS:
                 raise ValueError(f"a picture of {width}x{height} is over {MAX_PIXELS} pixels and is not decoded")

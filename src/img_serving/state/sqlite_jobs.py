@@ -5,12 +5,16 @@ A job is one row: what is searched for in columns of its own, all of it as Messa
 
 from __future__ import annotations
 
+import logging
 import sqlite3
+from itertools import islice
 
 import msgspec
 
 from img_serving.domain.stored import OVER, StoredJob
 from img_serving.ports import JobQuery
+
+log = logging.getLogger(__name__)
 
 JOB_TABLES: tuple[str, ...] = (
     """CREATE TABLE jobs (
@@ -110,15 +114,27 @@ def select(connection: sqlite3.Connection, tenant: str, query: JobQuery, now: fl
     if query.after is not None:
         text += " AND place < (SELECT place FROM jobs WHERE id = ? AND tenant = ?)"
         values += [query.after, tenant]
-    text += " ORDER BY place DESC LIMIT ?"
-    values.append(query.limit)
-    found = [_read(record) for (record,) in connection.execute(text, values)]
-    return [one for one in found if one is not None]
+    rows = connection.execute(text + " ORDER BY place DESC", values)
+    return list(islice(filter(None, (_read(record) for (record,) in rows)), query.limit))
 
 
-def unfinished(connection: sqlite3.Connection) -> list[str]:
-    """The ids of the jobs that are not over, oldest first."""
-    return [str(job_id) for (job_id,) in connection.execute("SELECT id FROM jobs WHERE is_over = 0 ORDER BY place")]
+def unfinished(connection: sqlite3.Connection, limit: int, after: str | None) -> list[StoredJob]:
+    """The jobs that are not over, oldest first."""
+    found: list[StoredJob] = []
+    rows = connection.execute(
+        "SELECT id, record FROM jobs WHERE is_over = 0 AND place > coalesce((SELECT place FROM jobs WHERE id = ?), 0) "
+        "ORDER BY place",
+        (after,),
+    )
+    for job_id, record in rows:
+        job = _read(record)
+        if job is None:
+            log.error("the record of job %s cannot be read: damaged, or from a newer version; it is left", job_id)
+            continue
+        found.append(job)
+        if len(found) == limit:
+            break
+    return found
 
 
 def forget(connection: sqlite3.Connection, job_id: str) -> None:
