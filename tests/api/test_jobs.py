@@ -787,3 +787,30 @@ def test_an_idempotency_key_tells_the_same_while_the_end_is_not_written_down() -
             assert asyncio.get_running_loop().time() - began < 1
 
     run_virtual(main())
+
+
+def test_a_backend_that_is_replaced_finds_its_jobs_again() -> None:
+    async def main() -> None:
+        own = {
+            "name": "own",
+            "protocol": "scripted",
+            "models": ["sd"],
+            "scripted": {"models": ["sd"], "latency_seconds": 5},
+        }
+        async with running(slow()) as gateway:
+            own["scripted"] |= {"max_concurrency": 1, "max_batch_size": 1}  # type: ignore[operator]
+            assert (await gateway.client.post("/v1/backends", own)).status == 201
+            made = [await make(gateway, model="sd") for _ in range(3)]
+            await asyncio.sleep(1)
+            assert (await gateway.client.request("DELETE", "/v1/backends/own")).status == 200
+            await asyncio.sleep(60)
+            assert (await gateway.client.post("/v1/backends", own)).status == 201
+            assert [(await until_over(gateway, one["id"]))["status"] for one in made] == ["succeeded"] * 3
+            lost = await make(gateway, model="sd")
+            held = await make(gateway, model="sd")
+            assert (await gateway.client.request("DELETE", "/v1/backends/own")).status == 200
+            assert (await until_over(gateway, lost["id"]))["status"] == "succeeded"
+            gone = await until_over(gateway, held["id"])
+            assert (gone["status"], gone["error"]["code"]) == ("failed", "model_not_found")
+
+    run_virtual(main())

@@ -50,8 +50,8 @@ FIRST_PAUSE_SECONDS = 2.0
 LONGEST_PAUSE_SECONDS = 60.0
 """Between two tries of a job that nobody waits for, while no endpoint can take it."""
 
-PATIENCE_AFTER_RESTART_SECONDS = 120.0
-"""For so long a model that nobody serves is one whose backend has not said yet what it has."""
+PATIENCE_SECONDS = 120.0
+"""For so long after a restart, or after its backend was removed, a job waits for somebody who can serve it."""
 
 RECOVERED_AT_ONCE = 500
 """Jobs read from the store in one go after a restart."""
@@ -459,10 +459,15 @@ class Jobs:
         if not live.durable:
             return False
         recovered = self._recovered_at
-        just_began = recovered is not None and self._unix_clock() - recovered < PATIENCE_AFTER_RESTART_SECONDS
+        just_began = recovered is not None and self._unix_clock() - recovered < PATIENCE_SECONDS
         was_there_before = recovered is not None and live.stored.created_at < recovered
-        if isinstance(error, NotFound):
-            return just_began and was_there_before
+        if not isinstance(error, NotFound):
+            live.missing_since = None
+        else:
+            # its backend has not said yet what it has, or is being replaced by another of its name
+            now = self._unix_clock()
+            live.missing_since = now if live.missing_since is None else live.missing_since
+            return now - live.missing_since < PATIENCE_SECONDS
         if isinstance(error, AllAttemptsFailed) and any(task.attempts for task in live.job.tasks):
             return False  # somebody tried to draw it
         return live.stored.is_async or (just_began and was_there_before)

@@ -106,6 +106,8 @@ class LiveJob:
         """Somebody asked for it to end: it is not tried again."""
         self.is_submitted = False
         """Whether the dispatcher has it."""
+        self.missing_since: float | None = None
+        """Since when nobody serves what it asks for (Unix seconds)."""
         self.to_submit = 0
         """Its tasks that were let in and do not stand in line yet."""
         self.woken = asyncio.Event()
