@@ -203,6 +203,8 @@ class Edge:
         assert "Traceback" not in log, log[log.index("Traceback") - 500 :][:3000]
         for secret in SECRETS:
             assert secret not in log, secret
+        for line in log.splitlines():
+            assert isinstance(json.loads(line), dict), f"a line that is no JSON: {line[:300]}"
 
     # memory
 
