@@ -322,6 +322,8 @@ def webhook_findings(world: Settled, receiver: Receiver) -> list[Finding]:
     came = by_job(receiver.deliveries)
     delivered = receiver.delivered()
     missing = [f"{one['id']} ({one.get('request_id')}): {one['status']}" for one in jobs if one["id"] not in delivered]
+    wanted = [order for order in world.orders if order.hook is not None and world.job_of(order) is not None]
+    missing += [_told(order, "has lost its webhook_url") for order in wanted if not _keeps_hook(world, order)]
     wrong = []
     for record in jobs:
         events = {(one.event_id, one.type) for one in came.get(record["id"], ())}
@@ -337,6 +339,11 @@ def webhook_findings(world: Settled, receiver: Receiver) -> list[Finding]:
         none_of("deliveries without a right signature, or that are no event", [*unsigned, *receiver.strange], "all"),
         Finding("webhooks that were delivered more than once after a good answer", f"{repeated:,}", "told"),
     ]
+
+
+def _keeps_hook(world: Settled, order: Order) -> bool:
+    record = world.job_of(order)
+    return record is not None and record.get("webhook_url") == order.hook
 
 
 # ----------------------------------------------------------------------------------------------------------------- disk

@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import base64
 import contextlib
+import itertools
 import json
 import shutil
 import sys
@@ -31,7 +32,7 @@ MODEL, SIDE = "slow", 32
 ROUTE = "/v1/images/generations"
 FULL_SECONDS, QUICK_SECONDS = 310.0, 24.0
 # What the world has, for a generation of 310 s; all of it shrinks with the generation, but for Node's own limit.
-LEAST_IDLE_SECONDS = 17.0  # the gateway's blanks and comments come every 15 s, however short the generation is
+BLANK_SECONDS, LEAST_IDLE_SECONDS = 15.0, 17.0  # blanks and comments come so often, however short the generation is
 KEEPALIVE_SECONDS, IDLE_SECONDS, CUT_SECONDS, NODE_SECONDS = 50.0, 60.0, 100.0, 300.0
 _HERE = Path(__file__).parent
 
@@ -256,6 +257,7 @@ async def soak(plan: Plan, directory: Path, say: Callable[[str], None]) -> tuple
             broken("without the keep-alive: a", silent_a.result())
             if silent_a is not None
             else Finding("without the keep-alive: a", "needs --seconds of more than 300, and Node", "told"),
+            paced(plan, pieces.result()),
             *once_each(upstream.said, ["a", "b", "c", "d", "e"] if a is not None else ["b", "c", "d", "e"]),
             none_of("bad lines in the log", [*gateway.trouble(), *silent.trouble()], "all"),
             Finding("exit status at SIGTERM", str(status := await gateway.stop()), "0", status == 0),
@@ -269,6 +271,15 @@ async def soak(plan: Plan, directory: Path, say: Callable[[str], None]) -> tuple
 def arrived(name: str, tag: str, came: Came) -> Finding:
     """The very picture, whole."""
     return Finding(name, str(came), "its picture", came.is_right(tag), [] if came.is_right(tag) else [str(came)])
+
+
+def paced(plan: Plan, times: Sequence[float]) -> Finding:
+    """The head when it is due, and never a longer pause than between two blanks."""
+    pauses = [later - earlier for earlier, later in itertools.pairwise(times)]
+    head, longest = times[0] if times else 0.0, max(pauses, default=plan.seconds)
+    target = f"{plan.keepalive:.3g} s, ≤ {BLANK_SECONDS:g} s"
+    is_right = abs(head - plan.keepalive) < 1 and longest < BLANK_SECONDS + 1 and times[-1] >= plan.seconds
+    return Finding("a plain answer: its head, its longest pause", f"{head:.1f} s, {longest:.1f} s", target, is_right)
 
 
 def broken(name: str, came: Came) -> Finding:

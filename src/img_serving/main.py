@@ -449,8 +449,11 @@ async def serve(
         stack.push_async_callback(state.close)
         store = open_store(config)
         stack.callback(store.close)
-        spool = LocalDiskStore(Path(config.server.data_dir) / "job_inputs", ttl_seconds=None, max_bytes=0)
+        inputs = Path(config.server.data_dir) / "job_inputs"
+        spool = LocalDiskStore(inputs, ttl_seconds=None, max_bytes=0, is_ours_alone=True)
         stack.callback(spool.close)
+        if inputs.is_dir():  # only edits make it
+            await spool.prepare()
         try:
             await store.prepare()
         except StorageFailed as error:

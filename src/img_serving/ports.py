@@ -201,8 +201,8 @@ class JobStore(Protocol):
         """A tenant's jobs, newest first, at most `query.limit`."""
         ...
 
-    async def unfinished_jobs(self) -> list[str]:
-        """The ids of all jobs that are not over, oldest first."""
+    async def unfinished_jobs(self, limit: int, after: str | None = None) -> list[StoredJob]:
+        """Jobs of all tenants that are not over, oldest first, at most `limit`; those that came after the job `after`."""
         ...
 
     async def load_job(self, job_id: str) -> StoredJob | None:

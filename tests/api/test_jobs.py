@@ -12,6 +12,8 @@ from tests.support.frames import comments_of, frames_of
 from tests.support.gateways import Harness, running, scripted, wall_clock
 from tests.support.virtual_time import run_virtual
 
+from img_serving.domain.stored import StoredJob
+from img_serving.ports import StoredArtifact
 from img_serving.state.memory import MemoryState
 from img_serving.storage.memory import MemoryStore
 
@@ -471,6 +473,47 @@ def test_what_may_have_been_paid_for_is_not_drawn_again() -> None:
     assert records[1]["error"]["code"] == "outcome_unknown"
     assert calls == 1
     assert len(names) == 2
+
+
+@pytest.mark.parametrize(("stored", "status"), [(2, "succeeded"), (1, "failed")])
+def test_what_was_paid_for_and_stored_when_the_gateway_died_is_not_lost(stored: int, status: str) -> None:
+    toml = slow(backend__retry_unknown=False)
+
+    class Dying(_Disk):
+        async def put(self, data: Any, extension: str, name: str | None = None) -> StoredArtifact:
+            if len(await self.names()) == stored:
+                await asyncio.get_running_loop().create_future()
+            return await super().put(data, extension, name)
+
+    class Written(MemoryState):
+        async def save_job(self, job: StoredJob, *more: Any) -> None:
+            if not job.is_over:
+                await super().save_job(job, *more)
+
+    async def main() -> None:
+        clock = wall_clock()
+        state, store = Written(clock=clock), Dying()
+        async with running(toml, state=state, store=store) as gateway:
+            made = await make(gateway, n=2, seed=5, size="32x48")
+            await asyncio.sleep(30)
+            survived = dict(state._jobs)
+            assert len(await store.names()) == stored
+        revived, kept = MemoryState(clock=clock), _Disk()
+        revived._jobs, kept._pictures = survived, store._pictures
+        async with running(toml, state=revived, store=kept) as gateway:
+            record = await look(gateway, made["id"])
+            assert record["status"] == status
+            assert gateway.adapter("one").count == 0
+            if status == "succeeded":
+                result = record["result"]
+                assert [one["seed"] for one in result["data"]] == [5, 6]
+                assert result["size"] == "32x48"
+                assert len(await kept.names()) == 2
+            else:
+                assert record["error"]["code"] == "outcome_unknown"
+                assert await kept.names() == []
+
+    run_virtual(main())
 
 
 def test_what_is_known_to_have_failed_cost_nothing_and_is_drawn_again() -> None:

@@ -106,12 +106,14 @@ def test_a_quick_answer_has_no_blanks_and_nothing_is_left() -> None:
     on_the_wire(slow(49), check)
 
 
-@pytest.mark.parametrize(("after", "expected"), [(10, 10.0), (0, 310.0)])
-def test_keepalive_after_seconds(after: float, expected: float) -> None:
+@pytest.mark.parametrize(("after", "expected", "pause"), [(10, 10.0, 10), (100, 100.0, 15), (0, 310.0, 0)])
+def test_keepalive_after_seconds(after: float, expected: float, pause: float) -> None:
     async def check(gateway: Harness) -> None:
         wire = Wire(gateway, {"prompt": "x", "size": "64x64"})
         await wire.run()
         assert wire.sent[0][0] == expected
+        if pause:
+            assert wire.sent[2][0] - wire.sent[1][0] == pause
 
     on_the_wire(slow(310) + f"[server]\nkeepalive_after_seconds = {after}\n", check)
 

@@ -98,8 +98,13 @@ def test_a_picture_is_told_when_it_is_done_and_not_when_all_are() -> None:
 
 def test_a_long_silence_is_filled_with_comments() -> None:
     reply, frames = streamed(scripted("one", latency_seconds=50))
-    assert comments_of(reply.body) == 3
+    assert comments_of(reply.body) == 1 + 3  # with the head, and then every 15 s
     assert [frame.event for frame in frames] == ["image_generation.completed"]
+
+
+def test_who_has_heads_go_out_early_hears_more_often() -> None:
+    reply, _ = streamed(scripted("one", latency_seconds=50) + "[server]\nkeepalive_after_seconds = 4\n")
+    assert comments_of(reply.body) == 1 + 11
 
 
 def test_a_failure_before_the_head_has_its_own_status() -> None:
@@ -184,3 +189,18 @@ def test_a_retry_joins_the_stream_that_was_left_and_hears_all_of_it() -> None:
             assert gateway.adapter("one").count == 1
 
     run_virtual(main())
+
+
+def test_a_strict_request_shows_nothing_finished_that_was_not_honoured() -> None:
+    async def main() -> Reply:
+        async with running(scripted("one", latency_seconds=10, sequence=["bad_size"])) as gateway:
+            return await gateway.client.draw(stream=True, size="64x64", strict=True)
+
+    frames = frames_of(run_virtual(main()).body)
+    assert [frame.event for frame in frames] == ["error"]
+    assert frames[0].data["error"]["param"] == "size"
+
+
+def test_a_strict_request_that_was_honoured_is_told_at_the_end() -> None:
+    _, frames = streamed(scripted("one", latency_seconds=10), strict=True, n=2)
+    assert [frame.data["image_index"] for frame in frames] == [0, 1]

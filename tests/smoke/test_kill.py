@@ -15,7 +15,7 @@ SOAK = Path(__file__).parents[2] / "soak" / "kill_restart.py"
 
 
 def test_after_three_kills_nothing_is_lost_and_nothing_there_twice(tmp_path: Path) -> None:
-    words = ["--kills", "3", "--gap", "1", "--clients", "6", "--seed", "7", "--seconds", "60", "--out", str(tmp_path)]
+    words = ["--kills", "3", "--gap", "0.6", "--clients", "6", "--seed", "7", "--seconds", "60", "--out", str(tmp_path)]
     words += ["--failing", "0"]  # a webhook that fails is not sent again for five seconds
     done = subprocess.run([sys.executable, SOAK, *words], capture_output=True, text=True, check=False, timeout=90)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -166,6 +166,11 @@ def test_webhooks_that_are_missing_two_for_one_or_untrue_are_found(soak: SimpleN
     assert "job.failed" in check(good, came("e1", "job_1", "job.failed", True, True, 2.0))[0]
     assert check(good, came("e9", "job_9", "job.succeeded", True, True, 2.0)) == ["job_9"]
     assert check(came("e1", "job_1", "job.succeeded", True, False, 2.0)) == ["e1"]
+    forgotten = world_of(soak, order, record_of(order, webhook_url=None))
+    assert (
+        "lost its webhook_url"
+        in missed(soak.checks.webhook_findings(forgotten, soak.receiver.Receiver(b"", 0, 1, None)))[0]
+    )
 
 
 def test_an_input_that_stays_behind_is_found_in_files_and_in_tables(soak: SimpleNamespace, tmp_path: Path) -> None:

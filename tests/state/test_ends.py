@@ -37,7 +37,7 @@ def test_a_late_note_does_not_undo_an_end(kind: str, tmp_path: Path) -> None:
         found = await state.find_job("me", "job_1")
         assert found is not None
         assert found.status is JobStatus.FAILED
-        assert await state.unfinished_jobs() == []
+        assert await state.unfinished_jobs(10) == []
         await state.close()
 
     asyncio.run(main())

@@ -187,7 +187,15 @@ def test_the_unfinished_come_oldest_first(run):
     async def check(state, clock):
         for number, status in enumerate(JobStatus):
             await state.add_job(job(number, status=status))
-        assert await state.unfinished_jobs() == ["job_0", "job_1"]
+        await state.add_job(job(9, tenant="bob"))
+
+        async def ids(*asked: Any) -> list[str]:
+            return [one.id for one in await state.unfinished_jobs(*asked)]
+
+        assert await ids(10) == ["job_0", "job_1", "job_9"]
+        assert await ids(2) == ["job_0", "job_1"]
+        assert await ids(2, "job_1") == ["job_9"]
+        assert await ids(2, "job_9") == []
 
     run(check)
 

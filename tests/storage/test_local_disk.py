@@ -293,6 +293,30 @@ def test_our_own_stale_temporary_files_are_swept_and_fresh_ones_are_not(tmp_path
     run(tmp_path, check)
 
 
+@pytest.mark.parametrize("is_ours_alone", [True, False])
+def test_where_nobody_else_writes_what_was_half_written_goes_at_the_start_and_nobody_else_reads(
+    tmp_path, is_ours_alone
+):
+    left = aged(tmp_path / f".{NAME}.part", 1)
+    other, whole = aged(tmp_path / ".other.part", 1), aged(tmp_path / f"{NAME}.png", 1)
+
+    async def main():
+        store = LocalDiskStore(tmp_path, ttl_seconds=None, max_bytes=0, is_ours_alone=is_ours_alone)
+        await store.prepare()
+        new = await store.put(b"new", "png")
+        store.close()
+        assert (tmp_path / new.name).stat().st_mode & 0o077 == (0 if is_ours_alone else 0o044)
+
+    before = os.umask(0o022)
+    try:
+        asyncio.run(main())
+    finally:
+        os.umask(before)
+    assert left.exists() is not is_ours_alone
+    assert other.exists()
+    assert whole.exists()
+
+
 def test_without_limits_nothing_is_swept(tmp_path):
     old = aged(tmp_path / f"{NAME}.png", 10_000_000)
 

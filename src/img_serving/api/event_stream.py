@@ -21,7 +21,6 @@ from img_serving.gateway.delivery import effective_quality
 from img_serving.gateway.live import LiveJob, News, PartialNews
 from img_serving.media.payload import base64_text
 
-HEARTBEAT_SECONDS = 15.0
 COMMENT = b": keep-alive\n\n"
 
 _PREFIXES = {"generation": "image_generation", "edit": "image_edit", "variation": "image_variation"}
@@ -53,7 +52,7 @@ def error_frame(error: GatewayError) -> bytes:
     return frame("error", _encode({"type": "error", "error": error_detail(error)}))
 
 
-async def follow(live: LiveJob, heartbeat_seconds: float = HEARTBEAT_SECONDS) -> AsyncIterator[News | None]:
+async def follow(live: LiveJob, heartbeat_seconds: float) -> AsyncIterator[News | None]:
     """Everything that happens to a job's pictures, from the first on; None where nothing has for a while. Ends with the job."""
     loop = asyncio.get_running_loop()
     read = 0
@@ -75,10 +74,12 @@ async def follow(live: LiveJob, heartbeat_seconds: float = HEARTBEAT_SECONDS) ->
             silent_until = loop.time() + heartbeat_seconds
 
 
-async def image_events(live: LiveJob) -> AsyncIterator[bytes]:
+async def image_events(live: LiveJob, heartbeat_seconds: float) -> AsyncIterator[bytes]:
     """The frames of a job, as OpenAI's API streams them; an error is the last of them."""
     request = live.job.request
-    async for news in follow(live):
+    if not live.news:
+        yield COMMENT  # some proxies pass a head on only with the first byte behind it
+    async for news in follow(live, heartbeat_seconds):
         yield COMMENT if news is None else news_frame(request, news)
     if live.error is not None:
         yield error_frame(live.error)

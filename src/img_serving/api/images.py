@@ -41,7 +41,7 @@ from img_serving.api.generation import (
 )
 from img_serving.api.inputs import is_form, read_pictures_request, url_fetcher
 from img_serving.api.job_replies import accepted_reply
-from img_serving.api.keep_alive import KeepAlive
+from img_serving.api.keep_alive import KeepAlive, pause_seconds
 from img_serving.api.services import Services
 from img_serving.domain.errors import Cancelled, GatewayError, InvalidRequest, QueueFull
 from img_serving.domain.images import Operation
@@ -76,6 +76,7 @@ class Images:
         self._cancels = config.jobs.cancel_on_disconnect
         self._grace = config.jobs.disconnect_grace_seconds
         self._coalesces = config.queue.coalesce
+        self._heartbeat = pause_seconds(config.server.keepalive_after_seconds)
         self._bounds = Bounds(
             max_n=config.limits.max_n,
             max_pixels=config.limits.max_pixels,
@@ -374,7 +375,7 @@ class Images:
         exchange.on_end = lambda: jobs.leave(live, grace if exchange.disconnected else 0.0)
         exchange.connection.on_disconnect(_gone(exchange))
         try:
-            await _until_there_is_something(live)
+            await _until_there_is_something(live, min(HEAD_SECONDS, self._heartbeat))
         except asyncio.CancelledError:
             if exchange.disconnected:
                 raise ClientDisconnected from None
@@ -382,7 +383,7 @@ class Images:
         if live.error is not None and not live.news:
             exchange.extra_headers += _headers(live.job)
             raise live.error
-        return reply_of(_until_left(exchange, image_events(live)), _headers(live.job))
+        return reply_of(_until_left(exchange, image_events(live, self._heartbeat)), _headers(live.job))
 
     async def _tell_again(self, stored: StoredJob) -> Reply:
         if stored.error is not None:
@@ -436,10 +437,10 @@ def _gone(exchange: Exchange) -> Callable[[], None]:
     return gone
 
 
-async def _until_there_is_something(live: LiveJob) -> None:
+async def _until_there_is_something(live: LiveJob, seconds: float) -> None:
     """Until there is news of a picture, or its end, or the head has waited for long enough."""
     try:
-        async with asyncio.timeout(HEAD_SECONDS):
+        async with asyncio.timeout(seconds):
             while not (live.news or live.is_over):
                 await live.changed(live.version)
     except TimeoutError:

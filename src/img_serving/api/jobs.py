@@ -12,9 +12,10 @@ from msgspec import Meta
 
 from img_serving.api.asked import idempotency_key_of
 from img_serving.api.bodies import check_json_type, decode_json
-from img_serving.api.event_stream import COMMENT, HEARTBEAT_SECONDS, frame, news_frame, reply_of
+from img_serving.api.event_stream import COMMENT, frame, news_frame, reply_of
 from img_serving.api.exchange import ClientDisconnected, Exchange, Reply
 from img_serving.api.images import Images
+from img_serving.api.keep_alive import pause_seconds
 from img_serving.api.services import Services
 from img_serving.domain.errors import InvalidRequest, NotFound
 from img_serving.domain.images import Operation
@@ -61,6 +62,7 @@ class Jobs:
         self._services = services
         self._images = images
         self._decoder = msgspec.json.Decoder(JobBody)
+        self._heartbeat = pause_seconds(services.config.server.keepalive_after_seconds)
 
     async def create(self, exchange: Exchange) -> Reply:
         """`POST /v1/jobs`."""
@@ -186,6 +188,8 @@ class Jobs:
         read = 0 if seen is None else live.news_after(seen)
         told: tuple[object, ...] = ()
         last_id = seen or 0
+        loop = asyncio.get_running_loop()
+        silent_until = loop.time() + self._heartbeat
         try:
             while True:
                 version = live.version
@@ -193,6 +197,7 @@ class Jobs:
                     read += 1
                     last_id = max(last_id + 1, live.news_ids[read - 1])
                     yield news_frame(live.job.request, live.news[read - 1], last_id)
+                    silent_until = loop.time() + self._heartbeat
                 if live.is_over:
                     break
                 record = records.brief(live.stored, live)
@@ -202,13 +207,15 @@ class Jobs:
                     told = state
                     last_id = max(last_id + 1, int(unix() * MICROSECONDS))
                     yield frame(f"job.{kind}", msgspec.json.encode(record), last_id)
+                    silent_until = loop.time() + self._heartbeat
                     await _pause(live)
                     continue
                 try:
-                    async with asyncio.timeout(HEARTBEAT_SECONDS):
+                    async with asyncio.timeout_at(silent_until):
                         await live.changed(version)
                 except TimeoutError:
                     yield COMMENT
+                    silent_until = loop.time() + self._heartbeat
             stored = live.stored
             if stored.is_over:
                 record = await records.full(stored, live)

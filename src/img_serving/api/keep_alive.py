@@ -14,16 +14,22 @@ from img_serving.gateway.tasks import TaskRegistry
 from img_serving.telemetry.metrics import Metrics
 
 BLANK_SECONDS = 15.0
-"""Between two blanks: well below the shortest silence that common proxies allow."""
+"""Between two blanks at most: well below the shortest silence that common proxies allow."""
+
+
+def pause_seconds(after_seconds: float) -> float:
+    """Between two signs of life: whoever has the head go out early has a proxy that waits for no longer than that."""
+    return min(BLANK_SECONDS, after_seconds) if after_seconds > 0 else BLANK_SECONDS
 
 
 class Trickle:
     """The head and the blanks of one reply (see `exchange.Trickle`). `is_out`: the head was sent."""
 
-    __slots__ = ("_exchange", "_task", "is_out")
+    __slots__ = ("_blank_seconds", "_exchange", "_task", "is_out")
 
-    def __init__(self, exchange: Exchange, headers: Headers, tasks: TaskRegistry) -> None:
+    def __init__(self, exchange: Exchange, headers: Headers, tasks: TaskRegistry, blank_seconds: float) -> None:
         self._exchange = exchange
+        self._blank_seconds = blank_seconds
         self.is_out = False
         self._task: asyncio.Task[None] | None = tasks.spawn(self._run(headers), "keeping a reply open")
 
@@ -48,7 +54,7 @@ class Trickle:
             await connection.begin(200, [*headers, (b"content-type", b"application/json")])
             while True:
                 await connection.write(b" ")
-                await asyncio.sleep(BLANK_SECONDS)
+                await asyncio.sleep(self._blank_seconds)
         except ClientDisconnected:
             return
 
@@ -100,4 +106,6 @@ class KeepAlive:
             del self._waiting[exchange]
             if not exchange.disconnected:
                 self._metrics.kept_open.add()
-                exchange.trickle = Trickle(exchange, self._head_of(exchange), self._tasks)
+                exchange.trickle = Trickle(
+                    exchange, self._head_of(exchange), self._tasks, pause_seconds(self._after_seconds)
+                )

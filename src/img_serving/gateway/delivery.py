@@ -134,7 +134,7 @@ class Delivery:
         pictures: list[StoredPicture] = []
         try:
             for index, artifact in enumerate(artifacts):
-                name = artifact_name(stored.artifact_key, index, artifact)
+                name = artifact_name(stored.artifact_key, index, EXTENSIONS[artifact.media_type])
                 kept = await self._store.put(raw_bytes(artifact), EXTENSIONS[artifact.media_type], name)
                 self._metrics.artifacts.add("stored")
                 self._metrics.artifact_bytes.add(by=kept.size_bytes)
@@ -154,6 +154,27 @@ class Delivery:
                 await self._store.delete(picture.name)
             raise StorageFailed(error.message, should_retry=False) from error
         return StoredResult(int(time.time()), tuple(pictures), stored.response_format, stored.base_url, ignored)
+
+    async def found(self, stored: StoredJob) -> StoredResult | None:
+        """What a gateway that died had stored for a job: its result, where that is all of it; a part of it is removed.
+
+        What the backend said beside the pictures is lost: a seed is told where the client gave one.
+        """
+        request, key = stored.request, stored.artifact_key
+        pictures: list[StoredPicture] = []
+        for index in range(request.n):
+            seed = request.seed_of(index) if request.seed_given else None
+            names = [artifact_name(key, index, extension) for extension in EXTENSIONS.values()]
+            pictures += [await self._picture(name, seed) for name in names if await self._store.find(name) is not None]
+        if len(pictures) == request.n:
+            return StoredResult(int(time.time()), tuple(pictures), stored.response_format, stored.base_url)
+        for picture in pictures:
+            await self._store.delete(picture.name)
+        return None
+
+    async def _picture(self, name: str, seed: int | None) -> StoredPicture:
+        there = artifact_from_bytes(await self._read(name))
+        return StoredPicture(name, there.media_type, there.width, there.height, seed)
 
     async def again(
         self, stored: StoredJob, at_hand: Sequence[Artifact] | None = None, *, inline: bool = True
@@ -269,9 +290,9 @@ class Delivery:
         return b'"url":' + _quoted(f"{base_url()}/images/{stored.name}")
 
 
-def artifact_name(key: bytes, index: int, artifact: Artifact) -> str:
+def artifact_name(key: bytes, index: int, extension: str) -> str:
     """The name of a durable job's picture: as unguessable as its key (16 random bytes), and the same at each try."""
-    return f"img-{hashlib.sha256(key + b'%d' % index).hexdigest()[:32]}.{EXTENSIONS[artifact.media_type]}"
+    return f"img-{hashlib.sha256(key + b'%d' % index).hexdigest()[:32]}.{extension}"
 
 
 def _about(artifact: Artifact | StoredPicture) -> bytes:

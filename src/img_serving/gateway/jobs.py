@@ -52,6 +52,9 @@ LONGEST_PAUSE_SECONDS = 60.0
 PATIENCE_AFTER_RESTART_SECONDS = 120.0
 """For so long a model that nobody serves is one whose backend has not said yet what it has."""
 
+RECOVERED_AT_ONCE = 500
+"""Jobs read from the store in one go after a restart."""
+
 WRITE_TRIES = 5
 CONTENT_KEY_BYTES = 16
 
@@ -383,6 +386,9 @@ class Jobs:
             if isinstance(converted, GatewayError):
                 raise converted
             artifacts.append(converted)
+        if live.job.request.strict:
+            for index, artifact in enumerate(artifacts):
+                live.finished(index, artifact)
         self._delivery.count(live.job, artifacts)
         if live.durable or (live.kept and not live.followers):
             done = await self._kept(self._current(live), live.job, artifacts, ignored)
@@ -451,7 +457,8 @@ class Jobs:
             converted = await self._delivery.as_delivered(artifact, live.job.request)
         except GatewayError as error:
             return error
-        live.finished(index, converted)
+        if not live.job.request.strict:  # whether a strict request was honoured is known when all of it is there
+            live.finished(index, converted)
         return converted
 
     # ends
@@ -605,32 +612,48 @@ class Jobs:
         """Bring back what was not over when the gateway stopped or died; returns how many go on."""
         self._recovered_at = self._unix_clock()
         wanted: set[str] = set()
-        for job_id in await self._store.unfinished_jobs():
-            stored = await self._store.load_job(job_id)
-            if stored is None or stored.is_over:
-                continue
-            if stored.at_risk:
-                error = OutcomeUnknown(
-                    f"the gateway stopped while {stored.backend or 'a backend'} was drawing this, and it may have been "
-                    "paid for: it is not drawn again (retry_unknown)",
-                    should_retry=False,
-                )
-                await self._written(self._failed(stored, error))
-                self._metrics.jobs.add(JobStatus.FAILED)
-                self._metrics.durable_jobs.add("unknown")
-                log.warning("job %s ended without our knowing how", stored.id)
-                continue
-            wanted.update(stored.spooled)
-            stored = structs.replace(stored, status=JobStatus.QUEUED)
-            # its route is looked for when it runs: backends may not have said yet what they have
-            job = self._pipeline.placeholder(self._tenant_of(stored.tenant), stored)
-            live = self._live[stored.id] = self._follow(job, stored, durable=True, kept=True)
-            self._metrics.durable_jobs.add("recovered")
-            self._tasks.spawn(self._run(live), "job")
+        page = await self._store.unfinished_jobs(RECOVERED_AT_ONCE)
+        while page:
+            for stored in page:
+                if stored.at_risk:
+                    await self._end_at_risk(stored)
+                else:
+                    wanted.update(stored.spooled)
+                    self._bring_back(stored)
+            page = await self._store.unfinished_jobs(RECOVERED_AT_ONCE, page[-1].id)
         for name in await self._spool.names():
             if name not in wanted:
                 await self._spool.delete(name)
         return len(self._live)
+
+    def _bring_back(self, stored: StoredJob) -> None:
+        stored = structs.replace(stored, status=JobStatus.QUEUED)
+        # its route is looked for when it runs: backends may not have said yet what they have
+        job = self._pipeline.placeholder(self._tenant_of(stored.tenant), stored)
+        live = self._live[stored.id] = self._follow(job, stored, durable=True, kept=True)
+        self._metrics.durable_jobs.add("recovered")
+        self._tasks.spawn(self._run(live), "job")
+
+    async def _end_at_risk(self, stored: StoredJob) -> None:
+        """End a job that may not be drawn again: with its pictures, where the gateway died after they were stored."""
+        try:
+            result = await self._delivery.found(stored)
+        except (GatewayError, ValueError) as error:
+            log.warning("what was stored of job %s cannot be read: %s", stored.id, error)
+            result = None
+        if result is not None:
+            done = self._over(structs.replace(stored, status=JobStatus.SUCCEEDED, result=result, at_risk=0))
+        else:
+            unknown = OutcomeUnknown(
+                f"the gateway stopped while {stored.backend or 'a backend'} was drawing this, and it may have been "
+                "paid for: it is not drawn again (retry_unknown)",
+                should_retry=False,
+            )
+            done = self._failed(stored, unknown)
+            self._metrics.durable_jobs.add("unknown")
+            log.warning("job %s ended without our knowing how", stored.id)
+        await self._written(done)
+        self._metrics.jobs.add(done.status)
 
     def _revived(self, stored: StoredJob) -> Job:
         job = self._pipeline.admit(

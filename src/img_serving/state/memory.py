@@ -105,10 +105,12 @@ class MemoryState:
         ]
         return found[: query.limit]
 
-    async def unfinished_jobs(self) -> list[str]:
-        """The ids of all jobs that are not over, oldest first."""
+    async def unfinished_jobs(self, limit: int, after: str | None = None) -> list[StoredJob]:
+        """Jobs that are not over, oldest first."""
         self._check()
-        return [job.id for job in self._jobs.values() if not job.is_over]
+        ids = list(self._jobs)
+        rest = ids[ids.index(after) + 1 :] if after in self._jobs else ids
+        return [self._jobs[job_id] for job_id in rest if not self._jobs[job_id].is_over][:limit]
 
     async def load_job(self, job_id: str) -> StoredJob | None:
         """A job of whatever tenant."""

@@ -181,9 +181,9 @@ class SqliteState:
         now = self._clock()
         return await self._on_thread(lambda connection: jobs.select(connection, tenant, query, now))
 
-    async def unfinished_jobs(self) -> list[str]:
-        """The ids of all jobs that are not over, oldest first."""
-        return await self._on_thread(jobs.unfinished)
+    async def unfinished_jobs(self, limit: int, after: str | None = None) -> list[StoredJob]:
+        """Jobs that are not over, oldest first."""
+        return await self._on_thread(lambda connection: jobs.unfinished(connection, limit, after))
 
     async def load_job(self, job_id: str) -> StoredJob | None:
         """A job of whatever tenant."""

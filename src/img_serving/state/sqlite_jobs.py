@@ -112,9 +112,14 @@ def select(connection: sqlite3.Connection, tenant: str, query: JobQuery, now: fl
     return [_decode(record) for (record,) in connection.execute(text, values)]
 
 
-def unfinished(connection: sqlite3.Connection) -> list[str]:
-    """The ids of the jobs that are not over, oldest first."""
-    return [str(job_id) for (job_id,) in connection.execute("SELECT id FROM jobs WHERE is_over = 0 ORDER BY place")]
+def unfinished(connection: sqlite3.Connection, limit: int, after: str | None) -> list[StoredJob]:
+    """The jobs that are not over, oldest first."""
+    found = connection.execute(
+        "SELECT record FROM jobs WHERE is_over = 0 AND place > coalesce((SELECT place FROM jobs WHERE id = ?), 0) "
+        "ORDER BY place LIMIT ?",
+        (after, limit),
+    )
+    return [_decode(record) for (record,) in found]
 
 
 def forget(connection: sqlite3.Connection, job_id: str) -> None:

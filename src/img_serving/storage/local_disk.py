@@ -89,12 +89,18 @@ class LocalDiskStore:
         *,
         ttl_seconds: float | None,
         max_bytes: int,
+        is_ours_alone: bool = False,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`ttl_seconds` None keeps for ever; `max_bytes` 0 is unlimited; `clock` gives Unix seconds. Does no I/O yet."""
+        """`ttl_seconds` None keeps for ever; `max_bytes` 0 is unlimited; `clock` gives Unix seconds. Does no I/O yet.
+
+        `is_ours_alone`: nobody else reads there, and no other process writes: what is half written at the start was left by a
+        gateway that died.
+        """
         self._directory = Path(directory)
         self._ttl_seconds = ttl_seconds
         self._max_bytes = max_bytes
+        self._is_ours_alone = is_ours_alone
         self._clock = clock
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="local-disk")
         self._counts = StoreSnapshot()
@@ -219,6 +225,9 @@ class LocalDiskStore:
             self._directory.mkdir(parents=True, exist_ok=True)
             os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
             probe.unlink()
+            for path in self._directory.iterdir() if self._is_ours_alone else ():
+                if _TEMPORARY.fullmatch(path.name):
+                    path.unlink(missing_ok=True)
         except OSError as error:
             raise self._failed("pictures cannot be stored in", error) from error
 
@@ -241,7 +250,8 @@ class LocalDiskStore:
         # a name of its own: one that a crash has left behind must not be in the way of the same picture's second try
         temporary = self._directory / f".img-{secrets.token_hex(16)}.part"
         final = self._directory / name
-        file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        mode = 0o600 if self._is_ours_alone else 0o644
+        file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
         try:
             try:
                 rest = memoryview(data).cast("B")
