@@ -61,7 +61,7 @@ soak: $(STAMP) ## prove that nothing is lost: kill -9 under load, generations of
 	@status=0; for each in kill_restart long_generation; do \
 	  $(BIN)/python soak/$$each.py $(SOAK_ARGS) || status=1; done; exit $$status
 
-fuzz: $(STAMP) ## send the gateway ten times as much of what it should refuse as the suite does, new every time (10 minutes; FUZZ_FACTOR=100)
+fuzz: $(STAMP) ## send the gateway ten times as much of what it should refuse as the suite does, new every time (5 minutes; FUZZ_FACTOR=100)
 	@FUZZ_FACTOR=$${FUZZ_FACTOR:-10} $(BIN)/python -m pytest -n auto --dist loadfile tests/fuzz $(TEST_ARGS)
 
 clean: ## remove the virtual environment and caches
