@@ -97,8 +97,10 @@ class Gateway:
         self.tasks.spawn(self._sweep(), "sweeper")
 
     async def drain(self, seconds: float) -> None:
-        """Take no new work, let what runs finish, answer the rest with 503."""
+        """Take no new work, let what runs finish and what was drawn be kept, answer the rest with 503."""
+        until = self.services.clock() + seconds
         await self.dispatcher.drain(seconds)
+        await self.services.jobs.drain(max(1.0, until - self.services.clock()))
 
     def abort(self) -> None:
         """Answer everything with 503 at once."""

@@ -130,7 +130,10 @@ class ArtifactStore(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class JobQuery:
-    """Which of a tenant's jobs are asked for; None: all. `after` is the id of the last one that was seen."""
+    """Which of a tenant's jobs are asked for; None: all. `after` is the id of the last one that was seen.
+
+    Queued and running are one to a store: it is not told of every start, so either finds all jobs that are not over.
+    """
 
     status: JobStatus | None = None
     operation: Operation | None = None

@@ -10,6 +10,10 @@ from tests.support.asgi import Reply
 from tests.support.gateways import Harness, running, scripted
 from tests.support.virtual_time import run_virtual
 
+from img_serving.domain.errors import StorageFailed
+from img_serving.ports import StoredArtifact
+from img_serving.storage.memory import MemoryStore
+
 SDK = {"x-stainless-retry-count": "0"}
 RETRY = {"x-stainless-retry-count": "1"}
 BODY = {"prompt": "x", "size": "64x64"}
@@ -107,6 +111,24 @@ def test_a_retry_in_time_joins_the_job_that_still_runs() -> None:
     run_virtual(main())
 
 
+class _FullDisk(MemoryStore):
+    async def put(self, *args: Any) -> StoredArtifact:
+        raise StorageFailed("the disk is full")
+
+
+def test_a_retry_that_joined_needs_no_storage_where_its_answer_does_not() -> None:
+    async def main() -> None:
+        async with running(slow(), store=_FullDisk()) as gateway:
+            await leave_after(gateway, 5, headers=SDK, response_format="b64_json")
+            body = {**BODY, "response_format": "b64_json"}
+            reply = await gateway.client.post("/v1/images/generations", body, headers=RETRY)
+            assert reply.status == 200
+            assert reply.json()["data"][0]["b64_json"]
+            assert gateway.adapter("one").count == 1
+
+    run_virtual(main())
+
+
 def test_a_retry_finds_what_was_finished_while_nobody_listened() -> None:
     async def main() -> None:
         async with running(slow()) as gateway:
@@ -164,11 +186,13 @@ def test_a_retry_is_told_the_failure_of_what_it_joined() -> None:
 def test_the_result_of_a_job_that_was_not_cancelled_is_kept_and_found() -> None:
     async def main() -> None:
         async with running(slow()) as gateway:
-            headers = {"x-request-id": "mine"}
-            for body in ({"response_format": "b64_json"}, {"stream": True}):
+            kept = []
+            for name, body in (("plain", {"response_format": "b64_json"}), ("stream", {"stream": True})):
+                headers = {"x-request-id": name}
                 await leave_after(gateway, 5, headers=headers, cancel_on_disconnect=False, **body)
                 await asyncio.sleep(30)
-            stream, plain = (await gateway.client.get("/v1/jobs?request_id=mine")).json()["data"]
+                kept += (await gateway.client.get(f"/v1/jobs?request_id={name}")).json()["data"]
+            plain, stream = kept
             assert plain["status"] == stream["status"] == "succeeded"
             assert plain["result"]["data"][0]["b64_json"]
             assert stream["result"]["data"][0]["url"]

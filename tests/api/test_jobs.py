@@ -15,6 +15,7 @@ from tests.support.virtual_time import run_virtual
 from img_serving.domain.stored import StoredJob
 from img_serving.ports import StoredArtifact
 from img_serving.state.memory import MemoryState
+from img_serving.state.sqlite import StateError
 from img_serving.storage.memory import MemoryStore
 
 KEYS = "".join(f'[[auth.api_keys]]\nname = "{name}"\nkey = "sk-{name}"\n' for name in ("amy", "bob"))
@@ -218,10 +219,55 @@ def test_the_list_is_filtered() -> None:
             assert await ids("idempotency_key=my%20key") == [first["id"]]
             assert await ids("operation=edit") == []
             assert await ids("colour=red&operation=generation") == [second["id"], first["id"]]
-            for query in ("limit=0", "limit=101", "limit=x", "limit=-1", "status=odd", "operation=sing"):
+            bad_limits = ("0", "101", "x", "-1", "01000000", "0001" + "0" * 5000)
+            for query in (*[f"limit={one}" for one in bad_limits], "status=odd", "operation=sing"):
                 reply = await gateway.client.get(f"/v1/jobs?{query}")
                 assert reply.status == 400
                 assert reply.error["param"] == query.partition("=")[0]
+
+    run_virtual(main())
+
+
+def test_running_and_queued_jobs_are_told_apart_in_the_list() -> None:
+    async def main() -> None:
+        async with running(slow()) as gateway:
+            made = [(await make(gateway))["id"] for _ in range(6)]
+            await asyncio.sleep(1)
+
+            async def page(query: str) -> tuple[list[str], bool]:
+                found = (await gateway.client.get(f"/v1/jobs?{query}")).json()
+                return [one["id"] for one in found["data"]], found["has_more"]
+
+            assert await page("status=running") == (made[:1], False)
+            # the store finds the others first, a page at a time
+            assert await page("status=running&limit=1") == (made[:1], False)
+            assert await page("status=queued&limit=3") == (made[:2:-1], True)
+            assert await page(f"status=queued&limit=3&after={made[3]}") == (made[2:0:-1], False)
+            assert await page("status=succeeded") == ([], False)
+            asking = asyncio.ensure_future(gateway.client.draw())
+            await asyncio.sleep(1)
+            assert (await page("status=running")) == (made[:1], False)
+            # a page always ends with a job that the next one can begin after
+            assert await page("limit=1") == (made[5:], True)
+            found, _ = await page("limit=3")
+            assert (len(found), found[1:]) == (3, made[:3:-1])
+            asking.cancel()
+
+    run_virtual(main())
+
+
+def test_a_list_has_no_pictures_in_it_unless_it_is_of_one_job() -> None:
+    async def main() -> None:
+        async with running(scripted("one")) as gateway:
+            headers = {"x-request-id": "always-the-same"}
+            for number in (1, 2):
+                body = generation(response_format="b64_json")
+                made = (await gateway.client.post("/v1/jobs", body, headers=headers)).json()
+                await until_over(gateway, made["id"])
+                found = (await gateway.client.get("/v1/jobs?request_id=always-the-same")).json()["data"]
+                told = {name for one in found for name in one["result"]["data"][0]}
+                assert len(found) == number
+                assert ("b64_json" in told, "url" in told) == (number == 1, number == 2)
 
     run_virtual(main())
 
@@ -317,8 +363,10 @@ def test_events_go_on_where_the_client_stopped_listening() -> None:
                 assert [one.event for one in rest] == ["job.succeeded"], number
             last = {"last-event-id": str(whole[-1].id)}
             assert (await gateway.client.get(path, headers=last)).status == 204
-            odd = await gateway.client.get(path, headers={"last-event-id": "odd"})
-            assert [one.event for one in frames_of(odd.body)] == ["job.succeeded"]
+            # the id of another job's event, or one from before the clock was set back, is none that ends this
+            for other in ("odd", str(int(whole[-1].id or 0) + 1), "9" * 19):
+                rest = frames_of((await gateway.client.get(path, headers={"last-event-id": other})).body)
+                assert [one.event for one in rest] == ["job.succeeded"]
 
     run_virtual(main())
 
@@ -572,7 +620,6 @@ def test_stopping_in_order_lets_what_runs_finish_and_keeps_what_waits() -> None:
 
 
 def test_a_store_that_cannot_be_written_refuses_the_job_and_keeps_nothing() -> None:
-    from img_serving.state.sqlite import StateError
 
     async def main() -> None:
         async with running(slow()) as gateway:
@@ -617,5 +664,126 @@ def test_a_job_s_log_line_and_counters_are_those_of_any_request() -> None:
             assert 'img_serving_pictures_total{backend="one"} 2' in metrics
             assert 'img_serving_durable_jobs_total{event="taken"} 1' in metrics
             assert 'img_serving_live_jobs{kept="disk"} 0' in metrics
+
+    run_virtual(main())
+
+
+class _SlowDisk(MemoryStore):
+    """Takes three seconds to store a picture."""
+
+    async def put(self, *args: Any, **more: Any) -> StoredArtifact:
+        await asyncio.sleep(3)
+        return await super().put(*args, **more)
+
+
+def test_stopping_in_order_keeps_what_was_drawn_and_paid_for() -> None:
+    async def main() -> None:
+        state, store = MemoryState(clock=wall_clock()), _SlowDisk()
+        async with running(slow(backend__retry_unknown=False), state=state, store=store) as gateway:
+            made = await make(gateway, n=2)
+            await asyncio.sleep(21)  # both are drawn, none is stored
+            assert await store.names() == []
+            await gateway.gateway.drain(15)
+            assert state._jobs[made["id"]].status == "succeeded"
+            assert len(await store.names()) == 2
+
+    run_virtual(main())
+
+
+@pytest.mark.parametrize("runs", [True, False])
+def test_stopping_in_order_neither_fails_nor_waits_for_a_job_that_nobody_could_take(runs: bool) -> None:
+    async def main() -> None:
+        state = MemoryState(clock=wall_clock())
+        async with running(slow(sequence=["not_started"], latency_seconds=2), state=state) as gateway:
+            made = await make(gateway)
+            following = asyncio.ensure_future(gateway.client.get(f"/v1/jobs/{made['id']}/events"))
+            await asyncio.sleep(1 if runs else 60)  # by then it rests for half a minute
+            began = asyncio.get_running_loop().time()
+            await gateway.gateway.drain(15)
+            assert asyncio.get_running_loop().time() - began < 1.1
+            frames = frames_of((await following).body)
+            assert {frame.event for frame in frames} <= {"job.queued", "job.running", "job.progress"}
+            assert state._jobs[made["id"]].status == "queued"
+
+    run_virtual(main())
+
+
+def test_jobs_that_nobody_can_take_do_not_pile_up_without_bound() -> None:
+    async def main() -> None:
+        toml = slow(sequence=["not_started"], latency_seconds=0) + "[queue]\nmax_tasks = 4\n"
+        async with running(toml) as gateway:
+            replies = []
+            for _ in range(9):
+                replies.append(await gateway.client.post("/v1/jobs", generation()))
+                await asyncio.sleep(0.5)
+            assert [one.status for one in replies] == [202] * 4 + [503] * 5
+            assert replies[-1].error["code"] == "queue_full"
+            made = [one.json()["id"] for one in replies[:4]]
+            assert (await gateway.client.request("DELETE", f"/v1/jobs/{made[0]}")).json()["status"] == "cancelled"
+            assert (await gateway.client.post("/v1/jobs", generation())).status == 202
+
+    run_virtual(main())
+
+
+def test_a_clock_that_is_set_back_ends_no_job_before_it_began() -> None:
+    async def main() -> None:
+        async with running(slow()) as gateway:
+            jobs = gateway.gateway.services.jobs
+            right = jobs._unix_clock
+            made = await make(gateway)
+            jobs._unix_clock = lambda: right() - 3600
+            done = await until_over(gateway, made["id"])
+            assert done["status"] == "succeeded"
+            assert done["created_at"] <= done["started_at"] <= done["finished_at"] < done["expires_at"]
+
+    run_virtual(main())
+
+
+class _FullState(MemoryState):
+    """Cannot write down the end of a job while it is `full`."""
+
+    full = True
+
+    async def save_job(self, *args: Any) -> None:
+        if self.full:
+            raise StateError("the disk is full")
+        await super().save_job(*args)
+
+
+def test_an_end_that_cannot_be_written_down_for_long_is_told_and_written_later() -> None:
+    async def main() -> None:
+        state = _FullState(clock=wall_clock())
+        async with running(slow(), state=state) as gateway:
+            made = await make(gateway)
+            await asyncio.sleep(60)
+            told = await look(gateway, made["id"])
+            assert (told["status"], told["error"]["code"]) == ("failed", "state_failed")
+            assert (await gateway.client.request("DELETE", f"/v1/jobs/{made['id']}")).json() == told
+            assert (await gateway.client.get("/v1/jobs?status=failed")).json()[
+                "data"
+            ] == []  # the store knows no better
+            assert [one["id"] for one in (await gateway.client.get("/v1/jobs")).json()["data"]] == [made["id"]]
+            assert state._jobs[made["id"]].status == "queued"
+            state.full = False
+            await asyncio.sleep(61)
+            assert state._jobs[made["id"]].status == "failed"
+            assert await look(gateway, made["id"]) == told
+            assert repr(gateway.gateway.services.jobs) == "<Jobs 0 live>"
+
+    run_virtual(main())
+
+
+def test_an_idempotency_key_tells_the_same_while_the_end_is_not_written_down() -> None:
+    async def main() -> None:
+        async with running(slow(), state=_FullState(clock=wall_clock())) as gateway:
+            for wait in (0, 0, 600):
+                await asyncio.sleep(wait)
+                body = {"prompt": "x", "size": "64x64"}
+                reply = await gateway.client.post("/v1/images/generations", body, headers={"idempotency-key": "k"})
+                assert (reply.status, reply.error["code"]) == (503, "state_failed")
+            assert gateway.adapter("one").count == 1
+            began = asyncio.get_running_loop().time()
+            await gateway.gateway.drain(15)
+            assert asyncio.get_running_loop().time() - began < 1
 
     run_virtual(main())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 from typing import Any
+from weakref import ref
 
 import pytest
 from tests.support.asgi import Reply
@@ -12,6 +13,9 @@ from tests.support.frames import Frame, comments_of, frames_of
 from tests.support.gateways import running, scripted
 from tests.support.virtual_time import run_virtual
 
+from img_serving.backends.scripted import picture
+from img_serving.gateway.live import PictureNews
+from img_serving.media.payload import artifact_from_bytes
 from img_serving.media.sniff import check_picture
 
 PARTIAL_FIELDS = {
@@ -189,6 +193,17 @@ def test_a_retry_joins_the_stream_that_was_left_and_hears_all_of_it() -> None:
             assert gateway.adapter("one").count == 1
 
     run_virtual(main())
+
+
+def test_what_many_are_told_of_is_encoded_once_and_forgotten_after_the_last() -> None:
+    news = PictureNews(0, artifact_from_bytes(picture("x", 1, 64, 64), 1))
+    first, second = news.encoded(), news.encoded()
+    assert first is second
+    text = bytes(first.text)
+    held = ref(first)
+    del first, second
+    assert held() is None
+    assert bytes(news.encoded().text) == text
 
 
 def test_a_strict_request_shows_nothing_finished_that_was_not_honoured() -> None:

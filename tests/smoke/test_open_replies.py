@@ -154,6 +154,20 @@ def metrics(program: Program) -> str:
         return read_all(connection).decode()
 
 
+def test_head_of_a_stream_is_a_head_and_nothing_else(program: Program) -> None:
+    drawn = {"prompt": "x", "size": "64x64", "model": "slow"}
+    with post(program, {"operation": "generation", "body": drawn}, path="/v1/jobs") as connection:
+        job_id = json.loads(connection.recv(65536).partition(b"\r\n\r\n")[2])["id"]
+    with program.connect() as connection:
+        head = f"HEAD /v1/jobs/{job_id}/events HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer sk-test\r\n\r\n"
+        connection.sendall(head.encode() + b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+        first, second, body = read_all(connection, b"}").split(b"\r\n\r\n")
+        assert b"text/event-stream" in first
+        assert second.startswith(b"HTTP/1.1 200")
+        assert json.loads(body)["status"] == "ok"
+        assert status_of(program, job_id) == "succeeded"
+
+
 def test_jobs_survive_a_stop_and_a_kill(tmp_path: Path) -> None:
     config = CONFIG.replace("latency_seconds = 1.2", "latency_seconds = 0.5")
     ids: list[str] = []

@@ -130,11 +130,11 @@ class App:
         finally:
             if exchange.trickle is not None:
                 exchange.trickle.end()
-            if exchange.on_end is not None:
-                connection.on_disconnect(
-                    None
-                )  # the handler has ended, or its stream has: there is nothing left to stop
-                exchange.on_end()
+            on_end, exchange.on_end = exchange.on_end, None  # it may hold the exchange, and a job with its pictures
+            if on_end is not None:
+                # the handler has ended, or its stream has: there is nothing left to stop
+                connection.on_disconnect(None)
+                on_end()
 
     async def _serve(self, exchange: Exchange) -> None:
         services = self._services
@@ -144,6 +144,7 @@ class App:
         except GatewayError as error:
             keep_alive = await exchange.discard_body()
             reply = reply_to(error)
+            error.__traceback__ = None  # a job holds its error, which would hold the frames that hold the job
         except ClientDisconnected:
             self._client_left(exchange)
             return

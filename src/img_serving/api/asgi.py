@@ -79,7 +79,7 @@ class AsgiConnection:
         """A server cuts what its application does not finish."""
         self.is_cut = True
 
-    async def stream(self, status: int, headers: Headers, chunks: AsyncIterator[bytes]) -> None:
+    async def stream(self, status: int, headers: Headers, chunks: AsyncIterator[bytes | memoryview]) -> None:
         """Send a reply piece by piece."""
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
         async for chunk in chunks:

@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 
 import msgspec
-import pybase64
 
 from img_serving.api.errors import error_detail
 from img_serving.api.exchange import Headers, Reply
 from img_serving.domain.errors import GatewayError
 from img_serving.domain.images import FORMATS, Artifact, ImageRequest
 from img_serving.gateway.delivery import effective_quality
-from img_serving.gateway.live import LiveJob, News, PartialNews
-from img_serving.media.payload import base64_text
+from img_serving.gateway.live import LiveJob, News, PartialNews, PictureNews
+
+Piece = bytes | memoryview
 
 COMMENT = b": keep-alive\n\n"
+JOIN_BYTES = 64 * 1024
+"""Up to here a frame is one piece."""
+
+_END = b"}\n\n"
 
 _PREFIXES = {"generation": "image_generation", "edit": "image_edit", "variation": "image_variation"}
 _encode = msgspec.json.Encoder().encode
@@ -35,7 +39,7 @@ NO_USAGE = {
 """Nothing here is counted in tokens; clients expect the field."""
 
 
-def reply_of(frames: AsyncIterator[bytes], headers: Headers | None = None) -> Reply:
+def reply_of(frames: AsyncIterator[Piece], headers: Headers | None = None) -> Reply:
     """A reply that is a stream of events. No proxy may hold it back (`x-accel-buffering` is nginx's word for that)."""
     own: Headers = [(b"cache-control", b"no-cache, no-transform"), (b"x-accel-buffering", b"no")]
     return Reply(200, media_type=b"text/event-stream", headers=[*own, *(headers or [])], stream=frames)
@@ -74,51 +78,56 @@ async def follow(live: LiveJob, heartbeat_seconds: float) -> AsyncIterator[News 
             silent_until = loop.time() + heartbeat_seconds
 
 
-async def image_events(live: LiveJob, heartbeat_seconds: float) -> AsyncIterator[bytes]:
+async def image_events(live: LiveJob, heartbeat_seconds: float) -> AsyncIterator[Piece]:
     """The frames of a job, as OpenAI's API streams them; an error is the last of them."""
     request = live.job.request
     if not live.news:
         yield COMMENT  # some proxies pass a head on only with the first byte behind it
     async for news in follow(live, heartbeat_seconds):
-        yield COMMENT if news is None else news_frame(request, news)
+        for piece in (COMMENT,) if news is None else news_pieces(request, news):
+            yield piece
     if live.error is not None:
         yield error_frame(live.error)
 
 
-async def finished_events(request: ImageRequest, artifacts: list[Artifact]) -> AsyncIterator[bytes]:
+async def finished_events(request: ImageRequest, artifacts: list[Artifact]) -> AsyncIterator[Piece]:
     """The frames of a job that was over before anybody asked."""
     for index, artifact in enumerate(artifacts):
-        yield completed_frame(request, index, artifact)
+        for piece in news_pieces(request, PictureNews(index, artifact)):
+            yield piece
 
 
-def news_frame(request: ImageRequest, news: News, event_id: int | None = None) -> bytes:
-    """What happened, as a frame."""
-    if isinstance(news, PartialNews):
-        return _partial_frame(request, news, event_id)
-    return completed_frame(request, news.index, news.artifact, event_id)
+def news_pieces(request: ImageRequest, news: News, event_id: int | None = None) -> Iterator[Piece]:
+    """What happened, as a frame in pieces: pictures are megabytes, and many followers may be told of one at once."""
+    event, said = _partial(request, news) if isinstance(news, PartialNews) else _completed(request, news)
+    head = frame(event, _encode(said), event_id)[: -len(_END)] + b',"b64_json":"'
+    encoded = news.encoded()  # held until it is sent
+    if len(encoded.text) <= JOIN_BYTES:
+        yield b"".join((head, encoded.text, b'"', _END))
+        return
+    yield head
+    yield encoded.text
+    yield b'"' + _END
 
 
-def _partial_frame(request: ImageRequest, news: PartialNews, event_id: int | None) -> bytes:
+def _partial(request: ImageRequest, news: PartialNews) -> tuple[str, dict[str, object]]:
     """An unfinished picture: `output_format` is that of the preview itself, `size` that of the picture it will be."""
-    size = f"{request.width}x{request.height}" if request.width is not None else "auto"
     event = f"{_PREFIXES[request.operation]}.partial_image"
-    head = _encode(
-        {
-            "type": event,
-            "created_at": int(time.time()),
-            "size": size,
-            "quality": effective_quality(request.quality),
-            "background": request.background or "auto",
-            "output_format": FORMATS[news.preview.media_type],
-            "partial_image_index": news.number,
-            "image_index": news.index,
-        }
-    )
-    return frame(event, _with_picture(head, pybase64.b64encode(news.preview.data)), event_id)
+    return event, {
+        "type": event,
+        "created_at": int(time.time()),
+        "size": f"{request.width}x{request.height}" if request.width is not None else "auto",
+        "quality": effective_quality(request.quality),
+        "background": request.background or "auto",
+        "output_format": FORMATS[news.preview.media_type],
+        "partial_image_index": news.number,
+        "image_index": news.index,
+    }
 
 
-def completed_frame(request: ImageRequest, index: int, artifact: Artifact, event_id: int | None = None) -> bytes:
+def _completed(request: ImageRequest, news: PictureNews) -> tuple[str, dict[str, object]]:
     """A finished picture."""
+    artifact = news.artifact
     event = f"{_PREFIXES[request.operation]}.completed"
     said: dict[str, object] = {
         "type": event,
@@ -128,15 +137,10 @@ def completed_frame(request: ImageRequest, index: int, artifact: Artifact, event
         "background": "transparent" if request.background == "transparent" else "opaque",
         "output_format": FORMATS[artifact.media_type],
         "usage": NO_USAGE,
-        "image_index": index,
+        "image_index": news.index,
     }
     if artifact.seed is not None:
         said["seed"] = artifact.seed
     if artifact.revised_prompt is not None:
         said["revised_prompt"] = artifact.revised_prompt
-    return frame(event, _with_picture(_encode(said), base64_text(artifact)), event_id)
-
-
-def _with_picture(head: bytes, text: bytes | memoryview) -> bytes:
-    """An encoded object with `b64_json` put in: pictures are megabytes, and need no look at each of their letters."""
-    return b"".join((head[:-1], b',"b64_json":"', text, b'"}'))
+    return event, said

@@ -92,7 +92,7 @@ class Connection(Protocol):
         """Send a whole reply. `headers` say its length; a reply to HEAD leaves the parts out."""
         ...
 
-    async def stream(self, status: int, headers: Headers, chunks: AsyncIterator[bytes]) -> None:
+    async def stream(self, status: int, headers: Headers, chunks: AsyncIterator[bytes | memoryview]) -> None:
         """Send a reply piece by piece. `headers` say its length."""
         ...
 
@@ -144,7 +144,7 @@ class Reply:
         *,
         media_type: bytes | None = b"application/json",
         headers: Headers | None = None,
-        stream: AsyncIterator[bytes] | None = None,
+        stream: AsyncIterator[bytes | memoryview] | None = None,
         length: int | None = None,
     ) -> None:
         """`length` in bytes is known of a `stream`, or it ends when it ends; for HEAD without a body it is needed."""

@@ -38,6 +38,9 @@ HEAD_SECONDS = 30.0
 WRITE_SECONDS = 60.0
 """How long a client may take to read what is buffered for it."""
 
+SLICE_BYTES = 256 * 1024
+"""So much is buffered for a client at a time: one that is slow but reads has its time for each slice, not for all of it."""
+
 LINGER_SECONDS = 1.0
 """How long a connection is held after a reply to a client that is sending still."""
 
@@ -196,7 +199,7 @@ class HttpRequest:
                 await self._write(part)
         self._finish()
 
-    async def stream(self, status: int, headers: Headers, chunks: AsyncIterator[bytes]) -> None:
+    async def stream(self, status: int, headers: Headers, chunks: AsyncIterator[bytes | memoryview]) -> None:
         """Send a reply piece by piece; see `Connection`."""
         if self.disconnected:
             return
@@ -212,8 +215,10 @@ class HttpRequest:
         """Send the head of a reply of unknown length; see `Connection`."""
         if self.disconnected:
             raise ClientDisconnected
-        self._chunked = self._may_chunk
-        if self._chunked:
+        if self.method == "HEAD":
+            pass  # its reply ends with its head: a last chunk would be taken for the next reply
+        elif self._may_chunk:
+            self._chunked = True
             headers.append((b"transfer-encoding", b"chunked"))
         else:
             self.keep_alive = False  # HTTP/1.0 has no chunks: the end of the connection is the end of the reply
@@ -248,6 +253,15 @@ class HttpRequest:
         self._protocol.transport.abort()
 
     async def _write(self, part: bytes | memoryview) -> None:
+        """A big part goes out in slices: for each of them the client has time to make room."""
+        if len(part) <= SLICE_BYTES:
+            await self._write_slice(part)
+            return
+        whole = memoryview(part)
+        for start in range(0, len(whole), SLICE_BYTES):
+            await self._write_slice(whole[start : start + SLICE_BYTES])
+
+    async def _write_slice(self, part: bytes | memoryview) -> None:
         flow = self._protocol.flow
         if flow.write_paused and not self.disconnected:
             try:

@@ -25,7 +25,7 @@ from img_serving.api.asked import (
 )
 from img_serving.api.bodies import check_json_type, decode_json, read_raw
 from img_serving.api.edits import PicturesOperation
-from img_serving.api.event_stream import finished_events, image_events, reply_of
+from img_serving.api.event_stream import Piece, finished_events, image_events, reply_of
 from img_serving.api.exchange import ClientDisconnected, Exchange, Headers, Reply
 from img_serving.api.fingerprints import fingerprint_of_json
 from img_serving.api.generation import (
@@ -257,7 +257,7 @@ class Images:
             shared = departure.shared
             if shared is not None:
                 shared.is_drawn = True
-            if exchange.disconnected:
+            if exchange.disconnected and (shared is None or shared.is_kept or not shared.followers):
                 answer = await self._keep(exchange, wanted, job, ignored)
             else:
                 answer = await services.delivery.answer(
@@ -447,7 +447,7 @@ async def _until_there_is_something(live: LiveJob, seconds: float) -> None:
         return
 
 
-async def _until_left(exchange: Exchange, frames: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+async def _until_left(exchange: Exchange, frames: AsyncIterator[Piece]) -> AsyncIterator[Piece]:
     """The frames, while the client is there."""
     try:
         async for one in frames:

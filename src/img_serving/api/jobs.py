@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
 from typing import Annotated, Literal
 
@@ -12,7 +12,7 @@ from msgspec import Meta
 
 from img_serving.api.asked import idempotency_key_of
 from img_serving.api.bodies import check_json_type, decode_json
-from img_serving.api.event_stream import COMMENT, frame, news_frame, reply_of
+from img_serving.api.event_stream import COMMENT, Piece, frame, news_pieces, reply_of
 from img_serving.api.exchange import ClientDisconnected, Exchange, Reply
 from img_serving.api.images import Images
 from img_serving.api.keep_alive import pause_seconds
@@ -76,23 +76,41 @@ class Jobs:
     async def list(self, exchange: Exchange) -> Reply:
         """`GET /v1/jobs`: one's own, newest first."""
         query = _query_of(exchange)
-        services = self._services
-        stored = await services.jobs.listed(exchange.tenant, replace(query, limit=query.limit + 1))
+        stored = await self._stored(exchange, query)
         records = [] if query.after is not None else list(self._in_memory(exchange, query))
-        # who names one job wants its result; in a list pictures come as URLs, whatever was asked for
-        is_one = query.idempotency_key is not None or query.request_id is not None
-        records += [await services.records.full(one, services.jobs.live(one.id), inline=is_one) for one in stored]
-        if query.status is not None:
-            # what the store takes for queued may run by now
-            records = [one for one in records if one.status is query.status]
+        if stored:
+            del records[query.limit - 1 :]  # the next page begins after the last one of this, which the store must know
+        records += stored
         page = records[: query.limit]
         reply = JobList(
             data=page,
             first_id=page[0].id if page else None,
             last_id=page[-1].id if page else None,
-            has_more=len(records) > len(page) or len(stored) > query.limit,
+            has_more=len(records) > len(page),
         )
         return Reply(200, (msgspec.json.encode(reply),))
+
+    async def _stored(self, exchange: Exchange, query: JobQuery) -> Sequence[JobRecord]:
+        """Those that the store has, as the query asks for them: one more than fits on a page, if there are so many.
+
+        What the store takes for queued may run by now, or be over: it is asked on until the page is full.
+        """
+        services = self._services
+        found = []
+        after = query.after
+        while True:
+            stored = await services.jobs.listed(exchange.tenant, replace(query, limit=query.limit + 1, after=after))
+            # who names one job wants its result; in a list pictures come as URLs, whatever was asked for
+            is_one = len(stored) == 1 and (query.idempotency_key is not None or query.request_id is not None)
+            records = [await self._record(one, inline=is_one) for one in stored]
+            found += [one for one in records if query.status in {None, one.status}]
+            if len(found) > query.limit or len(stored) <= query.limit:
+                return found
+            after = stored[-1].id
+
+    async def _record(self, stored: StoredJob, *, inline: bool) -> JobRecord:
+        live = self._services.jobs.live(stored.id)
+        return await self._services.records.full(stored if live is None else live.stored, live, inline=inline)
 
     async def get(self, exchange: Exchange) -> Reply:
         """`GET /v1/jobs/{id}`."""
@@ -147,6 +165,7 @@ class Jobs:
             if (
                 query.idempotency_key is None
                 and query.operation in {None, record.operation}
+                and query.status in {None, record.status}
                 and query.request_id in {None, record.request_id}
             ):
                 yield record
@@ -158,7 +177,7 @@ class Jobs:
         stored, live = await self._services.jobs.find(exchange.tenant, exchange.variables["id"])
         seen = _last_event_id(exchange)
         if live is None:
-            if seen is not None and seen >= _end_id(stored):
+            if seen == _end_id(stored):
                 return Reply(204, media_type=None)  # what makes an EventSource stop asking
             return reply_of(self._told_at_once(stored))
         exchange.job = live.job
@@ -178,7 +197,7 @@ class Jobs:
         record = await self._services.records.full(stored)
         yield frame(f"job.{stored.status}", msgspec.json.encode(record), _end_id(stored))
 
-    async def _told(self, exchange: Exchange, live: LiveJob, seen: int | None) -> AsyncIterator[bytes]:
+    async def _told(self, exchange: Exchange, live: LiveJob, seen: int | None) -> AsyncIterator[Piece]:
         """What happens to a job, from where this client stopped listening.
 
         Ids are microseconds of the wall clock, kept growing: those of one process are understood by the next.
@@ -196,7 +215,8 @@ class Jobs:
                 while read < len(live.news):
                     read += 1
                     last_id = max(last_id + 1, live.news_ids[read - 1])
-                    yield news_frame(live.job.request, live.news[read - 1], last_id)
+                    for piece in news_pieces(live.job.request, live.news[read - 1], last_id):
+                        yield piece
                     silent_until = loop.time() + self._heartbeat
                 if live.is_over:
                     break

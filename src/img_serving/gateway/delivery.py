@@ -78,15 +78,10 @@ class Delivery:
         """
         started = self._clock()
         request = job.request
-        artifacts: list[Artifact] = []
-        for task in job.tasks:
-            if task.artifact is None:  # a succeeded job has them all
-                raise AllAttemptsFailed(f"picture {task.index} is missing", should_retry=False)
-            artifact = task.artifact
-            if request.output_format is not None or self._strip:
-                artifact = await self._in_format(artifact, request)
-            artifacts.append(artifact)
-            task.artifact = None  # the reply holds the only copy from here on
+        artifacts = drawn_of(job)
+        if request.output_format is not None or self._strip:
+            for index, artifact in enumerate(artifacts):
+                artifacts[index] = await self._in_format(artifact, request)
         self.count(job, artifacts)
         parts: list[bytes | memoryview] = []
         opening = b'{"created":%d,"data":[{' % int(time.time())
@@ -288,6 +283,17 @@ class Delivery:
         if response_format == "file":
             return b'"file_path":' + _quoted(self._store.path_of(stored.name))
         return b'"url":' + _quoted(f"{base_url()}/images/{stored.name}")
+
+
+def drawn_of(job: Job) -> list[Artifact]:
+    """Take the pictures of a job that has succeeded: who has them holds the only copy from here on."""
+    artifacts: list[Artifact] = []
+    for task in job.tasks:
+        if task.artifact is None:  # a succeeded job has them all
+            raise AllAttemptsFailed(f"picture {task.index} is missing", should_retry=False)
+        artifacts.append(task.artifact)
+        task.artifact = None
+    return artifacts
 
 
 def artifact_name(key: bytes, index: int, extension: str) -> str:

@@ -448,6 +448,9 @@ class Dispatcher:
         if job.id not in self._waiting:
             return
         future = self._waiting.pop(job.id)
+        if job.error is not None:
+            for task in job.tasks:
+                task.artifact = None  # jobs and tasks hold each other: not with pictures that nobody gets
         self._metrics.jobs.add(job.status)
         self._metrics.stage_seconds.observe(job.queued_seconds, "queue")
         if future is not None and not future.done():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from msgspec import structs
@@ -30,7 +31,7 @@ from img_serving.domain.images import EXTENSIONS, Artifact, Call, ImageRequest, 
 from img_serving.domain.jobs import Batch, Ended, Job, JobStatus
 from img_serving.domain.stored import ResponseFormat, StoredError, StoredJob
 from img_serving.domain.tenants import Tenant
-from img_serving.gateway.delivery import Delivery, ResultGone
+from img_serving.gateway.delivery import Delivery, ResultGone, drawn_of
 from img_serving.gateway.dispatcher import Dispatcher
 from img_serving.gateway.identifiers import new_id, random_bytes
 from img_serving.gateway.live import LiveJob
@@ -125,6 +126,8 @@ class Jobs:
         self._options = options
         self._live: dict[str, LiveJob] = {}
         self._accepting = 0
+        self._resting = 0
+        self._idle: asyncio.Future[None] | None = None
         self._recovered_at: float | None = None
 
     def __repr__(self) -> str:
@@ -167,7 +170,8 @@ class Jobs:
             patience_seconds=patience,
         )
         job.durable = True
-        self._dispatcher.check(job, self._accepting)
+        # what waits for another try stands in no line, and yet may not grow without bound
+        self._dispatcher.check(job, self._accepting + self._resting)
         live = self._live[stored.id] = self._follow(job, stored, durable=True, kept=True)
         live.to_submit = len(job.tasks)
         self._accepting += live.to_submit
@@ -177,12 +181,14 @@ class Jobs:
             holder = await self._store.add_job(stored)
         except BaseException as error:
             self._drop(live)
+            live.failed(stored, error if isinstance(error, GatewayError) else _stopping())
             if isinstance(error, GatewayError):
                 await self._unspool(stored)  # where it was stopped instead, it may have been written
             raise
         if holder is not None:
             # another request with the same key was a moment earlier
             self._drop(live)
+            live.failed(stored, NotFound("there is no such job", code="job_not_found"))
             await self._unspool(stored)
             return await self._again(order, holder)
         self._metrics.durable_jobs.add("taken")
@@ -192,6 +198,8 @@ class Jobs:
     def _drop(self, live: LiveJob) -> None:
         del self._live[live.stored.id]
         self._submitted(live)
+        if not self._live and self._idle is not None and not self._idle.done():
+            self._idle.set_result(None)
 
     def _submitted(self, live: LiveJob) -> None:
         """Its tasks stand in line now, or never will: they are no longer among those that are let in and do not yet."""
@@ -212,7 +220,7 @@ class Jobs:
             # it ended between the look into the store and now
             holder = await self._store.load_job(holder.id) or holder
             if not holder.is_over:
-                raise Draining("the gateway is stopping", retry_after_seconds=5.0)
+                raise _stopping()
         self._metrics.durable_jobs.add("replayed")
         return Taken(holder, live, replayed=True)
 
@@ -236,11 +244,7 @@ class Jobs:
             GatewayError: it could not be kept.
         """
         stored = self._new(order, job.deadline - job.submitted_at, job.id)
-        artifacts = [
-            await self._delivery.as_delivered(task.artifact, order.request)
-            for task in job.tasks
-            if task.artifact is not None
-        ]
+        artifacts = [await self._delivery.as_delivered(one, order.request) for one in drawn_of(job)]
         stored = structs.replace(stored, request=_bare(order.request))
         done = await self._kept(stored, job, artifacts, ignored)
         await self._store.add_job(done)
@@ -364,7 +368,7 @@ class Jobs:
         except GatewayError as error:
             await self._fail(live, error)
         except asyncio.CancelledError:
-            live.failed(live.stored, Draining("the gateway is stopping", retry_after_seconds=5.0))
+            live.failed(live.stored, _stopping())
             raise
         except Exception:
             log.exception("the job %s broke", live.stored.id)
@@ -372,6 +376,10 @@ class Jobs:
             await self._fail(live, AllAttemptsFailed("an internal error in the gateway; its log has it"))
         finally:
             self._drop(live)
+            if not live.is_over:
+                live.failed(
+                    live.stored, _stopping()
+                )  # stopped while its end was written down: nobody must wait for ever
             if live.leaving is not None:
                 live.leaving.cancel()
             live.job.watcher = None
@@ -409,6 +417,8 @@ class Jobs:
         while True:
             if live.cancelled:
                 raise Cancelled("the job was cancelled")
+            if self._dispatcher.is_draining:
+                raise _stopping()
             try:
                 if not live.job.route:
                     live.tried_again(self._revived(live.stored))
@@ -426,18 +436,27 @@ class Jobs:
             live.stored = structs.replace(live.stored, attempts=live.stored.attempts + live.job.attempts)
             live.job.route = ()
             live.job.attempts = 0
-            try:
-                async with asyncio.timeout(min(wait, max(0.0, live.stored.deadline_at - self._unix_clock()))):
-                    await live.woken.wait()
-            except TimeoutError:
-                pause = min(LONGEST_PAUSE_SECONDS, pause * 2)
+            await self._rest(live, min(wait, max(0.0, live.stored.deadline_at - self._unix_clock())))
+            pause = min(LONGEST_PAUSE_SECONDS, pause * 2)
             if live.stored.deadline_at <= self._unix_clock():
                 raise DeadlineExceeded(
                     "the deadline of the job passed before a backend could take it", should_retry=False
                 )
 
+    async def _rest(self, live: LiveJob, seconds: float) -> None:
+        """Wait for its next try; less long where it is cancelled, or the gateway stops."""
+        count = len(live.job.tasks)
+        self._resting += count
+        try:
+            async with asyncio.timeout(seconds):
+                await live.woken.wait()
+        except TimeoutError:
+            return
+        finally:
+            self._resting -= count
+
     def _may_try_again(self, live: LiveJob, error: GatewayError) -> bool:
-        if not live.durable or self._dispatcher.is_draining:
+        if not live.durable:
             return False
         recovered = self._recovered_at
         just_began = recovered is not None and self._unix_clock() - recovered < PATIENCE_AFTER_RESTART_SECONDS
@@ -487,10 +506,27 @@ class Jobs:
         if live.durable:
             try:
                 await self._written(done)
-                await self._unspool(done)
             except GatewayError as fault:
-                log.error("the end of job %s could not be written down: %s", done.id, fault.message)  # noqa: TRY400
-        live.failed(done, error)
+                log.error("the end of job %s could not be written down yet: %s", done.id, fault.message)  # noqa: TRY400
+                live.failed(done, error)
+                await self._written_at_last(live, done)
+            await self._unspool(done)
+        if not live.is_over:
+            live.failed(done, error)
+
+    async def _written_at_last(self, live: LiveJob, done: StoredJob) -> None:
+        """Try on until its end is on disk: to the store it is not over, and nobody else would tell it. Not when stopping."""
+        pause = FIRST_PAUSE_SECONDS
+        while not self._dispatcher.is_draining:
+            live.woken.clear()
+            await self._rest(live, pause)
+            pause = min(LONGEST_PAUSE_SECONDS, pause * 2)
+            event = await self._event_of(done)
+            with suppress(GatewayError):
+                await self._store.save_job(done, event)
+                if event is not None:
+                    self._on_event()
+                return
 
     def _failed(self, stored: StoredJob, error: GatewayError) -> StoredJob:
         status = JobStatus.FAILED
@@ -505,7 +541,9 @@ class Jobs:
         expires = now + self._options.result_ttl_seconds
         if stored.idempotency_key is not None:
             expires = max(expires, stored.created_at + KEY_SECONDS)
-        return structs.replace(stored, finished_at=now, expires_at=expires)
+        # a clock that was set back meanwhile does not end a job before it began
+        ended = max(now, stored.started_at or stored.created_at)
+        return structs.replace(stored, finished_at=ended, expires_at=expires)
 
     async def _written(self, stored: StoredJob) -> None:
         """Write a job's end down; a disk that is full for a moment is tried again."""
@@ -603,8 +641,9 @@ class Jobs:
         return structs.replace(one, data=data, spooled=None, spooled_bytes=0)
 
     async def _unspool(self, stored: StoredJob) -> None:
-        for name in stored.spooled:
-            await self._spool.delete(name)
+        with suppress(GatewayError):  # what is left there is found at the next start
+            for name in stored.spooled:
+                await self._spool.delete(name)
 
     # restart
 
@@ -625,6 +664,21 @@ class Jobs:
             if name not in wanted:
                 await self._spool.delete(name)
         return len(self._live)
+
+    async def drain(self, seconds: float) -> None:
+        """Once nothing is drawn any more: keep for at most `seconds` what was drawn. What waits goes on after the restart."""
+        for live in self._live.values():
+            live.woken.set()
+        if not self._live:
+            return
+        self._idle = asyncio.get_running_loop().create_future()
+        try:
+            async with asyncio.timeout(seconds):
+                await self._idle
+        except TimeoutError:
+            log.warning("drain time is over; %d jobs could not be brought to their end", len(self._live))
+        finally:
+            self._idle = None
 
     def _bring_back(self, stored: StoredJob) -> None:
         stored = structs.replace(stored, status=JobStatus.QUEUED)
@@ -671,6 +725,10 @@ class Jobs:
     async def sweep(self) -> int:
         """Forget the jobs whose time is over; returns how many there were."""
         return await self._store.forget_expired(self._unix_clock())
+
+
+def _stopping() -> Draining:
+    return Draining("the gateway is stopping", retry_after_seconds=5.0)
 
 
 def _inputs(images: tuple[InputImage, ...], mask: InputImage | None) -> tuple[InputImage, ...]:

@@ -5,30 +5,66 @@ from __future__ import annotations
 import asyncio
 from bisect import bisect_right
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from weakref import ref
+
+import pybase64
 
 from img_serving.domain.errors import GatewayError
 from img_serving.domain.images import Artifact, Preview
 from img_serving.domain.jobs import Job
 from img_serving.domain.stored import StoredJob
+from img_serving.media.payload import base64_text
 from img_serving.policy.partials import Partials
 
 
-@dataclass(frozen=True, slots=True)
-class PartialNews:
-    """An unfinished picture that is passed on: the `number`th of image `index`."""
+class Encoded:
+    """A picture as base64, for as long as somebody is being told of it."""
+
+    __slots__ = ("__weakref__", "text")
+
+    def __init__(self, text: bytes | memoryview) -> None:
+        self.text = text
+
+
+@dataclass(slots=True, eq=False)
+class _Told:
+    """What many followers may be told of at once: its picture is encoded for all of them, and forgotten after the last."""
 
     index: int
+    _encoded: ref[Encoded] | None = field(default=None, init=False, repr=False)
+
+    def encoded(self) -> Encoded:
+        """Its picture. Whoever sends it holds this until it is sent."""
+        found = None if self._encoded is None else self._encoded()
+        if found is None:
+            found = Encoded(self._text())
+            self._encoded = ref(found)
+        return found
+
+    def _text(self) -> bytes | memoryview:
+        raise NotImplementedError
+
+
+@dataclass(slots=True, eq=False)
+class PartialNews(_Told):
+    """An unfinished picture that is passed on: the `number`th of image `index`."""
+
     number: int
     preview: Preview
 
+    def _text(self) -> bytes | memoryview:
+        return pybase64.b64encode(self.preview.data)
 
-@dataclass(frozen=True, slots=True)
-class PictureNews:
+
+@dataclass(slots=True, eq=False)
+class PictureNews(_Told):
     """Image `index` is done, and as it will be delivered."""
 
-    index: int
     artifact: Artifact
+
+    def _text(self) -> bytes | memoryview:
+        return base64_text(self.artifact)
 
 
 News = PartialNews | PictureNews
@@ -73,7 +109,7 @@ class LiveJob:
         self.to_submit = 0
         """Its tasks that were let in and do not stand in line yet."""
         self.woken = asyncio.Event()
-        """Set when it is cancelled: between two tries nobody else would hear of it."""
+        """Set when it is cancelled, or the gateway stops: between two tries it would not hear of it."""
         self.conversions: dict[int, asyncio.Task[Artifact | GatewayError]] = {}
         self.leaving: asyncio.TimerHandle | None = None
         """Runs while it waits for a client that may come back."""
@@ -142,6 +178,8 @@ class LiveJob:
 
     def failed(self, stored: StoredJob, error: GatewayError) -> None:
         """It is over, and this is what its client is told."""
+        # its frames hold this job, which would hold its pictures until the collector comes by
+        error.__traceback__ = None
         self.stored, self.error, self.is_over = stored, error, True
         self._tell()
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 
 import msgspec
 
-from img_serving.domain.stored import StoredJob
+from img_serving.domain.stored import OVER, StoredJob
 from img_serving.ports import JobQuery, StoredWebhook, WebhookState
 from img_serving.state.sqlite import StateError
 
@@ -98,7 +98,7 @@ class MemoryState:
             for job in newest_first
             if job.tenant == tenant
             and self._is_kept(job)
-            and query.status in {None, job.status}
+            and (query.status in {None, job.status} or not (job.is_over or query.status in OVER))
             and query.operation in {None, job.request.operation}
             and query.idempotency_key in {None, job.idempotency_key}
             and query.request_id in {None, job.request_id}

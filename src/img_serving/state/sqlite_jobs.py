@@ -5,12 +5,16 @@ A job is one row: what is searched for in columns of its own, all of it as Messa
 
 from __future__ import annotations
 
+import logging
 import sqlite3
+from itertools import islice
 
 import msgspec
 
-from img_serving.domain.stored import StoredJob
+from img_serving.domain.stored import OVER, StoredJob
 from img_serving.ports import JobQuery
+
+log = logging.getLogger(__name__)
 
 JOB_TABLES: tuple[str, ...] = (
     """CREATE TABLE jobs (
@@ -94,8 +98,11 @@ def select(connection: sqlite3.Connection, tenant: str, query: JobQuery, now: fl
     """A tenant's jobs, newest first."""
     text = "SELECT record FROM jobs WHERE tenant = ? AND (expires_at IS NULL OR expires_at > ?)"
     values: list[str | float] = [tenant, now]
+    is_open = query.status is not None and query.status not in OVER
+    if is_open:
+        text += " AND is_over = 0"
     asked = {
-        "status": query.status,
+        "status": None if is_open else query.status,
         "operation": query.operation,
         "idempotency_key": query.idempotency_key,
         "request_id": query.request_id,
@@ -107,19 +114,27 @@ def select(connection: sqlite3.Connection, tenant: str, query: JobQuery, now: fl
     if query.after is not None:
         text += " AND place < (SELECT place FROM jobs WHERE id = ? AND tenant = ?)"
         values += [query.after, tenant]
-    text += " ORDER BY place DESC LIMIT ?"
-    values.append(query.limit)
-    return [_decode(record) for (record,) in connection.execute(text, values)]
+    rows = connection.execute(text + " ORDER BY place DESC", values)
+    return list(islice(filter(None, (_read(record) for (record,) in rows)), query.limit))
 
 
 def unfinished(connection: sqlite3.Connection, limit: int, after: str | None) -> list[StoredJob]:
     """The jobs that are not over, oldest first."""
-    found = connection.execute(
-        "SELECT record FROM jobs WHERE is_over = 0 AND place > coalesce((SELECT place FROM jobs WHERE id = ?), 0) "
-        "ORDER BY place LIMIT ?",
-        (after, limit),
+    found: list[StoredJob] = []
+    rows = connection.execute(
+        "SELECT id, record FROM jobs WHERE is_over = 0 AND place > coalesce((SELECT place FROM jobs WHERE id = ?), 0) "
+        "ORDER BY place",
+        (after,),
     )
-    return [_decode(record) for (record,) in found]
+    for job_id, record in rows:
+        job = _read(record)
+        if job is None:
+            log.error("the record of job %s cannot be read: damaged, or from a newer version; it is left", job_id)
+            continue
+        found.append(job)
+        if len(found) == limit:
+            break
+    return found
 
 
 def forget(connection: sqlite3.Connection, job_id: str) -> None:
@@ -134,4 +149,12 @@ def forget_expired(connection: sqlite3.Connection, now: float) -> int:
 
 def _one(rows: sqlite3.Cursor) -> StoredJob | None:
     row = rows.fetchone()
-    return None if row is None else _decode(row[0])
+    return None if row is None else _read(row[0])
+
+
+def _read(record: bytes) -> StoredJob | None:
+    """A record; None where it cannot be read: it is damaged, or from a newer program. One such row is not the end of all."""
+    try:
+        return _decode(record)
+    except (msgspec.DecodeError, ValueError):
+        return None
