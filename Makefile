@@ -14,7 +14,7 @@ BENCH_ARGS ?=
 FAULTS_ARGS ?=
 SOAK_ARGS ?=
 
-.PHONY: install serve test test-clients test-diffusers lint fmt bench bench-scheduling bench-faults bench-jobs soak clean help
+.PHONY: install serve test test-clients test-diffusers lint fmt bench bench-scheduling bench-faults bench-jobs soak fuzz clean help
 .DEFAULT_GOAL := help
 
 help: ## list the commands
@@ -60,6 +60,9 @@ bench-jobs: $(STAMP) ## measure how fast 10,000 durable jobs are accepted, and t
 soak: $(STAMP) ## prove that nothing is lost: kill -9 under load, generations of 310 s (9 minutes; SOAK_ARGS=--quick: one)
 	@status=0; for each in kill_restart long_generation; do \
 	  $(BIN)/python soak/$$each.py $(SOAK_ARGS) || status=1; done; exit $$status
+
+fuzz: $(STAMP) ## send the gateway ten times as much of what it should refuse as the suite does, new every time (5 minutes; FUZZ_FACTOR=100)
+	@FUZZ_FACTOR=$${FUZZ_FACTOR:-10} $(BIN)/python -m pytest -n auto --dist loadfile tests/fuzz $(TEST_ARGS)
 
 clean: ## remove the virtual environment and caches
 	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

@@ -242,6 +242,9 @@ def test_unknown_paths_and_methods_are_errors_of_the_same_shape() -> None:
                 ("DELETE", "/v1/models", "GET, HEAD, OPTIONS"),
                 ("PUT", "/v1/backends/one", "DELETE, GET, HEAD, OPTIONS"),
                 ("BREW", "/health", "GET, HEAD, OPTIONS"),
+                ("DELETE", "/v1/jobs/job_x/events", "GET, HEAD, OPTIONS"),
+                ("POST", "/v1/webhooks/evt_x", "GET, HEAD, OPTIONS"),
+                ("GET", "/v1/webhooks/evt_x/redeliver", "OPTIONS, POST"),
             ):
                 reply = await gateway.client.request(method, path)
                 assert reply.status == 405

@@ -157,7 +157,7 @@ def test_one_event_is_looked_at():
 
 def test_an_event_is_sent_again():
     async def check(webhooks, state):
-        reply = await webhooks.redeliver(exchange(event_id=f"{event(4).event_id}/redeliver"))
+        reply = await webhooks.redeliver(exchange(event_id=event(4).event_id))
         assert reply.status == 202
         assert (answer(reply)["state"], answer(reply)["next_at"]) == ("pending", 50.0)
         assert event(4).event_id in [one.event_id for one in await state.due_webhooks(50.0, 9)]
@@ -165,7 +165,7 @@ def test_an_event_is_sent_again():
     run(check)
 
 
-@pytest.mark.parametrize("rest", ["evt_nobody/redeliver", "{}", "{}/", "{}/again", "{}/redeliver/now"])
+@pytest.mark.parametrize("rest", ["evt_nobody", "{}/", "{}/again", "{}/redeliver", "/{}"])
 def test_nothing_else_is_sent_again(rest):
     async def check(webhooks, state):
         with pytest.raises(NotFound):

@@ -87,8 +87,6 @@ password = "{SECRETS[4]}"
 MARK = "fuzzmark"
 """Is in every file name that a test sends as one that leads elsewhere."""
 
-MODELS = ("painter", "script", "closed", "shut", "")
-
 _OWN_NAMES = re.compile(
     r"config\.toml|stdout\.txt|stderr\.txt|data(/(job_inputs(/(\.img-[0-9a-f]{32}\.part|(img-)?[0-9a-f]{32}\.(png|jpg|webp)))?|[a-z_.-]+))?"
     r"|generated_images(/(\.img-[0-9a-f]{32}\.part|img-[0-9a-f]{32}\.(png|jpg|webp)))?"
@@ -205,6 +203,8 @@ class Edge:
         assert "Traceback" not in log, log[log.index("Traceback") - 500 :][:3000]
         for secret in SECRETS:
             assert secret not in log, secret
+        for line in log.splitlines():
+            assert isinstance(json.loads(line), dict), f"a line that is no JSON: {line[:300]}"
 
     # memory
 

@@ -57,12 +57,13 @@ class InternalError(GatewayError):
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One path: `prefix` routes take the rest of the path into the variable `variable`."""
+    """One path. With a `variable` what stands between `path` and `suffix` goes into it, slashes too."""
 
     path: str
     access: Access
     handlers: dict[str, Handler]
     variable: str | None = None
+    suffix: str = ""
 
     @property
     def allow(self) -> bytes:
@@ -94,6 +95,7 @@ class App:
             Route("/images/edits", "user", {"POST": images.edit}),
             Route("/images/variations", "user", {"POST": images.vary}),
             Route("/jobs", "user", {**_read(jobs.list), "POST": jobs.create}),
+            Route("/jobs/", "user", _read(jobs.follow), "id", "/events"),
             Route("/jobs/", "user", {**_read(jobs.get), "DELETE": jobs.cancel}, "id"),
             Route("/models", "user", _read(models.list)),
             Route("/models/", "user", _read(models.get), "id"),
@@ -101,7 +103,8 @@ class App:
             Route("/backends/", "admin", {**_read(backends.get), "DELETE": backends.remove}, "name"),
             Route("/queue", "admin", _read(Queue(services).look)),
             Route("/webhooks", "admin", _read(webhooks.list)),
-            Route("/webhooks/", "admin", {**_read(webhooks.get), "POST": webhooks.redeliver}, "event_id"),
+            Route("/webhooks/", "admin", {"POST": webhooks.redeliver}, "event_id", "/redeliver"),
+            Route("/webhooks/", "admin", _read(webhooks.get), "event_id"),
             Route("/images/", "public", _read(files.get), "name"),
             Route("/health", "public", _read(health.health)),
             Route("/livez", "public", _read(health.livez)),
@@ -206,8 +209,9 @@ class App:
         if route is not None:
             return route
         for route in self._prefixed:
-            if path.startswith(route.path) and len(path) > len(route.path):
-                exchange.variables[route.variable or ""] = path[len(route.path) :]
+            start, stop = len(route.path), len(path) - len(route.suffix)
+            if start < stop and path.startswith(route.path) and path.endswith(route.suffix):
+                exchange.variables[route.variable or ""] = path[start:stop]
                 return route
         return None
 

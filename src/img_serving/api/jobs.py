@@ -113,11 +113,9 @@ class Jobs:
         return await self._services.records.full(stored if live is None else live.stored, live, inline=inline)
 
     async def get(self, exchange: Exchange) -> Reply:
-        """`GET /v1/jobs/{id}`, and `GET /v1/jobs/{id}/events`."""
-        job_id, slash, rest = exchange.variables["id"].partition("/")
-        if slash and rest == "events":
-            return await self._events(exchange, job_id)
-        if slash:
+        """`GET /v1/jobs/{id}`."""
+        job_id = exchange.variables["id"]
+        if "/" in job_id:
             raise NotFound(f"there is nothing at {exchange.path[:200]}", code="unknown_path")
         services = self._services
         try:
@@ -174,8 +172,9 @@ class Jobs:
 
     # events
 
-    async def _events(self, exchange: Exchange, job_id: str) -> Reply:
-        stored, live = await self._services.jobs.find(exchange.tenant, job_id)
+    async def follow(self, exchange: Exchange) -> Reply:
+        """`GET /v1/jobs/{id}/events`."""
+        stored, live = await self._services.jobs.find(exchange.tenant, exchange.variables["id"])
         seen = _last_event_id(exchange)
         if live is None:
             if seen == _end_id(stored):

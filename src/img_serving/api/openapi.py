@@ -168,7 +168,9 @@ def document(version: str) -> dict[str, Any]:
             },
             "/v1/webhooks/{event_id}/redeliver": {
                 "parameters": [_variable("event_id", "An event's id.")],
-                "post": _operation("redeliver", "Send an event again (admin)", "webhooks", key, answer="WebhookRecord"),
+                "post": _operation(
+                    "redeliver", "Send an event again (admin)", "webhooks", key, answer="WebhookRecord", status="202"
+                ),
             },
             "/v1/models": {"get": _operation("listModels", "List models", "models", key, answer="ModelList")},
             "/v1/models/{id}": {

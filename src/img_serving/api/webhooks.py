@@ -7,7 +7,7 @@ from typing import Final, Literal, get_args
 import msgspec
 
 from img_serving.api.exchange import Exchange, Reply
-from img_serving.domain.errors import InvalidRequest, NotFound
+from img_serving.domain.errors import InvalidRequest
 from img_serving.gateway.webhooks import WebhookDeliverer
 from img_serving.ports import StoredWebhook, WebhookState
 
@@ -77,13 +77,7 @@ class Webhooks:
 
     async def redeliver(self, exchange: Exchange) -> Reply:
         """`POST /v1/webhooks/{event_id}/redeliver`: 202, it is on its way."""
-        event_id, _, action = exchange.variables["event_id"].partition("/")
-        if action != "redeliver":
-            raise NotFound(
-                f"there is nothing to POST to at {exchange.path[:200]}: …/redeliver sends an event again",
-                code="unknown_path",
-            )
-        queued = await self._deliverer.redeliver(event_id)
+        queued = await self._deliverer.redeliver(exchange.variables["event_id"])
         return Reply(202, (msgspec.json.encode(_record(queued)),))
 
 

@@ -82,6 +82,8 @@ def set_up(level: str, chosen: Literal["console", "json"], stream: IO[str] | Non
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
+    # Pillow warns of what it forgives in a client's picture: as it is, that would be two lines of text among the JSON
+    logging.captureWarnings(True)
     # these repeat what the request line says
     for noisy in ("uvicorn.access", "uvicorn.error", "asyncio"):
         logging.getLogger(noisy).setLevel(max(logging.WARNING, root.level))
