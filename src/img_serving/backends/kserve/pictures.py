@@ -12,7 +12,7 @@ from img_serving.backends.kserve.tensors import Tensor, check_length, elements
 from img_serving.domain.images import Artifact, ItemFailure
 from img_serving.domain.vocabulary import shown
 from img_serving.media.payload import artifact_from_base64, artifact_from_bytes
-from img_serving.media.png import encode_png
+from img_serving.media.png import encode_png, without_text
 from img_serving.media.sniff import SIDE_LIMIT, sniff
 from img_serving.media.transcode import MAX_PIXELS
 
@@ -81,7 +81,7 @@ def pixels_from(data: bytes, width: int, height: int, *, is_mask: bool = False) 
     from PIL import Image, ImageOps  # noqa: PLC0415
 
     try:
-        with Image.open(io.BytesIO(data)) as opened:
+        with Image.open(io.BytesIO(without_text(data))) as opened:
             if opened.width * opened.height > MAX_PIXELS:
                 raise ValueError(f"a picture of {opened.width}x{opened.height} is over {MAX_PIXELS} pixels")
             picture = ImageOps.exif_transpose(opened).convert("L" if is_mask else "RGB")
