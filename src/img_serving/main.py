@@ -224,7 +224,7 @@ async def build(
         on_event=webhooks.wake,
         options=job_options(config),
     )
-    dispatcher.journal = jobs
+    dispatcher.journal = jobs.journal
     services = Services(
         config=config,
         version=__version__,

@@ -479,6 +479,7 @@ def test_an_unknown_outcome_is_tried_again_only_where_a_duplicate_costs_no_money
     (asked,) = submitted(one, job())
     assert len(tried_until_the_end(one, UNKNOWN)) == tries
     assert isinstance(asked.error, AllAttemptsFailed)
+    assert asked.error.code == ("backend_failed" if retry_unknown else "outcome_unknown")
 
 
 def test_retries_are_a_share_of_the_traffic():

@@ -149,6 +149,15 @@ class AllAttemptsFailed(GatewayError):
     status = 502
 
 
+class OutcomeUnknown(AllAttemptsFailed):
+    """Nobody knows how a call ended that may have been paid for: it was cut after it was sent, or the gateway stopped meanwhile.
+
+    Only a person can say whether to ask again.
+    """
+
+    default_code = "outcome_unknown"
+
+
 class DeadlineExceeded(GatewayError):
     """The job's deadline passed, waiting or running."""
 
@@ -168,13 +177,6 @@ class Cancelled(GatewayError):
 
     default_code = "cancelled"
     status = 499
-
-
-class OutcomeUnknown(GatewayError):
-    """The gateway stopped while a call was running that may have been paid for: nobody knows how it ended."""
-
-    default_code = "outcome_unknown"
-    status = 502
 
 
 class Recorded(GatewayError):

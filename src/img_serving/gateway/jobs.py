@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -24,18 +24,19 @@ from img_serving.domain.errors import (
     GatewayError,
     NotFound,
     NoUsableBackend,
-    Outcome,
     OutcomeUnknown,
 )
-from img_serving.domain.images import EXTENSIONS, Artifact, Call, ImageRequest, InputImage
-from img_serving.domain.jobs import Batch, Ended, Job, JobStatus
+from img_serving.domain.images import Artifact, ImageRequest
+from img_serving.domain.jobs import Job, JobStatus
 from img_serving.domain.stored import ResponseFormat, StoredError, StoredJob
 from img_serving.domain.tenants import Tenant
-from img_serving.gateway.delivery import Delivery, ResultGone, drawn_of
+from img_serving.gateway.delivery import Delivery, drawn_of
 from img_serving.gateway.dispatcher import Dispatcher
 from img_serving.gateway.identifiers import new_id, random_bytes
+from img_serving.gateway.journal import CallJournal
 from img_serving.gateway.live import LiveJob
 from img_serving.gateway.pipeline import Pipeline
+from img_serving.gateway.spool import InputSpool
 from img_serving.gateway.tasks import TaskRegistry
 from img_serving.policy.options import JobOptions
 from img_serving.ports import ArtifactStore, JobQuery, JobStore, StoredWebhook
@@ -89,7 +90,7 @@ class Taken:
 
 
 class Jobs:
-    """Every job that does not belong to one connection alone. It is the dispatcher's journal (see `AttemptJournal`)."""
+    """Every job that does not belong to one connection alone. `journal` is for the dispatcher."""
 
     def __init__(
         self,
@@ -118,13 +119,14 @@ class Jobs:
         self._dispatcher = dispatcher
         self._delivery = delivery
         self._store = store
-        self._spool = spool
+        self._spool = InputSpool(spool)
         self._tasks = tasks
         self._metrics = metrics
         self._unix_clock = unix_clock
         self._tenant_of = tenant_of
         self._options = options
         self._live: dict[str, LiveJob] = {}
+        self.journal = CallJournal(self._live, store, self._spool, tasks)
         self._accepting = 0
         self._resting = 0
         self._idle: asyncio.Future[None] | None = None
@@ -176,20 +178,20 @@ class Jobs:
         live.to_submit = len(job.tasks)
         self._accepting += live.to_submit
         try:
-            request = job.request = await self._spooled(order.request)
+            request = job.request = await self._spool.put(order.request)
             stored = live.stored = structs.replace(stored, request=request)
             holder = await self._store.add_job(stored)
         except BaseException as error:
             self._drop(live)
             live.failed(stored, error if isinstance(error, GatewayError) else _stopping())
             if isinstance(error, GatewayError):
-                await self._unspool(stored)  # where it was stopped instead, it may have been written
+                await self._spool.forget(stored)  # where it was stopped instead, it may have been written
             raise
         if holder is not None:
             # another request with the same key was a moment earlier
             self._drop(live)
             live.failed(stored, NotFound("there is no such job", code="job_not_found"))
-            await self._unspool(stored)
+            await self._spool.forget(stored)
             return await self._again(order, holder)
         self._metrics.durable_jobs.add("taken")
         self._tasks.spawn(self._run(live), "job")
@@ -399,12 +401,12 @@ class Jobs:
                 live.finished(index, artifact)
         self._delivery.count(live.job, artifacts)
         if live.durable or (live.kept and not live.followers):
-            done = await self._kept(self._current(live), live.job, artifacts, ignored)
+            done = await self._kept(live.current(), live.job, artifacts, ignored)
             await (self._written(done) if live.durable else self._store.add_job(done))
-            await self._unspool(live.stored)
+            await self._spool.forget(live.stored)
         else:
             done = structs.replace(
-                self._current(live),
+                live.current(),
                 status=JobStatus.SUCCEEDED,
                 finished_at=self._unix_clock(),
                 backend=live.job.backend,
@@ -487,16 +489,6 @@ class Jobs:
 
     # ends
 
-    def _current(self, live: LiveJob) -> StoredJob:
-        """What is known of a job by now."""
-        job, stored = live.job, live.stored
-        started = stored.started_at
-        if started is None and job.started_at is not None:
-            started = stored.created_at + job.queued_seconds
-        return structs.replace(
-            stored, started_at=started, backend=job.backend or stored.backend, attempts=stored.attempts + job.attempts
-        )
-
     async def _kept(
         self, stored: StoredJob, job: Job, artifacts: list[Artifact], ignored: tuple[str, ...]
     ) -> StoredJob:
@@ -507,7 +499,7 @@ class Jobs:
         )
 
     async def _fail(self, live: LiveJob, error: GatewayError) -> None:
-        done = self._failed(self._current(live), error)
+        done = self._failed(live.current(), error)
         if live.durable:
             try:
                 await self._written(done)
@@ -515,7 +507,7 @@ class Jobs:
                 log.error("the end of job %s could not be written down yet: %s", done.id, fault.message)  # noqa: TRY400
                 live.failed(done, error)
                 await self._written_at_last(live, done)
-            await self._unspool(done)
+            await self._spool.forget(done)
         if not live.is_over:
             live.failed(done, error)
 
@@ -566,90 +558,6 @@ class Jobs:
                     self._on_event()
                 return
 
-    # what the dispatcher asks for and tells (`AttemptJournal`)
-
-    async def starting(self, batch: Batch) -> None:
-        """Write down that calls are made which cost money, before they are."""
-        if batch.retry_unknown:
-            return  # after a crash they are simply made again
-        lives = list(self._durable_of(batch))
-        for live in lives:
-            live.stored = structs.replace(self._current(live), status=JobStatus.RUNNING, attempts=live.stored.attempts)
-            live.stored = structs.replace(live.stored, at_risk=live.stored.at_risk + 1)
-        await asyncio.gather(*[self._store.save_job(live.stored) for live in lives])
-
-    def ended(self, batch: Batch, ended: Ended) -> None:
-        """A call that is known to have failed cost nothing: after a crash the job may be drawn."""
-        harmless = ended.refusal is not None or ended.outcome in {Outcome.FAILED, Outcome.NOT_STARTED}
-        if batch.retry_unknown or not harmless:
-            return
-        for live in self._durable_of(batch):
-            if live.stored.at_risk:
-                live.stored = structs.replace(live.stored, at_risk=live.stored.at_risk - 1)
-                self._tasks.spawn(self._noted(live), "noting a call's end")
-
-    async def _noted(self, live: LiveJob) -> None:
-        if not live.is_over and live.stored.id in self._live:
-            try:
-                await self._store.save_job(live.stored)
-            except GatewayError as error:
-                log.warning("the end of a call of job %s could not be written down: %s", live.stored.id, error.message)
-
-    def _durable_of(self, batch: Batch) -> Iterable[LiveJob]:
-        for job_id in dict.fromkeys(task.job.id for task in batch.tasks if task.job.durable):
-            live = self._live.get(job_id)
-            if live is not None:
-                yield live
-
-    async def filled(self, call: Call) -> Call:
-        """The call with the bytes of its input pictures."""
-        if not any(one.spooled for item in call.items for one in _inputs(item.images, item.mask)):
-            return call
-        read: dict[str, InputImage] = {}
-        items = []
-        for item in call.items:
-            for one in _inputs(item.images, item.mask):
-                if one.spooled is not None and one.spooled not in read:
-                    read[one.spooled] = await self._read(one)
-            images = tuple(read.get(one.spooled or "", one) for one in item.images)
-            mask = item.mask if item.mask is None else read.get(item.mask.spooled or "", item.mask)
-            items.append(structs.replace(item, images=images, mask=mask))
-        request = structs.replace(call.request, images=items[0].images, mask=items[0].mask)
-        return structs.replace(call, items=tuple(items), request=request)
-
-    # input pictures
-
-    async def _spooled(self, request: ImageRequest) -> ImageRequest:
-        """The request with its input pictures on disk instead of in memory."""
-        if not request.images:
-            return request
-        names: list[str] = []
-        try:
-            images = [await self._to_disk(one, names) for one in request.images]
-            mask = None if request.mask is None else await self._to_disk(request.mask, names)
-        except BaseException:
-            for name in names:
-                await self._spool.delete(name)
-            raise
-        return structs.replace(request, images=tuple(images), mask=mask)
-
-    async def _to_disk(self, one: InputImage, names: list[str]) -> InputImage:
-        stored = await self._spool.put(one.data, EXTENSIONS[one.media_type])
-        names.append(stored.name)
-        return structs.replace(one, data=b"", spooled=stored.name, spooled_bytes=stored.size_bytes)
-
-    async def _read(self, one: InputImage) -> InputImage:
-        found = None if one.spooled is None else await self._spool.find(one.spooled)
-        if found is None:
-            raise ResultGone("an input picture of this job is not there any more", code="input_lost")
-        data = b"".join([chunk async for chunk in self._spool.read(found.name, 0, found.size_bytes)])
-        return structs.replace(one, data=data, spooled=None, spooled_bytes=0)
-
-    async def _unspool(self, stored: StoredJob) -> None:
-        with suppress(GatewayError):  # what is left there is found at the next start
-            for name in stored.spooled:
-                await self._spool.delete(name)
-
     # restart
 
     async def recover(self) -> int:
@@ -665,9 +573,7 @@ class Jobs:
                     wanted.update(stored.spooled)
                     self._bring_back(stored)
             page = await self._store.unfinished_jobs(RECOVERED_AT_ONCE, page[-1].id)
-        for name in await self._spool.names():
-            if name not in wanted:
-                await self._spool.delete(name)
+        await self._spool.sweep(wanted)
         return len(self._live)
 
     async def drain(self, seconds: float) -> None:
@@ -734,10 +640,6 @@ class Jobs:
 
 def _stopping() -> Draining:
     return Draining("the gateway is stopping", retry_after_seconds=5.0)
-
-
-def _inputs(images: tuple[InputImage, ...], mask: InputImage | None) -> tuple[InputImage, ...]:
-    return images if mask is None else (*images, mask)
 
 
 def _bare(request: ImageRequest) -> ImageRequest:

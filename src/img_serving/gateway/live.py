@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from weakref import ref
 
 import pybase64
+from msgspec import structs
 
 from img_serving.domain.errors import GatewayError
 from img_serving.domain.images import Artifact, Preview
@@ -130,6 +131,16 @@ class LiveJob:
     def progress(self) -> float:
         """How far all of its pictures are together, 0 to 1."""
         return sum(self._shares) / len(self._shares)
+
+    def current(self) -> StoredJob:
+        """What is known of it by now, as it would be stored."""
+        job, stored = self.job, self.stored
+        started = stored.started_at
+        if started is None and job.started_at is not None:
+            started = stored.created_at + job.queued_seconds
+        return structs.replace(
+            stored, started_at=started, backend=job.backend or stored.backend, attempts=stored.attempts + job.attempts
+        )
 
     def tried_again(self, job: Job) -> None:
         """The same job, from the beginning."""

@@ -29,6 +29,7 @@ from img_serving.domain.errors import (
     InvalidRequest,
     NoUsableBackend,
     Outcome,
+    OutcomeUnknown,
 )
 from img_serving.domain.images import Artifact
 from img_serving.domain.jobs import Batch, Ended, Job, JobStatus, Route, Task
@@ -456,6 +457,9 @@ class Scheduler:
                 self._stand_again(task)
                 return []
         error = final_error(task, list(self._fleet.of(task.job.route)), message, now)
+        if outcome is Outcome.UNKNOWN and not endpoint.retry_unknown:
+            # it may be there, and paid for: only a person can say whether to ask again
+            error = OutcomeUnknown(f"{message}; it may have been drawn and paid for", should_retry=False)
         return [self._fail(task.job, error, now)]
 
     def _after_refusal(self, batch: Batch, error: GatewayError, now: float) -> list[Job]:
