@@ -150,7 +150,7 @@ class AllAttemptsFailed(GatewayError):
 
 
 class OutcomeUnknown(AllAttemptsFailed):
-    """Nobody knows how a call ended that may have been paid for: it was cut after it was sent, or the gateway stopped meanwhile.
+    """Nobody knows how a call ended that may have been paid for: it was cut after it was sent, or the gateway stopped.
 
     Only a person can say whether to ask again.
     """
