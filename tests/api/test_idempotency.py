@@ -266,3 +266,15 @@ def test_a_coalesced_client_gets_its_picture_though_the_first_one_left() -> None
             assert gateway.adapter("one").count == 1
 
     run_virtual(main())
+
+
+def test_a_failure_in_which_nothing_was_drawn_frees_the_key() -> None:
+    async def main() -> None:
+        async with running(slow(sequence=["not_started", "ok"], repeat="last")) as gateway:
+            assert (await ask(gateway)).status == 502
+            again = await ask(gateway)
+            assert again.status == 200
+            assert "idempotent-replayed" not in again.headers
+            assert (await ask(gateway)).body == again.body
+
+    run_virtual(main())

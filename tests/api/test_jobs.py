@@ -21,7 +21,8 @@ from img_serving.storage.memory import MemoryStore
 KEYS = "".join(f'[[auth.api_keys]]\nname = "{name}"\nkey = "sk-{name}"\n' for name in ("amy", "bob"))
 RECORD = {
     "object", "id", "operation", "status", "model", "n", "position", "eta_seconds", "progress", "attempts", "backend",
-    "created_at", "started_at", "finished_at", "expires_at", "request_id", "idempotency_key", "webhook_url", "result", "error",
+    "created_at", "started_at", "finished_at", "expires_at", "request_id", "idempotency_key", "webhook_url", "waiting_for",
+    "result", "error",
 }  # fmt: skip
 
 
@@ -127,7 +128,8 @@ def test_prefer_respond_async_makes_a_job_of_any_image_request() -> None:
         ({"operation": "generation", "body": {}}, "prompt"),
         ({"operation": "generation", "body": 3}, None),
         ({"operation": "generation", "body": {"prompt": "x", "n": 0}}, "n"),
-        ({"operation": "generation", "body": {"prompt": "x"}, "color": 1}, None),
+        ({"operation": "generation", "body": {"prompt": "x"}, "color": 1}, "color"),
+        ({"operation": "generation", "prompt": "x"}, "prompt"),
         ({"operation": "generation", "body": {"prompt": "x"}, "webhook_url": 7}, "webhook_url"),
     ],
 )
@@ -812,5 +814,39 @@ def test_a_backend_that_is_replaced_finds_its_jobs_again() -> None:
             assert (await until_over(gateway, lost["id"]))["status"] == "succeeded"
             gone = await until_over(gateway, held["id"])
             assert (gone["status"], gone["error"]["code"]) == ("failed", "model_not_found")
+
+    run_virtual(main())
+
+
+def test_a_job_that_nobody_can_take_says_so_and_is_asked_for_when_the_backends_change() -> None:
+    async def main() -> None:
+        away = slow("away", sequence=["not_started"], latency_seconds=0.1, models=["sd"])
+        async with running(away) as gateway:
+            made = await make(gateway, model="sd")
+            await asyncio.sleep(30)
+            record = await look(gateway, made["id"])
+            assert record["status"] == "queued"
+            assert "not started, as scripted" in record["waiting_for"]
+            assert (await gateway.client.get("/v1/jobs?status=queued")).json()["data"][0]["id"] == made["id"]
+            began = asyncio.get_running_loop().time()
+            own = {"name": "own", "protocol": "scripted", "models": ["sd"], "scripted": {"latency_seconds": 1}}
+            assert (await gateway.client.post("/v1/backends", own)).status == 201
+            done = await until_over(gateway, made["id"])
+            assert (done["status"], done["waiting_for"]) == ("succeeded", None)
+            assert asyncio.get_running_loop().time() - began < 10
+
+    run_virtual(main())
+
+
+def test_a_listener_is_told_first_where_the_job_stands() -> None:
+    async def main() -> None:
+        async with running(slow(previews=True)) as gateway:
+            made = await make(gateway, partial_images=1)
+            await asyncio.sleep(7)
+            frames = frames_of((await gateway.client.get(f"/v1/jobs/{made['id']}/events")).body)
+            assert [frame.event for frame in frames][:2] == ["job.running", "image_generation.partial_image"]
+            ids = [int(frame.id or 0) for frame in frames]
+            assert ids == sorted(set(ids))
+            assert frames[1].data["size"] == "64x64"
 
     run_virtual(main())

@@ -219,3 +219,12 @@ def test_a_strict_request_shows_nothing_finished_that_was_not_honoured() -> None
 def test_a_strict_request_that_was_honoured_is_told_at_the_end() -> None:
     _, frames = streamed(scripted("one", latency_seconds=10), strict=True, n=2)
     assert [frame.data["image_index"] for frame in frames] == [0, 1]
+
+
+def test_a_partial_picture_says_the_size_of_the_picture_that_it_will_be() -> None:
+    async def main() -> Reply:
+        async with running(shows()) as gateway:
+            return await gateway.client.draw(stream=True, partial_images=1)
+
+    partial, completed = frames_of(run_virtual(main()).body)
+    assert partial.data["size"] == completed.data["size"] == "1024x1024"

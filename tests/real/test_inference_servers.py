@@ -318,7 +318,7 @@ def test_an_edit_brings_its_picture_and_its_mask() -> None:
 
     async def act(backend: KServeBackend, _: HealthReport) -> None:
         able = backend.capabilities.of("editor")
-        assert able.operations == {"edit"}
+        assert able.operations == {"edit", "variation"}
         assert able.masks
         picture, mask = file((10, 20, 30), "RGB"), file((0, 0, 0, 0), "RGBA")
         (same,) = await draw(backend, call_of(7, model="editor", operation="edit", images=(picture,), size=(40, 24)))

@@ -134,12 +134,14 @@ class Backends:
             # the only file that a backend names
             reason = error.strerror or str(error)
             raise InvalidRequest(f"ca_file: {reason}", code="invalid_backend", param="ca_file") from None
+        self._services.jobs.try_again()
         return Reply(201, (msgspec.json.encode(_record(snapshot)),))
 
     async def remove(self, exchange: Exchange) -> Reply:
         """`DELETE /v1/backends/{name}`: no new work at once; what runs there finishes."""
         last, resolved = await self._services.registry.remove(exchange.variables["name"])
         self._services.dispatcher.settle_all(resolved)
+        self._services.jobs.try_again()
         return Reply(200, (msgspec.json.encode(DeletedBackend("backend", last.name, deleted=True)),))
 
 

@@ -17,6 +17,7 @@ Body = TypeVar("Body")
 _FIELD = re.compile(r" - at `\$\.?([^`]*)`$")
 Choices = Mapping[str, Sequence[str]]
 
+_UNKNOWN = re.compile(r"Object contains unknown field `([^`]{1,80})`")
 _MISSING = re.compile(r"Object missing required field `([^`]+)`")
 
 
@@ -78,6 +79,9 @@ def invalid(error: msgspec.ValidationError, choices: Choices | None = None) -> I
         param = f"{path}.{missing.group(1)}".lstrip(".")
         return InvalidRequest(f"{param} is required", code="missing_required_parameter", param=param)
     reason = _FIELD.sub("", text)
+    if unknown := _UNKNOWN.match(reason):
+        name = f"{path}.{unknown.group(1)}".lstrip(".")
+        return InvalidRequest(f"unknown field {name!r}", code="unknown_parameter", param=name)
     if not path:
         return InvalidRequest(f"the body must be a JSON object: {reason}", code="invalid_type")
     code = "invalid_type" if ", got `" in reason else "invalid_value"

@@ -113,10 +113,11 @@ def news_pieces(request: ImageRequest, news: News, event_id: int | None = None) 
 def _partial(request: ImageRequest, news: PartialNews) -> tuple[str, dict[str, object]]:
     """An unfinished picture: `output_format` is that of the preview itself, `size` that of the picture it will be."""
     event = f"{_PREFIXES[request.operation]}.partial_image"
+    width, height = news.size or (request.width, request.height)
     return event, {
         "type": event,
         "created_at": int(time.time()),
-        "size": f"{request.width}x{request.height}" if request.width is not None else "auto",
+        "size": "auto" if width is None else f"{width}x{height}",
         "quality": effective_quality(request.quality),
         "background": request.background or "auto",
         "output_format": FORMATS[news.preview.media_type],

@@ -355,7 +355,9 @@ def _size(body: GenerationBody, bounds: Bounds) -> tuple[int | None, int | None]
             )
         wide, high = int(match.group(1)), int(match.group(2))
         if max(wide, high) > 65535:
-            raise InvalidRequest(f"a side of {max(wide, high)} pixels is more than any picture has", param="size")
+            raise InvalidRequest(
+                f"a side of {max(wide, high)} pixels is more than any picture has (65535)", param="size"
+            )
         if width is not None and (width, height) != (wide, high):
             raise InvalidRequest(f"size is {wide}x{high}, but width and height say {width}x{height}", param="size")
         width, height, param = wide, high, "size"

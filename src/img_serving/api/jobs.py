@@ -69,9 +69,18 @@ class Jobs:
         check_json_type(exchange)
         with self._images.uploads() as hold:
             raw = await self._images.read_upload(exchange, hold)
-            body = decode_json(raw, self._decoder, {"operation": OPERATIONS})
+            body = self._body_of(raw)
             wanted = await self._images.read_json(body.operation, bytes(body.body), body.webhook_url, hold)
             return await self._images.accept(exchange, wanted, idempotency_key_of(exchange))
+
+    def _body_of(self, raw: bytes) -> JobBody:
+        try:
+            return decode_json(raw, self._decoder, {"operation": OPERATIONS})
+        except InvalidRequest as error:
+            if "unknown field" in error.message:
+                hint = 'what to draw goes into "body": {"operation": "generation", "body": {"prompt": …}}'
+                raise InvalidRequest(f"{error.message}; {hint}", code=error.code, param=error.param) from None
+            raise
 
     async def list(self, exchange: Exchange) -> Reply:
         """`GET /v1/jobs`: one's own, newest first."""
@@ -210,6 +219,12 @@ class Jobs:
         loop = asyncio.get_running_loop()
         silent_until = loop.time() + self._heartbeat
         try:
+            if seen is None and not live.is_over:
+                # where it stands comes first, also for who was too late for how it began
+                record = records.brief(live.stored, live)
+                told = _state(record)
+                last_id = int(live.stored.created_at * MICROSECONDS)
+                yield frame(f"job.{record.status}", msgspec.json.encode(record), last_id)
             while True:
                 version = live.version
                 while read < len(live.news):
@@ -221,7 +236,7 @@ class Jobs:
                 if live.is_over:
                     break
                 record = records.brief(live.stored, live)
-                state = (record.status, record.progress, record.attempts, record.backend)
+                state = _state(record)
                 if state != told:
                     kind = "progress" if told and told[0] == record.status else str(record.status)
                     told = state
@@ -244,6 +259,11 @@ class Jobs:
             if exchange.disconnected:
                 raise ClientDisconnected from None
             raise
+
+
+def _state(record: JobRecord) -> tuple[object, ...]:
+    """What a listener is told of when it changes."""
+    return record.status, record.progress, record.attempts, record.backend, record.waiting_for
 
 
 async def _pause(live: LiveJob) -> None:

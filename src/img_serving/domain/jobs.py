@@ -42,8 +42,8 @@ Route = tuple[Target, ...]
 class JobWatcher(Protocol):
     """Hears of a job while it is drawn. Its methods only take note: they neither wait nor raise."""
 
-    def started(self) -> None:
-        """Its first call was made."""
+    def started(self, width: int, height: int) -> None:
+        """A call was made, for pictures of this size (pixels)."""
         ...
 
     def progressed(self, index: int, share: float, preview: Preview | None) -> None:

@@ -230,7 +230,7 @@ class Dispatcher:
         if batch.watched:
             for task in batch.tasks:
                 if task.job.watcher is not None:
-                    task.job.watcher.started()
+                    task.job.watcher.started(attempt.call.width, attempt.call.height)
         self._watch_the_clock()
         return attempt
 

@@ -29,7 +29,8 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
     """A job as its owner sees it. Times are Unix seconds.
 
     `position` counts the pictures before its next one; in `eta_seconds` it should be done (null: nobody knows, or it is over).
-    `progress` is 0 to 1 over all pictures. `result` is the body that the plain request would have got.
+    `waiting_for` says why no backend can take it for now. `progress` is 0 to 1 over all pictures. `result` is the body that
+    the plain request would have got.
     """
 
     object: Literal["job"] = "job"
@@ -50,6 +51,7 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
     request_id: str
     idempotency_key: str | None
     webhook_url: str | None
+    waiting_for: str | None
     result: msgspec.Raw | None
     error: JobError | None
 
@@ -83,7 +85,7 @@ class JobRecords:
     def brief(self, stored: StoredJob, live: LiveJob | None = None) -> JobRecord:
         """The same without a result."""
         if live is not None and not live.is_over:
-            return self._running(stored, live.job, live.progress)
+            return self._running(stored, live.job, live.progress, live.waiting_for)
         error = stored.error
         return _record(
             stored,
@@ -109,8 +111,9 @@ class JobRecords:
             job.steps_done / job.steps_total if job.steps_total else 0.0,
         )
 
-    def _running(self, stored: StoredJob, job: Job, progress: float) -> JobRecord:
-        status = JobStatus.RUNNING if job.started_at is not None else JobStatus.QUEUED
+    def _running(self, stored: StoredJob, job: Job, progress: float, waiting_for: str | None = None) -> JobRecord:
+        # one without a route waits for a backend that can take it, whether it was tried already or not
+        status = JobStatus.RUNNING if job.started_at is not None and job.route else JobStatus.QUEUED
         position: int | None = None
         eta: float | None = None
         if job.route and not job.is_over:
@@ -127,7 +130,7 @@ class JobRecords:
             backend=job.backend or stored.backend,
             attempts=stored.attempts + job.attempts,
         )
-        return _record(running, position=position, eta_seconds=eta, progress=progress)
+        return _record(running, position=position, eta_seconds=eta, progress=progress, waiting_for=waiting_for)
 
 
 def _record(
@@ -136,6 +139,7 @@ def _record(
     position: int | None = None,
     eta_seconds: float | None = None,
     progress: float = 0.0,
+    waiting_for: str | None = None,
     error: JobError | None = None,
 ) -> JobRecord:
     return JobRecord(
@@ -156,6 +160,7 @@ def _record(
         request_id=stored.request_id,
         idempotency_key=stored.idempotency_key,
         webhook_url=stored.webhook_url,
+        waiting_for=waiting_for,
         result=None,
         error=error,
     )

@@ -425,6 +425,7 @@ class Jobs:
                 if not live.job.route:
                     live.tried_again(self._revived(live.stored))
                 live.is_submitted = True
+                live.waits(None)
                 self._submitted(live)
                 try:
                     return await self._pipeline.draw(live.job)
@@ -434,10 +435,12 @@ class Jobs:
                 if not self._may_try_again(live, error):
                     raise
                 wait = min(LONGEST_PAUSE_SECONDS, max(pause, error.retry_after_seconds or 0.0))
+                why = error.message
             log.info("job %s waits %.0f s for a backend that can take it", live.stored.id, wait)
             live.stored = structs.replace(live.stored, attempts=live.stored.attempts + live.job.attempts)
             live.job.route = ()
             live.job.attempts = 0
+            live.waits(why)
             await self._rest(live, min(wait, max(0.0, live.stored.deadline_at - self._unix_clock())))
             pause = min(LONGEST_PAUSE_SECONDS, pause * 2)
             if live.stored.deadline_at <= self._unix_clock():
@@ -452,10 +455,18 @@ class Jobs:
         try:
             async with asyncio.timeout(seconds):
                 await live.woken.wait()
+            if not (live.cancelled or self._dispatcher.is_draining):
+                live.woken.clear()
         except TimeoutError:
             return
         finally:
             self._resting -= count
+
+    def try_again(self) -> None:
+        """The backends have changed: what waits for one that can take it asks now."""
+        for live in self._live.values():
+            if live.waiting_for is not None:
+                live.woken.set()
 
     def _may_try_again(self, live: LiveJob, error: GatewayError) -> bool:
         if not live.durable:
@@ -500,6 +511,8 @@ class Jobs:
 
     async def _fail(self, live: LiveJob, error: GatewayError) -> None:
         done = self._failed(live.current(), error)
+        if done.idempotency_key is not None and _is_free_of_cost(live.job, error):
+            done = structs.replace(done, idempotency_key=None)  # the same request may be sent again
         if live.durable:
             try:
                 await self._written(done)
@@ -640,6 +653,13 @@ class Jobs:
 
 def _stopping() -> Draining:
     return Draining("the gateway is stopping", retry_after_seconds=5.0)
+
+
+def _is_free_of_cost(job: Job, error: GatewayError) -> bool:
+    """Whether nothing was drawn, and the client would be told the same only because it asked too early."""
+    if error.retry_after_seconds is not None:
+        return True
+    return isinstance(error, NotFound | AllAttemptsFailed) and not any(task.attempts for task in job.tasks)
 
 
 def _bare(request: ImageRequest) -> ImageRequest:

@@ -49,10 +49,11 @@ class _Told:
 
 @dataclass(slots=True, eq=False)
 class PartialNews(_Told):
-    """An unfinished picture that is passed on: the `number`th of image `index`."""
+    """An unfinished picture that is passed on: the `number`th of image `index`. The finished one will have `size` (pixels)."""
 
     number: int
     preview: Preview
+    size: tuple[int, int] | None = None
 
     def _text(self) -> bytes | memoryview:
         return pybase64.b64encode(self.preview.data)
@@ -107,6 +108,8 @@ class LiveJob:
         """Somebody asked for it to end: it is not tried again."""
         self.is_submitted = False
         """Whether the dispatcher has it."""
+        self.waiting_for: str | None = None
+        """Why it is not drawn, while no backend can take it and it is tried again later."""
         self.missing_since: float | None = None
         """Since when nobody serves what it asks for (Unix seconds)."""
         self.to_submit = 0
@@ -116,6 +119,8 @@ class LiveJob:
         self.conversions: dict[int, asyncio.Task[Artifact | GatewayError]] = {}
         self.leaving: asyncio.TimerHandle | None = None
         """Runs while it waits for a client that may come back."""
+        self.size: tuple[int, int] | None = None
+        """What the pictures of its last call were to be (pixels)."""
         self._on_drawn = on_drawn
         self._unix_clock = unix_clock
         self._drawn: set[int] = set()
@@ -142,6 +147,11 @@ class LiveJob:
             stored, started_at=started, backend=job.backend or stored.backend, attempts=stored.attempts + job.attempts
         )
 
+    def waits(self, why: str | None) -> None:
+        """Nobody can take it for now, and why; None: it is asked for again."""
+        self.waiting_for = why
+        self._tell()
+
     def tried_again(self, job: Job) -> None:
         """The same job, from the beginning."""
         self.job = job
@@ -150,8 +160,9 @@ class LiveJob:
 
     # what the dispatcher tells
 
-    def started(self) -> None:
-        """Its first call was made."""
+    def started(self, width: int, height: int) -> None:
+        """A call was made; see `JobWatcher`."""
+        self.size = width, height
         self._tell()
 
     def progressed(self, index: int, share: float, preview: Preview | None) -> None:
@@ -163,7 +174,7 @@ class LiveJob:
             # engines that draw one picture after the other say how far each is
             own = share if preview.share is None else preview.share
             for number, shown in self._partials[index].offer(own, preview):
-                self._add(PartialNews(index, number, shown))
+                self._add(PartialNews(index, number, shown, self.size))
         self._tell()
 
     def drawn(self, index: int, artifact: Artifact) -> None:
@@ -173,7 +184,7 @@ class LiveJob:
         self._drawn.add(index)
         self._shares[index] = 1.0
         for number, shown in self._partials[index].finish():
-            self._add(PartialNews(index, number, shown))
+            self._add(PartialNews(index, number, shown, self.size))
         self._on_drawn(self, index, artifact)
         self._tell()
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from msgspec import structs
 
-from img_serving.domain.errors import InvalidRequest
+from img_serving.domain.errors import InvalidRequest, NoUsableBackend
 from img_serving.domain.images import ImageRequest
 from img_serving.domain.jobs import Job, Route
 from img_serving.domain.stored import ResponseFormat, StoredJob
@@ -153,6 +153,14 @@ class Pipeline:
             wanted = request.images[0].width, request.images[0].height
         try:
             await self._dispatcher.run(job)
+        except NoUsableBackend as error:
+            if request.model is None and request.backend is None and job.route:
+                raise NoUsableBackend(
+                    f"{error.message} (the request names no model, so it went to the backend {job.route[0].backend}: name a "
+                    "model of GET /v1/models, or a backend that is up)",
+                    retry_after_seconds=error.retry_after_seconds,
+                ) from error
+            raise
         finally:
             if request.images:
                 # jobs and their tasks refer to each other, and so live on for a while: not with megabytes of input

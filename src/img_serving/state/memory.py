@@ -71,6 +71,8 @@ class MemoryState:
         known = self._jobs.get(job.id)
         if known is not None and not known.is_over:
             self._jobs[job.id] = job
+            if known.idempotency_key is not None and job.idempotency_key is None:
+                del self._keys[known.tenant, known.idempotency_key]
             if webhook is not None:
                 await self.add_webhook(webhook)
 

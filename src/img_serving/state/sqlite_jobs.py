@@ -63,8 +63,9 @@ def add(connection: sqlite3.Connection, job: StoredJob, now: float) -> StoredJob
 def save(connection: sqlite3.Connection, job: StoredJob) -> bool:
     """Replace a job that is there and not over; whether there is one."""
     changed = connection.execute(
-        "UPDATE jobs SET status = ?, is_over = ?, expires_at = ?, record = ? WHERE id = ? AND is_over = 0",
-        (job.status, job.is_over, job.expires_at, _encode(job), job.id),
+        "UPDATE jobs SET status = ?, is_over = ?, expires_at = ?, idempotency_key = ?, record = ? "
+        "WHERE id = ? AND is_over = 0",
+        (job.status, job.is_over, job.expires_at, job.idempotency_key, _encode(job), job.id),
     )
     return changed.rowcount > 0
 

@@ -37,8 +37,16 @@ class Watch(NamedTuple):
 
 NOBODY: Final = Watch()
 
+MOST_PREVIEWS: Final = 12
+"""Of one picture, spread evenly: a client sees three at most, at quarters, thirds or the half, and each takes its time."""
+
 _PREVIEW_SIDE = 256
 """Pixels: enough to see what it will be, at a few hundredths of a second each."""
+
+
+def is_shown(done: int, steps: int) -> bool:
+    """Whether a picture is shown after so many of its steps."""
+    return done * MOST_PREVIEWS // steps > (done - 1) * MOST_PREVIEWS // steps
 
 
 def paint(  # noqa: PLR0917 - a picture's arguments in the order in which people name them
@@ -65,7 +73,8 @@ def paint(  # noqa: PLR0917 - a picture's arguments in the order in which people
         height: pixels, likewise.
         on_step: told (done, total) after every step.
         is_cancelled: asked before every step, and while the picture is drawn every few milliseconds.
-        preview: given (done, small picture) after every step; only then previews are drawn (longer side 256 pixels).
+        preview: given (done, small picture) after each of at most twelve steps; only then previews are drawn (longer side 256
+            pixels).
 
     Raises:
         GenerationCancelled: `is_cancelled()` was true.
@@ -140,7 +149,7 @@ def refine(key: str, steps: int, size: tuple[int, int], look: Look, watch: Watch
     for done in range(1, steps + 1):
         pause()
         latent.advance()
-        if watch.preview is not None:
+        if watch.preview is not None and is_shown(done, steps):
             watch.preview(done, look(latent, *small, pause))
         if done == steps:  # the last step is done when the picture is there
             pause()
