@@ -9,27 +9,31 @@ What they draw is noise, but the work is that of the real models. `--tiny` makes
 It needs the extras `grpc` and `diffusers`. The worker is `img-serving worker --engine THIS_FILE:RandomEngine`, a process of its
 own, as is the gateway.
 
-What was run so far: `--tiny` on a CPU, from end to end. Of the true sizes only the shapes were made, on torch's meta device:
-SDXL's U-Net has 2.57, Flux 11.9 billion parameters; all weights together are 6.9 and 33.7 GB in 16 bits. They have not been
-run on a GPU, so there is no figure of them.
+SDXL's U-Net has 2.57, Flux 11.9 billion parameters; all weights together are 6.9 and 33.7 GB in 16 bits. Clients are so many
+that a full batch always waits, and only what comes once batches are full is timed: what is measured is how much a busy worker
+draws, not how soon it is busy. The loop ends each call with floats on the CPU; what is served is a PNG in the gateway's store.
+docs/benchmarks.md has the figures of an H100.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import re
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -41,24 +45,42 @@ from img_serving.engines.diffusers import DiffusersEngine, DiffusersOptions  # n
 
 MODELS = ("sdxl", "flux")
 KEY = "throughput-key"
-READY_SECONDS = 900.0
+READY_SECONDS = 600.0
 PROMPT = "a lighthouse at dusk, number {}"
+PARTS = "THROUGHPUT_PARTS"
+"""In the worker's environment: the file that it writes the times of its drawings to."""
 
 
 @dataclass(frozen=True)
 class Served:
-    """One model: pictures a second in a loop and through the gateway, and how full the worker's batches were."""
+    """One model with one number of slots.
+
+    Attributes:
+        offline: pictures a second of the loop by batch size.
+        offline_again, offline_per_second: at the best one, several times before and after what is served; the median.
+        windows, served_per_second: pictures a second through the gateway, in windows of a run that stays busy; the median.
+        batches: pictures by the size of the batch they came in.
+        call_seconds: that the loop takes for a batch.
+        part_seconds, between_seconds: medians of what the worker's engine takes for one, and of the time until the next begins.
+    """
 
     model: str
     size: str
     steps: int
+    slots: int
     device: str
+    versions: dict[str, str]
     offline: dict[int, float]
     best_batch: int
+    offline_again: list[float]
     offline_per_second: float
+    windows: list[float]
     served_per_second: float
     ratio: float
     batches: dict[str, int]
+    call_seconds: float
+    part_seconds: float
+    between_seconds: float
 
 
 class RandomEngine(DiffusersEngine):
@@ -67,6 +89,16 @@ class RandomEngine(DiffusersEngine):
     def __init__(self, model: str) -> None:
         self._kind, _, self._tiny = model.partition("-")
         super().__init__(DiffusersOptions(model=model, offline=True, buckets=(1, 2, 4, 8, 16)))
+        self._parts = os.environ.get(PARTS)
+
+    def _draw_part(self, drawing: Any, works: Any, part: Any) -> bool:
+        """As it is, and its times are written down."""
+        began = time.monotonic()
+        is_drawn = super()._draw_part(drawing, works, part)
+        if self._parts:
+            with Path(self._parts).open("a", encoding="utf-8") as out:
+                out.write(json.dumps([began, time.monotonic(), part.take, part.size]) + "\n")
+        return is_drawn
 
     def read(self, dtype: Any) -> Any:
         """Make the pipeline on its device: a true one would take minutes and twice its memory on the CPU."""
@@ -231,9 +263,11 @@ def _vae(channels: int, *, tiny: bool, **more: Any) -> Any:
     ).eval()
 
 
-def offline(model: str, side: int, steps: int, sizes: Sequence[int], seconds: float) -> dict[str, Any]:
-    """In this process: pictures a second of the bare pipeline at each batch size, until the memory ends."""
+def offline(model: str, options: argparse.Namespace) -> dict[str, Any]:
+    """In this process: pictures a second of the bare pipeline at each batch size, until the memory ends; the best one again."""
+    import diffusers
     import torch
+    import transformers
 
     from img_serving.engines.diffusers.device import free, is_out_of_memory
     from img_serving.engines.diffusers.quiet import hushed
@@ -250,43 +284,58 @@ def offline(model: str, side: int, steps: int, sizes: Sequence[int], seconds: fl
         pipe(
             prompt=[PROMPT.format(number) for number in range(size)],
             generator=[torch.Generator("cpu").manual_seed(number) for number in range(size)],
-            width=side,
-            height=side,
-            num_inference_steps=steps,
+            width=options.size,
+            height=options.size,
+            num_inference_steps=options.steps,
             output_type="np",
         )
 
+    def rate(size: int) -> float:
+        began, drawn = time.perf_counter(), 0
+        while drawn == 0 or time.perf_counter() - began < options.seconds:
+            draw(size)  # it ends with a copy to the CPU, so the time is that of the whole work
+            drawn += size
+        return drawn / (time.perf_counter() - began)
+
     with hushed():
-        for size in sizes:
+        for size in options.batch_sizes:
             try:
                 draw(size)
-                began, drawn = time.perf_counter(), 0
-                while drawn == 0 or time.perf_counter() - began < seconds:
-                    draw(size)  # it ends with a copy to the CPU, so the time is that of the whole work
-                    drawn += size
-                found[size] = drawn / (time.perf_counter() - began)
+                found[size] = rate(size)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
                 break
             finally:
                 free(device)
-    name = torch.cuda.get_device_name() if device.startswith("cuda") else device
-    return {"device": name, "per_second": found}
+        again = []
+        if found:
+            best = max(found, key=lambda size: found[size])
+            again = [rate(best) for _ in range(options.repeats)]
+    return {
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
+        "per_second": found,
+        "again": again,
+        "versions": {one.__name__: one.__version__ for one in (torch, diffusers, transformers)},
+    }
 
 
-def served(model: str, batch: int, options: argparse.Namespace) -> tuple[float, dict[str, int]]:
-    """Pictures a second of requests for one picture each, twice a batch of them at once; and pictures by batch size."""
-    requests = max(options.requests, 4 * batch)
+def served(model: str, batch: int, rate: float, slots: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Pictures a second of requests for one picture each, so many at once that a full batch always waits.
+
+    `rate` is about how many a second there may be.
+    """
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         worker_port, metrics_port, port = (_free_port() for _ in range(3))
-        stack.enter_context(
+        parts = folder / "parts.jsonl"
+        worker = stack.enter_context(
             _program(
                 folder / "worker.log",
                 *("worker", "--engine", f"{Path(__file__).resolve()}:RandomEngine", "--model", model),
                 *("--port", str(worker_port), "--metrics-port", str(metrics_port), "--no-warm-up"),
-                *("--max-batch-size", str(batch), "--slots", str(options.slots)),
+                *("--max-batch-size", str(batch), "--slots", str(slots)),
+                **{PARTS: str(parts)},
             )
         )
         (folder / "gateway.toml").write_text(
@@ -326,18 +375,66 @@ health_check_interval_secs = 1
                 body | {"prompt": PROMPT.format(number), "seed": number},
             )
 
-        _until_ready(metrics_port, folder)
-        _until(lambda: ask(0), folder)
-        with ThreadPoolExecutor(2 * batch) as clients:
-            list(clients.map(ask, range(2 * batch)))  # every batch size once, unmeasured
-            before = _batches(metrics_port)
-            began = time.perf_counter()
-            list(clients.map(ask, range(requests)))
-            took = time.perf_counter() - began
-        after = _batches(metrics_port)
-        return requests / took, {
-            size: count - before.get(size, 0) for size, count in after.items() if count > before.get(size, 0)
+        _until(lambda: _loaded(metrics_port), folder, worker)
+        _until(lambda: ask(0), folder, worker)
+        ended: list[float] = []
+        is_over = threading.Event()
+
+        def client(number: int) -> None:
+            while not is_over.is_set():
+                ask(number)
+                ended.append(time.monotonic())
+
+        count = (slots + 1) * batch
+        pause = 0.1 * batch / rate
+        with ThreadPoolExecutor(count) as clients:
+            asking = [clients.submit(client, number) for number in range(count)]
+            try:
+                before, windows = {}, []
+                began = _clump(ended, 0, pause, asking)
+                while began[0] < slots + batch:  # the first ones found nobody to be drawn with
+                    began = _clump(ended, began[0], pause, asking)
+                before = _batches(metrics_port)
+                first = began[1]
+                for _ in range(options.repeats):
+                    reached = began
+                    while reached == began or reached[1] - began[1] < options.seconds:
+                        reached = _clump(ended, reached[0], pause, asking)
+                    windows.append((reached[0] - began[0]) / (reached[1] - began[1]))
+                    began = reached
+                after = _batches(metrics_port)
+            finally:
+                is_over.set()
+        for one in asking:
+            one.result()
+        drawn = [json.loads(line) for line in parts.read_text(encoding="utf-8").splitlines()]
+        drawn = [one for one in drawn if first <= one[0] and one[1] <= began[1] and one[2] == batch]
+        return {
+            "windows": windows,
+            "batches": {size: n - before.get(size, 0) for size, n in after.items() if n > before.get(size, 0)},
+            "part_seconds": statistics.median([one[1] - one[0] for one in drawn] or [0.0]),
+            "between_seconds": statistics.median([b[0] - a[1] for a, b in itertools.pairwise(drawn)] or [0.0]),
         }
+
+
+def _clump(ended: list[float], known: int, pause: float, asking: Sequence[Future[None]]) -> tuple[int, float]:
+    """Wait for the pictures of the next batch, beyond the `known` ones: how many there are by then, and since when.
+
+    They come together, and are all there when for `pause` seconds none came.
+    """
+    deadline = None
+    while True:
+        time.sleep(0.002)
+        broken = next((one.exception() for one in asking if one.done()), None)
+        if broken is not None:
+            raise broken
+        count = len(ended)
+        if count == known:
+            continue
+        last, now = ended[count - 1], time.monotonic()
+        deadline = deadline or now + 20 * pause  # calls so short that there is no pause between them
+        if now - last > pause or now > deadline:
+            return count, last
 
 
 def _batches(metrics_port: int) -> dict[str, int]:
@@ -358,40 +455,40 @@ def _post(url: str, body: dict[str, Any]) -> None:
     assert len(answer["data"]) == 1
 
 
-def _until_ready(metrics_port: int, folder: Path) -> None:
-    def ready() -> None:
-        with urllib.request.urlopen(f"http://127.0.0.1:{metrics_port}/metrics", timeout=10) as reply:
-            if not re.search(r"worker_ready\S* 1", reply.read().decode()):
-                raise OSError("the worker is loading")
-
-    _until(ready, folder)
+def _loaded(metrics_port: int) -> None:
+    """Raises OSError: the worker is loading."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{metrics_port}/metrics", timeout=10) as reply:
+        if not re.search(r"worker_ready\S* 1", reply.read().decode()):
+            raise OSError("the worker is loading")
 
 
-def _until(act: Any, folder: Path) -> None:
+def _until(act: Any, folder: Path, worker: subprocess.Popen[bytes]) -> None:
     """Try until it works: programs that start say nothing of when they are ready to one who has no business with them."""
     deadline = time.monotonic() + READY_SECONDS
     while True:
         try:
             act()
         except OSError as error:
-            if time.monotonic() > deadline:
+            is_starting = not isinstance(error, urllib.error.HTTPError) or error.code in {404, 503}
+            if not is_starting or worker.poll() is not None or time.monotonic() > deadline:
                 logs = "\n".join(f"--- {log.name}\n{log.read_text()[-3000:]}" for log in folder.glob("*.log"))
-                raise SystemExit(f"not ready after {READY_SECONDS:.0f} s ({error})\n{logs}") from None
+                raise SystemExit(f"it does not get ready ({error})\n{logs}") from None
             time.sleep(0.2)
         else:
             return
 
 
 @contextlib.contextmanager
-def _program(log: Path, *arguments: str) -> Iterator[None]:
+def _program(log: Path, *arguments: str, **more: str) -> Iterator[subprocess.Popen[bytes]]:
     """img-serving with these arguments, its words in a file, until the end of the block."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    paths = [str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | more
     with log.open("wb") as out:
         program = subprocess.Popen(
             [sys.executable, "-m", "img_serving", *arguments], stdout=out, stderr=out, env=environment
         )
         try:
-            yield
+            yield program
         finally:
             program.terminate()
             try:
@@ -407,33 +504,65 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def measured(model: str, options: argparse.Namespace) -> Served:
+def measured(model: str, options: argparse.Namespace) -> list[Served]:
     """Both ways of one model; the loop runs in a process of its own, so that its memory is free for the worker."""
-    shared = ["--size", str(options.size), "--steps", str(options.steps), "--seconds", str(options.seconds)]
-    done = subprocess.run(
-        [sys.executable, __file__, "--loop", model, *shared, "--batch-sizes", *map(str, options.batch_sizes)],
-        stdout=subprocess.PIPE,
-        check=True,
-        text=True,
-    )
-    told = json.loads(done.stdout.splitlines()[-1])
+    told = _loop(model, options.batch_sizes, options)
     loop = {int(size): rate for size, rate in told["per_second"].items()}
     if not loop:
         raise SystemExit(f"{model}: not even one picture of {options.size}x{options.size} fits into the memory")
     best = max(loop, key=lambda size: loop[size])
-    rate, batches = served(model, best, options)
-    size = f"{options.size}x{options.size}"
-    return Served(model, size, options.steps, told["device"], loop, best, loop[best], rate, rate / loop[best], batches)
+    print(f"{model}: the loop draws {told['again']} a second in batches of {best}; {loop}", file=sys.stderr, flush=True)
+    found = []
+    for slots in options.slots:
+        found.append(served(model, best, loop[best], slots, options))
+        print(f"{model}, {slots} slots: {found[-1]}", file=sys.stderr, flush=True)
+    again = [*told["again"], *([] if options.no_loop_after else _loop(model, [best], options)["again"])]
+    middle = statistics.median(again)
+    results = []
+    for slots, one in zip(options.slots, found, strict=True):
+        rate = statistics.median(one["windows"])
+        results.append(
+            Served(
+                model=model,
+                size=f"{options.size}x{options.size}",
+                steps=options.steps,
+                slots=slots,
+                device=told["device"],
+                versions=told["versions"],
+                offline=loop,
+                best_batch=best,
+                offline_again=again,
+                offline_per_second=middle,
+                served_per_second=rate,
+                ratio=rate / middle,
+                call_seconds=best / middle,
+                **one,
+            )
+        )
+    return results
+
+
+def _loop(model: str, sizes: Sequence[int], options: argparse.Namespace) -> Any:
+    shared = [f"--{name}={getattr(options, name)}" for name in ("size", "steps", "seconds", "repeats")]
+    done = subprocess.run(
+        [sys.executable, __file__, "--loop", model, *shared, "--batch-sizes", *map(str, sizes)],
+        stdout=subprocess.PIPE,
+        check=True,
+        text=True,
+    )
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def table(results: Sequence[Served]) -> str:
     """For people."""
-    lines = [
-        f"{'model':12} {'size':>10} {'steps':>5} {'batch':>5} {'loop/s':>8} {'served/s':>8} {'ratio':>6}  in batches of"
-    ]
+    heads = (
+        f"{'model':12} {'size':>10} {'steps':>5} {'batch':>5} {'slots':>5} {'loop/s':>8} {'served/s':>8} {'ratio':>6}"
+    )
+    lines = [f"{heads} {'loop s':>7} {'part s':>7} {'gap s':>7}  in batches of"]
     lines += [
-        f"{one.model:12} {one.size:>10} {one.steps:>5} {one.best_batch:>5} {one.offline_per_second:>8.3f} "
-        f"{one.served_per_second:>8.3f} {one.ratio:>6.2f}  {one.batches}"
+        f"{one.model:12} {one.size:>10} {one.steps:>5} {one.best_batch:>5} {one.slots:>5} {one.offline_per_second:>8.3f} "
+        f"{one.served_per_second:>8.3f} {one.ratio:>6.3f} {one.call_seconds:>7.3f} {one.part_seconds:>7.3f} "
+        f"{one.between_seconds:>7.4f}  {one.batches}"
         for one in results
     ]
     return "\n".join(lines)
@@ -447,21 +576,24 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=1024, help="side in pixels (default 1024)")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="of the loop")
-    parser.add_argument("--requests", type=int, default=32, help="through the gateway, at least four batches")
     parser.add_argument(
-        "--slots", type=int, default=2, help="of the worker: while one call is drawn, another is at hand"
+        "--slots", type=int, nargs="+", default=[2], help="of the worker: while one call is drawn, another is at hand"
     )
-    parser.add_argument("--seconds", type=float, default=20.0, help="of the loop at each batch size")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of one measurement, at least a batch")
+    parser.add_argument("--repeats", type=int, default=3, help="measurements of each way")
+    parser.add_argument("--no-loop-after", action="store_true", help="measure the loop before what is served only")
     parser.add_argument("--json", type=Path, help="write the figures there")
     parser.add_argument("--loop", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.loop:
-        print(json.dumps(offline(options.loop, options.size, options.steps, options.batch_sizes, options.seconds)))
+        print(json.dumps(offline(options.loop, options)))
         return
-    results = [measured(f"{model}-tiny" if options.tiny else model, options) for model in options.models]
-    print(f"on {results[0].device}\n{table(results)}")
-    if options.json is not None:
-        options.json.write_text(json.dumps([asdict(one) for one in results], indent=2) + "\n", encoding="utf-8")
+    results: list[Served] = []
+    for model in options.models:
+        results += measured(f"{model}-tiny" if options.tiny else model, options)
+        if options.json is not None:
+            options.json.write_text(json.dumps([asdict(one) for one in results], indent=2) + "\n", encoding="utf-8")
+    print(f"on {results[0].device}, {results[0].versions}\n{table(results)}")
 
 
 if __name__ == "__main__":

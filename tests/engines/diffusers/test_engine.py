@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 from tests.support.drawing import SIDE, STEPS, call, draw, item, mask_of_right_half, most_different, picture, pipe_of
 
 from img_serving.domain.images import SEED_LIMIT, InputImage, ItemFailure
+from img_serving.engines.diffusers.family import described
 from img_serving.engines.engine import GenerationCancelled, OnStep
 
 pytest.importorskip("torch", reason="NO TORCH: make test-diffusers runs this in an environment that has it")
@@ -495,6 +498,30 @@ def test_numbers_that_overflow_are_an_error_and_no_black_picture(
     monkeypatch.setattr(pipe_of(one).vae, "decode", overflowing)
     with pytest.raises(ArithmeticError, match="use dtype bfloat16 or float32"):
         draw(one, item(1))
+
+
+@EVERY
+def test_pictures_made_into_bytes_on_the_device_are_those_of_the_pipelines_own_arrays(
+    engine: Engines, family: str
+) -> None:
+    one = engine(family, buckets=(2,))
+    items = [item(1), item(2, "a dog")]
+    here = draw(one, *items)
+    assert one._words.leaves_tensors
+    one._words = replace(one._words, leaves_tensors=False)
+    try:
+        there = draw(one, *items)
+    finally:
+        one._words = replace(one._words, leaves_tensors=True)
+    assert all(np.array_equal(first, second) for first, second in zip(here, there, strict=True))
+
+
+def test_a_pipeline_with_a_safety_checker_hands_out_arrays_as_it_always_did(engine: Engines) -> None:
+    pipe = pipe_of(engine("sd"))
+    checked = copy.copy(pipe)
+    checked.safety_checker = object()
+    assert described(pipe, true_cfg_scale=1.0).leaves_tensors
+    assert not described(checked, true_cfg_scale=1.0).leaves_tensors
 
 
 def test_what_a_safety_checker_withholds_is_refused_and_not_black(

@@ -107,7 +107,7 @@ def arguments(batch: Call, works: Sequence[Work], pipeline: Pipeline, options: D
         "prompt": [work.prompt for work in works],
         # on the CPU: the same noise whatever draws
         "generator": [torch.Generator("cpu").manual_seed(work.seed) for work in works],
-        "output_type": "np",
+        "output_type": "pt" if pipeline.leaves_tensors else "np",
     }
     count = request.steps or options.default_steps
     if count is not None and "num_inference_steps" in takes:

@@ -372,7 +372,7 @@ class DiffusersEngine:
             arguments = asked.arguments(drawing.batch, filled, pipeline, self.options)
             result = pipe(**arguments, **watch.arguments(pipeline.takes))
             drawing.steps.check()
-            pictures = [drawn(pixels) for pixels in result.images[: part.take]]
+            pictures = drawn(result.images[: part.take])
             withheld = getattr(result, "nsfw_content_detected", None) or [False] * part.size
             is_whole = True
         except GenerationCancelled:

@@ -25,6 +25,7 @@ class Pipeline:
         negative: whether a negative prompt acts.
         zeros: without a negative prompt it does something else than with an empty one (SDXL).
         skips: it can leave out the last layers of its text encoder.
+        leaves_tensors: it hands out pictures where they were drawn, from 0 to 1. Those with a safety checker do not.
     """
 
     pipe: Any
@@ -34,6 +35,7 @@ class Pipeline:
     negative: bool
     zeros: bool
     skips: bool
+    leaves_tensors: bool
 
     @property
     def has_strength(self) -> bool:
@@ -67,12 +69,22 @@ def described(pipe: Any, *, true_cfg_scale: float) -> Pipeline:
         _negative(takes, defaults, true_cfg_scale),
         bool(pipe.config.get("force_zeros_for_empty_prompt", False)),
         "clip_skip" in takes and _has_layers_to_skip(pipe),
+        _leaves_tensors(pipe, takes),
     )
 
 
 def _has_layers_to_skip(pipe: Any) -> bool:
     """Stable Diffusion 1 and 2 reach into their encoder for it, and not every version of transformers has it there."""
     return hasattr(pipe, "text_encoder_2") or hasattr(getattr(pipe, "text_encoder", None), "text_model")
+
+
+def _leaves_tensors(pipe: Any, takes: frozenset[str]) -> bool:
+    """Where diffusers' own processor makes pictures of what the VAE decoded, `pt` is `np` without the way to the CPU."""
+    from diffusers.image_processor import VaeImageProcessor
+
+    processor, vae, checker = (getattr(pipe, name, None) for name in ("image_processor", "vae", "safety_checker"))
+    decodes = isinstance(processor, VaeImageProcessor) and vae is not None
+    return "output_type" in takes and decodes and checker is None
 
 
 def _is_distilled(takes: frozenset[str], defaults: dict[str, Any]) -> bool:
