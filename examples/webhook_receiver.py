@@ -1,6 +1,6 @@
 """Receives img-serving's webhooks: verifies each call, and does its work once an event. Nothing but the standard library.
 
-WEBHOOK_SECRET="$(img-serving webhooks secret)" python webhook_receiver.py 9000
+WEBHOOK_SECRET="$(.venv/bin/img-serving webhooks secret)" .venv/bin/python examples/webhook_receiver.py 9000
 """
 
 import argparse
@@ -16,6 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Lock
 
 TOLERANCE_SECONDS = 5 * 60  # an older call may be one that somebody recorded and plays again
+MIN_KEY_BYTES = 24  # who can guess the key can sign: with an empty one that is everybody
 MAX_BODY_BYTES = 1024 * 1024
 MAX_REMEMBERED = 100_000
 
@@ -25,8 +26,16 @@ class NotGenuine(Exception):
 
 
 def key_of(secret):
-    """The bytes behind `whsec_…`."""
-    return base64.b64decode(secret.removeprefix("whsec_"))
+    """The bytes behind `whsec_…`. ValueError: it is empty, cut short or no secret at all."""
+    first, *_ = secret.splitlines() or [""]  # while one secret replaces another, each has a line: any of them will do
+    encoded = first.strip().removeprefix("whsec_")
+    try:
+        key = base64.b64decode(encoded, validate=True)
+    except ValueError:
+        raise ValueError("it is not whsec_ and base64") from None
+    if len(key) < MIN_KEY_BYTES:
+        raise ValueError(f"it has {len(key)} bytes, and a secret has {MIN_KEY_BYTES} or more")
+    return key
 
 
 def verify(key, headers, body, now):
@@ -95,8 +104,15 @@ def main():
     parser.add_argument("port", type=int)
     parser.add_argument("--host", default="127.0.0.1", help="where to listen; put TLS in front of anything else")
     args = parser.parse_args()
+    try:
+        key = key_of(os.environ.get("WEBHOOK_SECRET", ""))
+    except ValueError as reason:
+        raise SystemExit(
+            f"WEBHOOK_SECRET cannot be used: {reason}. Run, in the directory where the gateway runs:\n"
+            '  export WEBHOOK_SECRET="$(.venv/bin/img-serving webhooks secret)"'
+        ) from None
     server = ThreadingHTTPServer((args.host, args.port), Receiver)
-    server.key, server.seen = key_of(os.environ["WEBHOOK_SECRET"]), Seen()
+    server.key, server.seen = key, Seen()
     print(f"listening on http://{args.host}:{server.server_port}", flush=True)
     server.serve_forever()
 

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
+from rich.console import Console
 
+from img_serving.api.webhooks import WebhookRecord
 from img_serving.cli import main
+from img_serving.cli.webhooks import page_of
 from img_serving.config import Config
 from img_serving.policy.webhooks import written_secret
 from img_serving.state.sqlite import SqliteState
@@ -72,7 +77,10 @@ def test_secrets_of_the_configuration_are_printed_as_libraries_take_them(
 
 def test_without_a_first_start_there_is_no_secret(capsys: Out, tmp_path: Path) -> None:
     assert main(["webhooks", "secret"]) == 1
-    assert "made when the gateway starts for the first time" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert str(tmp_path / "data" / "img-serving.db") in told  # whoever is in another directory sees where was looked
+    assert "made when the gateway starts for the first time" in told
+    assert "in the directory where the gateway runs" in told
     assert not (tmp_path / "data").exists()
 
 
@@ -104,6 +112,30 @@ def test_events_are_shown(gateway: StubGateway, capsys: Out) -> None:
     ):
         assert text in out
     assert (gateway.asked[0].method, gateway.asked[0].path) == ("GET", "/v1/webhooks?limit=20")
+
+
+def test_a_terminal_of_80_columns_shows_whole_ids_and_what_went_wrong() -> None:
+    ids = [f"evt_{number:024x}" for number in range(2)]
+    url = f"https://[2001:db8::1]:8443/{'token' * 30}"
+    events = msgspec.convert(
+        [event(id=ids[0], url=url, last_error="[bold]HTTP 500"), event(id=ids[1], type="job.succeeded", last_error="")],
+        list[WebhookRecord],
+    )
+    text = StringIO()
+    Console(file=text, width=80).print(page_of(events, wide=False))
+    lines = text.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[0].split() == ["EVENT", "JOB", "STATE", "TRIES", "RECEIVER"]
+    assert lines[2].split() == [ids[0], "failed", "pending", "3", "[2001:db8::1]:8443"]
+    assert lines[3].split() == [ids[1], "succeeded", "pending", "3", "hooks.test"]
+    assert lines[4:] == ["", f"{ids[0]}: [bold]HTTP 500", "everything of each: --json"]
+
+
+def test_a_receiver_with_a_long_name_is_shortened_not_folded() -> None:
+    (one,) = msgspec.convert([event(url=f"https://{'long-' * 20}name.test/", last_error="")], list[WebhookRecord])
+    text = StringIO()
+    Console(file=text, width=80).print(page_of([one], wide=False))
+    assert [line.endswith("…") for line in text.getvalue().splitlines()] == [False, False, True, False]
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,32 @@ def headers(timestamp: int = 1000, *, keys: tuple[bytes, ...] = (KEY,)) -> dict[
 def test_any_of_several_signatures_will_do(example):
     assert example.verify(KEY, headers(keys=(b"x" * 32, KEY)), BODY, 1000.0) == "evt_1"
     assert example.key_of(written_secret(KEY)) == KEY
+    assert example.key_of(f"{written_secret(KEY)}\n{written_secret(b'x' * 32)}") == KEY
+
+
+UNUSABLE = ["", " ", "whsec_", written_secret(b"k" * 23), "k" * 31, "whsec_%%%", "bash: img-serving: command not found"]
+
+
+@pytest.mark.parametrize("secret", UNUSABLE)
+def test_a_secret_that_anybody_could_sign_with_is_none(example, secret):
+    with pytest.raises(ValueError, match=r"it (has|is not)"):
+        example.key_of(secret)
+
+
+@pytest.mark.parametrize("given", [{}, {"WEBHOOK_SECRET": ""}, {"WEBHOOK_SECRET": "whsec_"}])
+def test_it_does_not_start_without_a_secret_and_says_what_to_run(given):
+    environment = {name: value for name, value in os.environ.items() if name != "WEBHOOK_SECRET"}
+    ended = subprocess.run(
+        [sys.executable, str(EXAMPLE), "0"],
+        env={**environment, **given},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ".venv/bin/img-serving webhooks secret" in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 @pytest.mark.parametrize("now", [1301.0, 699.0])
@@ -152,11 +178,24 @@ def test_what_was_changed_on_the_way_is_refused(example, changed):
         example.verify(KEY, {**headers(), **changed}, BODY, 1000.0)
 
 
-def test_the_snippet_of_the_page_works_as_it_is_pasted():
+@pytest.fixture(scope="module")
+def verify() -> Any:
+    """The function of the page."""
     (snippet,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     pasted: dict[str, Any] = {}
     exec(snippet, pasted)  # noqa: S102 - the page's own code
-    verify = pasted["verify"]
+    return pasted["verify"]
+
+
+@pytest.mark.parametrize("secret", UNUSABLE)
+def test_the_snippet_of_the_page_takes_no_call_with_a_secret_that_anybody_could_sign_with(verify, secret):
+    now = int(time.time())
+    for key in (b"", b"k" * 23, b"k" * 31):
+        with pytest.raises(ValueError, match=r"secret|base64|padding"):
+            verify(secret, headers(now, keys=(key,)), BODY)
+
+
+def test_the_snippet_of_the_page_works_as_it_is_pasted(verify):
     now = int(time.time())
     assert verify(written_secret(KEY), headers(now, keys=(b"x" * 32, KEY)), BODY) == "evt_1"
     for key, stamp, body in ((b"y" * 32, now, BODY), (KEY, now - 400, BODY), (KEY, now, BODY + b" ")):

@@ -7,17 +7,21 @@ import json
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import quote, urlencode
+from urllib.parse import quote, urlencode, urlsplit
 
 from img_serving.cli.configuration import read_configuration
 from img_serving.cli.endings import OK, CommandFailed, printable
 from img_serving.cli.usage import Commands, add_gateway_options, whole, words
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
     from rich.table import Table
 
     from img_serving.api.webhooks import WebhookList, WebhookRecord
     from img_serving.cli.client import Client
+
+WIDE = 220
+"""Columns of a terminal that has room for every field of an event; in others there are those that matter, and `--json`."""
 
 EXAMPLES = """\
 examples:
@@ -86,7 +90,8 @@ def show_secret(args: argparse.Namespace) -> int:
             raise CommandFailed(error.message) from error
         if text is None:
             raise CommandFailed(
-                f"there is no secret in {path} yet: it is made when the gateway starts for the first time"
+                f"there is no secret in {path.absolute()}: it is made when the gateway starts for the first time. "
+                "Run this in the directory where the gateway runs"
             )
     for key in parse_secrets(text):
         print(written_secret(key))
@@ -113,7 +118,7 @@ def show(args: argparse.Namespace) -> int:
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 10_000  # nothing is cut or folded for a file or a pipe
-    console.print(table_of(found.data) if found.data else "no events")
+    console.print(page_of(found.data, wide=console.width >= WIDE) if found.data else "no events")
     if found.has_more:
         console.print(f"… and older ones: --after {printable(found.last_id or '')}", markup=False)
     return OK
@@ -161,23 +166,24 @@ def _decoded(body: bytes) -> WebhookList:
         ) from error
 
 
-def table_of(events: list[WebhookRecord]) -> Table:
-    """The events for people. Texts that come from elsewhere are never read as markup."""
-    from rich import box
-    from rich.table import Table
+def page_of(events: list[WebhookRecord], *, wide: bool) -> RenderableType:
+    """The events for people; `wide`: there is room for all of each. Texts that come from elsewhere are never read as markup."""
+    return _whole(events) if wide else _short(events)
+
+
+_COLOURS = {"delivered": "green", "failed": "red", "pending": ""}
+
+
+def _whole(events: list[WebhookRecord]) -> Table:
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for name in ("EVENT", "TYPE", "JOB", "STATE", "TRIES", "CREATED", "NEXT TRY"):
-        table.add_column(name, overflow="fold", no_wrap=name in {"EVENT", "TRIES"})
-    table.add_column("RECEIVER", overflow="fold", min_width=24)
-    table.add_column("LAST ERROR", overflow="fold", min_width=16)
-    colours = {"delivered": "green", "failed": "red", "pending": ""}
+    table = _table("EVENT", "TYPE", "JOB", "STATE", "TRIES", "CREATED", "NEXT TRY", "RECEIVER", "LAST ERROR")
     for one in events:
-        values = (one.id, one.type, one.job_id)
         table.add_row(
-            *(Text(printable(value), "bold" if not at else "") for at, value in enumerate(values)),
-            Text(one.state, colours[one.state]),
+            Text(printable(one.id), "bold"),
+            Text(printable(one.type)),
+            Text(printable(one.job_id)),
+            Text(one.state, _COLOURS[one.state]),
             Text(f"{one.attempts:,}"),
             Text(_moment(one.created_at)),
             Text(_moment(one.next_at)),
@@ -185,6 +191,42 @@ def table_of(events: list[WebhookRecord]) -> Table:
             Text(printable(one.last_error[:200])),
         )
     return table
+
+
+def _short(events: list[WebhookRecord]) -> RenderableType:
+    """80 columns: ids are whole, for `redeliver`; of a receiver there is its host, and what went wrong stands below."""
+    from rich.console import Group
+    from rich.text import Text
+
+    table = _table("EVENT", "JOB", "STATE", "TRIES", "RECEIVER")
+    for one in events:
+        table.add_row(
+            Text(printable(one.id), "bold"),
+            Text(printable(one.type.removeprefix("job."))),
+            Text(one.state, _COLOURS[one.state]),
+            Text(f"{one.attempts:,}"),
+            Text(printable(_host_of(one.url)), overflow="ellipsis", no_wrap=True),
+        )
+    errors = [Text(printable(f"{one.id}: {one.last_error[:100]}"), "dim") for one in events if one.last_error]
+    return Group(table, *[Text(), *errors] * bool(errors), Text("everything of each: --json", "dim"))
+
+
+def _table(*names: str) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for name in names:
+        table.add_column(name, overflow="fold", no_wrap=name in {"EVENT", "TRIES"})
+    return table
+
+
+def _host_of(url: str) -> str:
+    """Who is called, without the path: that may be long, or hold a token."""
+    try:
+        return urlsplit(url).netloc or url
+    except ValueError:
+        return url
 
 
 def _moment(seconds: float | None) -> str:

@@ -168,5 +168,8 @@ def _fault_of_host(host: str, *, is_literal: bool, allow_private: bool) -> str |
     else:
         return "has a host that cannot be resolved"
     if is_private and not allow_private:
-        return "is not a public address: this gateway does not call into private networks"
+        return (
+            "is not a public address: this gateway does not call into private networks, "
+            "unless the operator sets webhooks.allow_private_addresses"
+        )
     return None
