@@ -6,7 +6,10 @@ from collections.abc import Sequence
 
 from img_serving.api.exchange import Exchange
 
-_EXPOSED = b"x-request-id, x-job-id, x-backend, x-attempts, x-queue-ms, x-img-serving-ignored, retry-after"
+_EXPOSED = (
+    b"x-request-id, x-job-id, x-backend, x-attempts, x-queue-ms, x-queue-eta-seconds, x-img-serving-ignored, x-should-retry, "
+    b"retry-after, retry-after-ms, location, idempotent-replayed, preference-applied"
+)
 
 
 class CrossOrigin:
