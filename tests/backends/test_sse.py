@@ -47,6 +47,15 @@ def test_events_are_read_as_whatwg_says_and_the_last_needs_no_blank_line(stream,
     assert read(stream, *range(1, len(stream))) == events
 
 
+def test_the_id_to_go_on_behind_is_that_of_the_last_event_that_came_whole():
+    reader = EventReader(LIMIT)
+    told = []
+    for piece in (b"data: 1\n\n", b"id: 7\ndata: 2\n", b"\n", b": note\n\ndata: 3\n\n", b"id: 8\0\nid: 9\ndata: 4"):
+        reader.feed(piece)
+        told.append(reader.last_id)
+    assert told == ["", "", "7", "7", "7"]
+
+
 LINES = st.lists(
     st.one_of(
         st.sampled_from([b"", b"event: a", b"data: x", b"data:", b": note", b"data: \xed\x95\x9c", b"id: 1"]),

@@ -124,7 +124,7 @@ def test_a_silent_gateway_is_told(monkeypatch: pytest.MonkeyPatch, capsys: Out) 
 
 def test_something_that_is_not_http_is_told() -> None:
     failure = http.client.UnknownProtocol("HTTP/9")
-    assert "does not answer in HTTP" in Client("http://a", None)._unreachable(failure)
+    assert "does not answer in HTTP" in Client("http://a", None)._unreachable(failure, 1.0)
 
 
 def test_what_a_server_says_cannot_command_the_terminal(gateway: StubGateway, capsys: Out) -> None:

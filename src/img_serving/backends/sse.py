@@ -21,6 +21,7 @@ class EventReader:
     """Reads one `text/event-stream` by WHATWG's rules (HTML, 9.2.6), but for one: a last event without its blank line counts.
 
     Real servers leave that line out, and clients that follow the rule to the letter lose the picture that was paid for.
+    `last_id` is what to send as `Last-Event-ID` after a cut: that of the last event that came whole, "" for none.
     """
 
     def __init__(self, limit_bytes: int) -> None:
@@ -29,6 +30,8 @@ class EventReader:
         self._line = bytearray()
         self._name = ""
         self._data = bytearray()
+        self._id = ""
+        self.last_id = ""
         self._at_start = True
         self._after_cr = False
 
@@ -82,7 +85,10 @@ class EventReader:
                 self._data += b"\n"
             elif field == b"event":
                 self._name = value.decode("utf-8", "replace")
+            elif field == b"id" and b"\0" not in value:
+                self._id = value.decode("utf-8", "replace")
             return []
+        self.last_id = self._id
         name, data = self._name, bytes(self._data[:-1])
         self._name, self._data = "", bytearray()
         return [Event(name, data)] if data else []

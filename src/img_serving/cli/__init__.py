@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from img_serving import __version__
-from img_serving.cli import backends, check_config, generate, queue, serve, simulate, version, webhooks, worker
+from img_serving.cli import backends, check_config, generate, jobs, queue, serve, simulate, version, webhooks, worker
 from img_serving.cli.endings import FAILED, INTERRUPTED, OK, CommandFailed, say
 from img_serving.cli.usage import Parser
 
 PROGRAM = "img-serving"
-COMMANDS = (serve, generate, backends, queue, webhooks, worker, check_config, simulate, version)
+COMMANDS = (serve, generate, backends, jobs, queue, webhooks, worker, check_config, simulate, version)
 """One module a command: its `register` tells argparse about it, and names the function that runs it."""
 
 EXAMPLES = """\
@@ -26,6 +26,7 @@ examples:
   img-serving --port 9000                       … on another port
   img-serving generate "a red fox" -o fox.png   draw a picture with a running gateway
   img-serving generate "a red fox" --local      … without one
+  img-serving jobs follow job_0123abcd          how far a job is, until its end
   img-serving queue --watch                     what waits, for whom and how long
   img-serving worker --help                     serve a model of your own to a gateway
   img-serving simulate --help                   … and what would, with other GPUs

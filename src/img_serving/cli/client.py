@@ -8,7 +8,8 @@ import os
 import socket
 import ssl
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -26,6 +27,22 @@ KEY_VARIABLE: Final = "IMG_SERVING_API_KEY"
 DEFAULT_URL: Final = "http://localhost:8080"
 TIMEOUT_SECONDS: Final = 600.0
 """How long the gateway may be silent: the default deadline of its jobs."""
+SILENCE_SECONDS: Final = 60.0
+"""How long a stream of events may be silent: four of the gateway's signs of life."""
+PIECE_BYTES: Final = 64 * 1024
+
+
+class Unreachable(CommandFailed):
+    """There was no answer, or not all of it."""
+
+
+class Refused(CommandFailed):
+    """The gateway, or what stands before it, said no. `code` is the error object's, where it has one."""
+
+    def __init__(self, message: str, status: int, code: Any) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,31 +90,59 @@ class Client:
         Raises:
             CommandFailed: there is no answer, or it is a refusal.
         """
-        parts = urlsplit(self.url)
-        headers = {"Accept": "application/json", "User-Agent": f"img-serving-cli/{__version__}"}
-        if self._api_key is not None:
-            headers["Authorization"] = f"Bearer {self._api_key}"
+        headers = {"Accept": "application/json"}
         content = None
         if body is not None:
             headers["Content-Type"] = "application/json"
             content = msgspec.json.encode(body)
-        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        connection = kind(parts.hostname or "", parts.port, timeout=TIMEOUT_SECONDS)
         started = time.monotonic()
+        with self._asked(method, path, headers, content, TIMEOUT_SECONDS) as response:
+            received = response.read()
+        return Answer(_named(response), received, time.monotonic() - started)
+
+    def listen(self, path: str, last_event_id: str = "") -> Iterator[bytes]:
+        """The pieces of the event stream at `path`, as they come; `last_event_id`: behind this event.
+
+        Raises:
+            CommandFailed: there is no stream, it is a refusal, or the stream was cut.
+        """
+        headers = {"Accept": "text/event-stream"}
+        if last_event_id:
+            headers["Last-Event-ID"] = last_event_id
+        with self._asked("GET", path, headers, None, SILENCE_SECONDS) as response:
+            if not _named(response).get("content-type", "").startswith("text/event-stream"):
+                raise CommandFailed("the answer is not a stream of events: is there an img-serving gateway?")
+            while piece := response.read1(PIECE_BYTES):
+                yield piece
+
+    @contextmanager
+    def _asked(
+        self, method: str, path: str, headers: dict[str, str], content: bytes | None, timeout_seconds: float
+    ) -> Iterator[http.client.HTTPResponse]:
+        """One request and its successful reply, whose body can be read until the block ends.
+
+        Raises:
+            Unreachable: there is no answer, or not all of it.
+            Refused: it is a refusal.
+        """
+        parts = urlsplit(self.url)
+        headers["User-Agent"] = f"img-serving-cli/{__version__}"
+        if self._api_key is not None:
+            headers["Authorization"] = f"Bearer {self._api_key}"
+        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        connection = kind(parts.hostname or "", parts.port, timeout=timeout_seconds)
         try:
             connection.request(method, parts.path + path, content, headers)
             response = connection.getresponse()
-            received = response.read()
+            if not 200 <= response.status < 300:
+                raise self._refused(response.status, response.reason, _named(response), response.read())
+            yield response
         except (OSError, http.client.HTTPException) as error:
-            raise CommandFailed(self._unreachable(error)) from error
+            raise Unreachable(self._unreachable(error, timeout_seconds)) from error
         finally:
             connection.close()
-        named = {name.lower(): value for name, value in response.getheaders()}
-        if not 200 <= response.status < 300:
-            raise CommandFailed(self._refusal(response.status, response.reason, named, received))
-        return Answer(named, received, time.monotonic() - started)
 
-    def _unreachable(self, error: OSError | http.client.HTTPException) -> str:
+    def _unreachable(self, error: OSError | http.client.HTTPException, timeout_seconds: float) -> str:
         if isinstance(error, ConnectionRefusedError):
             return (
                 f"nothing listens at {self.url}: is the gateway running? "
@@ -108,27 +153,29 @@ class Client:
         if isinstance(error, ssl.SSLError):
             return f"no secure connection to {self.url}: {error.reason or error}"
         if isinstance(error, TimeoutError):
-            return f"{self.url} did not answer within {TIMEOUT_SECONDS:g} s"
+            return f"{self.url} did not answer within {timeout_seconds:g} s"
         if isinstance(error, http.client.BadStatusLine | ConnectionError | http.client.IncompleteRead):
             return f"{self.url} closed the connection before its answer was complete: look at the gateway's log"
         if isinstance(error, http.client.HTTPException):
             return f"{self.url} does not answer in HTTP ({type(error).__name__}): is there an img-serving gateway?"
         return f"{self.url} cannot be reached: {error.strerror or error}"
 
-    def _refusal(self, status: int, reason: str, headers: Mapping[str, str], body: bytes) -> str:
+    def _refused(self, status: int, reason: str, headers: Mapping[str, str], body: bytes) -> Refused:
         if 300 <= status < 400 and "location" in headers:
-            return f"{self.url} redirects to {headers['location'][:200]}: call that address with --url"
-        told = _message_of(body)
+            return Refused(
+                f"{self.url} redirects to {headers['location'][:200]}: call that address with --url", status, None
+            )
+        told = _told(body)
         if told is None:
             message = f"the server answered {status} {reason}: is there an img-serving gateway at {self.url}?"
         else:
-            message = told
+            message = told.message[:2000]
         request_id = headers.get("x-request-id")
         message += f" ({status}, request {request_id[:128]})" if request_id else f" ({status})"
         wait = headers.get("retry-after", "")
         if status in {429, 503} and wait.isdigit():
             message += f"; try again in {wait} s"
-        return message + self._hint(status)
+        return Refused(message + self._hint(status), status, None if told is None else told.code)
 
     def _hint(self, status: int) -> str:
         if status == 401 and self._api_key is None:
@@ -160,17 +207,23 @@ def _remembered_key() -> str | None:
     return read_env_key(path)
 
 
+def _named(response: http.client.HTTPResponse) -> dict[str, str]:
+    """The headers; names in lower case."""
+    return {name.lower(): value for name, value in response.getheaders()}
+
+
 class _Detail(msgspec.Struct):
     message: str
+    code: Any = None
 
 
 class _Refusal(msgspec.Struct):
     error: _Detail
 
 
-def _message_of(body: bytes) -> str | None:
-    """The message of an error object, or None."""
+def _told(body: bytes) -> _Detail | None:
+    """What an error object says, or None."""
     try:
-        return msgspec.json.decode(body, type=_Refusal).error.message[:2000]
+        return msgspec.json.decode(body, type=_Refusal).error
     except (msgspec.DecodeError, UnicodeDecodeError):
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import suppress
+from datetime import UTC, datetime
 from typing import Final
 
 OK: Final = 0
@@ -30,3 +31,13 @@ def say(message: str) -> None:
 def printable(text: str) -> str:
     """`text` with what could command a terminal made visible; lines stay lines."""
     return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
+
+
+def moment(seconds: float | None) -> str:
+    """A moment of Unix seconds in UTC; `-` for none."""
+    if seconds is None:
+        return "-"
+    try:
+        return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+    except (ValueError, OverflowError, OSError):
+        return "?"

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote, urlencode, urlsplit
 
 from img_serving.cli.configuration import read_configuration
-from img_serving.cli.endings import OK, CommandFailed, printable
+from img_serving.cli.endings import OK, CommandFailed, moment, printable
 from img_serving.cli.usage import Commands, add_gateway_options, whole, words
 
 if TYPE_CHECKING:
@@ -185,8 +184,8 @@ def _whole(events: list[WebhookRecord]) -> Table:
             Text(printable(one.job_id)),
             Text(one.state, _COLOURS[one.state]),
             Text(f"{one.attempts:,}"),
-            Text(_moment(one.created_at)),
-            Text(_moment(one.next_at)),
+            Text(moment(one.created_at)),
+            Text(moment(one.next_at)),
             Text(printable(one.url)),
             Text(printable(one.last_error[:200])),
         )
@@ -227,13 +226,3 @@ def _host_of(url: str) -> str:
         return urlsplit(url).netloc or url
     except ValueError:
         return url
-
-
-def _moment(seconds: float | None) -> str:
-    """A moment in UTC; `-` for none."""
-    if seconds is None:
-        return "-"
-    try:
-        return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
-    except (ValueError, OverflowError, OSError):
-        return "?"
