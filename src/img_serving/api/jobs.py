@@ -16,6 +16,7 @@ from img_serving.api.event_stream import COMMENT, Piece, frame, news_pieces, rep
 from img_serving.api.exchange import ClientDisconnected, Exchange, Reply
 from img_serving.api.images import Images
 from img_serving.api.keep_alive import pause_seconds
+from img_serving.api.queries import choice_of, limit_of
 from img_serving.api.services import Services
 from img_serving.domain.errors import InvalidRequest, NotFound
 from img_serving.domain.images import Operation
@@ -26,7 +27,6 @@ from img_serving.gateway.live import LiveJob
 from img_serving.ports import JobQuery
 
 OPERATIONS: tuple[Operation, ...] = ("generation", "edit", "variation")
-MOST_LISTED = 100
 PROGRESS_SECONDS = 0.5
 """Between two reports of progress at least."""
 
@@ -295,20 +295,11 @@ def _query_of(exchange: Exchange) -> JobQuery:
         InvalidRequest: one is impossible; unknown ones are ignored.
     """
     given = exchange.query
-    limit = given.get("limit") or "20"
-    if not (limit.isascii() and limit.isdigit() and len(limit) < 10 and 1 <= int(limit) <= MOST_LISTED):
-        raise InvalidRequest(f"limit must be a whole number from 1 to {MOST_LISTED}", param="limit")
-    status = given.get("status") or None
-    if status is not None and status not in set(JobStatus):
-        raise InvalidRequest(f"status is none of {', '.join(JobStatus)}", param="status")
-    operation = given.get("operation") or None
-    if operation not in {None, *OPERATIONS}:
-        raise InvalidRequest(f"operation is none of {', '.join(OPERATIONS)}", param="operation")
     return JobQuery(
-        status=None if status is None else JobStatus(status),
-        operation=next((one for one in OPERATIONS if one == operation), None),
+        status=choice_of(given, "status", tuple(JobStatus)),
+        operation=choice_of(given, "operation", OPERATIONS),
         idempotency_key=given.get("idempotency_key") or None,
         request_id=given.get("request_id") or None,
-        limit=int(limit),
+        limit=limit_of(given),
         after=given.get("after") or None,
     )

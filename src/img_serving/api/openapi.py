@@ -12,8 +12,9 @@ from img_serving.api.edits import EditBody, VariationBody
 from img_serving.api.errors import ErrorBody
 from img_serving.api.generation import GenerationBody, ImagesReply
 from img_serving.api.health import Alive, HealthReply
-from img_serving.api.jobs import MOST_LISTED, OPERATIONS, JobBody, JobList
+from img_serving.api.jobs import OPERATIONS, JobBody, JobList
 from img_serving.api.models import Model, ModelList
+from img_serving.api.queries import MOST_LISTED, USUAL_LIMIT
 from img_serving.api.queue import QueueReply
 from img_serving.api.webhooks import STATES, WebhookList, WebhookRecord
 from img_serving.config import BackendConfig
@@ -340,5 +341,5 @@ def _query(name: str, text: str, *, enum: list[str] | None = None) -> dict[str, 
 
 
 def _limit() -> dict[str, Any]:
-    schema = {"type": "integer", "minimum": 1, "maximum": MOST_LISTED, "default": 20}
+    schema = {"type": "integer", "minimum": 1, "maximum": MOST_LISTED, "default": USUAL_LIMIT}
     return {"name": "limit", "in": "query", "description": "How many.", "schema": schema}

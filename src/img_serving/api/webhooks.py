@@ -7,13 +7,9 @@ from typing import Final, Literal, get_args
 import msgspec
 
 from img_serving.api.exchange import Exchange, Reply
-from img_serving.domain.errors import InvalidRequest
+from img_serving.api.queries import choice_of, limit_of
 from img_serving.gateway.webhooks import WebhookDeliverer
 from img_serving.ports import StoredWebhook, WebhookState
-
-USUAL_LIMIT = 20
-MAX_LIMIT = 100
-"""Events in one answer."""
 
 STATES: Final[tuple[WebhookState, ...]] = get_args(WebhookState)
 
@@ -54,9 +50,9 @@ class Webhooks:
     async def list(self, exchange: Exchange) -> Reply:
         """`GET /v1/webhooks?state=&job_id=&limit=&after=`."""
         query = exchange.query
-        limit = _limit(query.get("limit"))
+        limit = limit_of(query)
         found = await self._deliverer.find(
-            state=_state(query.get("state")),
+            state=choice_of(query, "state", STATES),
             job_id=query.get("job_id") or None,
             limit=limit + 1,
             after=query.get("after") or None,
@@ -79,23 +75,6 @@ class Webhooks:
         """`POST /v1/webhooks/{event_id}/redeliver`: 202, it is on its way."""
         queued = await self._deliverer.redeliver(exchange.variables["event_id"])
         return Reply(202, (msgspec.json.encode(_record(queued)),))
-
-
-def _limit(text: str | None) -> int:
-    if not text:
-        return USUAL_LIMIT
-    if text.isascii() and text.isdigit() and len(text) < 10 and 1 <= int(text) <= MAX_LIMIT:
-        return int(text)
-    raise InvalidRequest(f"limit must be a whole number from 1 to {MAX_LIMIT}", param="limit")
-
-
-def _state(text: str | None) -> WebhookState | None:
-    if not text:
-        return None
-    state = next((one for one in STATES if one == text), None)
-    if state is None:
-        raise InvalidRequest(f"state must be one of {', '.join(STATES)}", param="state")
-    return state
 
 
 def _record(one: StoredWebhook) -> WebhookRecord:
