@@ -28,10 +28,11 @@ from img_serving.domain.errors import (
 )
 from img_serving.domain.images import Artifact, ImageRequest
 from img_serving.domain.jobs import Job, JobStatus
-from img_serving.domain.stored import ResponseFormat, StoredError, StoredJob
+from img_serving.domain.stored import ResponseFormat, StoredJob
 from img_serving.domain.tenants import Tenant
 from img_serving.gateway.delivery import Delivery, drawn_of
 from img_serving.gateway.dispatcher import Dispatcher
+from img_serving.gateway.ends import JobEnds
 from img_serving.gateway.identifiers import new_id, random_bytes
 from img_serving.gateway.journal import CallJournal
 from img_serving.gateway.live import LiveJob
@@ -44,9 +45,6 @@ from img_serving.telemetry.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-KEY_SECONDS = 24 * 3600.0
-"""How long an idempotency key is remembered, counted from its first use."""
-
 FIRST_PAUSE_SECONDS = 2.0
 LONGEST_PAUSE_SECONDS = 60.0
 """Between two tries of a job that nobody waits for, while no endpoint can take it."""
@@ -57,7 +55,6 @@ PATIENCE_SECONDS = 120.0
 RECOVERED_AT_ONCE = 500
 """Jobs read from the store in one go after a restart."""
 
-WRITE_TRIES = 5
 CONTENT_KEY_BYTES = 16
 
 
@@ -113,8 +110,15 @@ class Jobs:
         `spool` keeps the input pictures of jobs that wait; `tenant_of` finds who owns a job after a restart; `event_of` is what
         the client of a job that has ended is to be told, and `on_event` hears that there is such an event.
         """
-        self._event_of = event_of
-        self._on_event = on_event
+        self._ends = JobEnds(
+            store=store,
+            delivery=delivery,
+            unix_clock=unix_clock,
+            is_draining=lambda: dispatcher.is_draining,
+            event_of=event_of,
+            on_event=on_event,
+            result_ttl_seconds=options.result_ttl_seconds,
+        )
         self._pipeline = pipeline
         self._dispatcher = dispatcher
         self._delivery = delivery
@@ -248,7 +252,7 @@ class Jobs:
         stored = self._new(order, job.deadline - job.submitted_at, job.id)
         artifacts = [await self._delivery.as_delivered(one, order.request) for one in drawn_of(job)]
         stored = structs.replace(stored, request=_bare(order.request))
-        done = await self._kept(stored, job, artifacts, ignored)
+        done = await self._ends.kept(stored, job, artifacts, ignored)
         await self._store.add_job(done)
         return done
 
@@ -401,8 +405,8 @@ class Jobs:
                 live.finished(index, artifact)
         self._delivery.count(live.job, artifacts)
         if live.durable or (live.kept and not live.followers):
-            done = await self._kept(live.current(), live.job, artifacts, ignored)
-            await (self._written(done) if live.durable else self._store.add_job(done))
+            done = await self._ends.kept(live.current(), live.job, artifacts, ignored)
+            await (self._ends.written(done) if live.durable else self._store.add_job(done))
             await self._spool.forget(live.stored)
         else:
             done = structs.replace(
@@ -500,22 +504,13 @@ class Jobs:
 
     # ends
 
-    async def _kept(
-        self, stored: StoredJob, job: Job, artifacts: list[Artifact], ignored: tuple[str, ...]
-    ) -> StoredJob:
-        """The job as succeeded, its pictures stored."""
-        result = await self._delivery.keep(stored, artifacts, ignored)
-        return self._over(
-            structs.replace(stored, status=JobStatus.SUCCEEDED, result=result, backend=job.backend, at_risk=0)
-        )
-
     async def _fail(self, live: LiveJob, error: GatewayError) -> None:
-        done = self._failed(live.current(), error)
+        done = self._ends.failed(live.current(), error)
         if done.idempotency_key is not None and _is_free_of_cost(live.job, error):
             done = structs.replace(done, idempotency_key=None)  # the same request may be sent again
         if live.durable:
             try:
-                await self._written(done)
+                await self._ends.written(done)
             except GatewayError as fault:
                 log.error("the end of job %s could not be written down yet: %s", done.id, fault.message)  # noqa: TRY400
                 live.failed(done, error)
@@ -531,44 +526,8 @@ class Jobs:
             live.woken.clear()
             await self._rest(live, pause)
             pause = min(LONGEST_PAUSE_SECONDS, pause * 2)
-            event = await self._event_of(done)
             with suppress(GatewayError):
-                await self._store.save_job(done, event)
-                if event is not None:
-                    self._on_event()
-                return
-
-    def _failed(self, stored: StoredJob, error: GatewayError) -> StoredJob:
-        status = JobStatus.FAILED
-        if isinstance(error, Cancelled):
-            status = JobStatus.CANCELLED
-        elif isinstance(error, DeadlineExceeded):
-            status = JobStatus.EXPIRED
-        return self._over(structs.replace(stored, status=status, error=StoredError.of(error), at_risk=0))
-
-    def _over(self, stored: StoredJob) -> StoredJob:
-        now = self._unix_clock()
-        expires = now + self._options.result_ttl_seconds
-        if stored.idempotency_key is not None:
-            expires = max(expires, stored.created_at + KEY_SECONDS)
-        # a clock that was set back meanwhile does not end a job before it began
-        ended = max(now, stored.started_at or stored.created_at)
-        return structs.replace(stored, finished_at=ended, expires_at=expires)
-
-    async def _written(self, stored: StoredJob) -> None:
-        """Write a job's end down; a disk that is full for a moment is tried again."""
-        event = await self._event_of(stored)
-        for again in range(WRITE_TRIES):
-            try:
-                await self._store.save_job(stored, event)
-            except GatewayError as error:
-                if again == WRITE_TRIES - 1 or self._dispatcher.is_draining:
-                    raise
-                log.warning("job %s could not be written down, trying again: %s", stored.id, error.message)
-                await asyncio.sleep(0.2 * 2**again)
-            else:
-                if event is not None:
-                    self._on_event()
+                await self._ends.write_once(done)
                 return
 
     # restart
@@ -620,17 +579,17 @@ class Jobs:
             log.warning("what was stored of job %s cannot be read: %s", stored.id, error)
             result = None
         if result is not None:
-            done = self._over(structs.replace(stored, status=JobStatus.SUCCEEDED, result=result, at_risk=0))
+            done = self._ends.over(structs.replace(stored, status=JobStatus.SUCCEEDED, result=result, at_risk=0))
         else:
             unknown = OutcomeUnknown(
                 f"the gateway stopped while {stored.backend or 'a backend'} was drawing this, and it may have been "
                 "paid for: it is not drawn again (retry_unknown)",
                 should_retry=False,
             )
-            done = self._failed(stored, unknown)
+            done = self._ends.failed(stored, unknown)
             self._metrics.durable_jobs.add("unknown")
             log.warning("job %s ended without our knowing how", stored.id)
-        await self._written(done)
+        await self._ends.written(done)
         self._metrics.jobs.add(done.status)
 
     def _revived(self, stored: StoredJob) -> Job:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ class Encoded:
 
 
 @dataclass(slots=True, eq=False)
-class _Told:
+class _Told(ABC):
     """What many followers may be told of at once: its picture is encoded for all of them, and forgotten after the last."""
 
     index: int
@@ -43,8 +44,9 @@ class _Told:
             self._encoded = ref(found)
         return found
 
+    @abstractmethod
     def _text(self) -> bytes | memoryview:
-        raise NotImplementedError
+        """Its picture as base64."""
 
 
 @dataclass(slots=True, eq=False)
