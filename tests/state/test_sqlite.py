@@ -331,3 +331,27 @@ asyncio.run(main())
         await state.put_value("after", "all")
 
     run(path, check)
+
+
+def test_a_file_of_the_first_version_is_brought_up_to_date_and_keeps_what_it_has(tmp_path):
+    path = tmp_path / "state.db"
+    with closing(sqlite3.connect(path)) as old:
+        for statement in MIGRATIONS[0]:
+            old.execute(statement)
+        old.execute("INSERT INTO backends (name, record) VALUES ('forge', 'x')")
+        old.execute("INSERT INTO named_values VALUES ('admin_key_hashes', 'ab')")
+        old.execute("PRAGMA user_version = 1")
+        old.commit()
+
+    async def main():
+        state = SqliteState(path)
+        await state.open()
+        assert await state.backends() == [b"x"]
+        assert await state.get_value("admin_key_hashes") == "ab"
+        assert await state.unfinished_jobs(10) == []
+        assert await state.due_webhooks(0.0, 10) == []
+        await state.close()
+
+    asyncio.run(main())
+    with closing(sqlite3.connect(path)) as new:
+        assert new.execute("PRAGMA user_version").fetchone()[0] == len(MIGRATIONS)
