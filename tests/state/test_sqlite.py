@@ -338,7 +338,7 @@ def test_a_file_of_the_first_version_is_brought_up_to_date_and_keeps_what_it_has
     with closing(sqlite3.connect(path)) as old:
         for statement in MIGRATIONS[0]:
             old.execute(statement)
-        old.execute("INSERT INTO backends (name, record) VALUES ('forge', 'x')")
+        old.execute("INSERT INTO backends (name, record) VALUES ('forge', X'78')")
         old.execute("INSERT INTO named_values VALUES ('admin_key_hashes', 'ab')")
         old.execute("PRAGMA user_version = 1")
         old.commit()
