@@ -212,10 +212,6 @@ class JobStore(Protocol):
         """A job of whatever tenant."""
         ...
 
-    async def forget_job(self, job_id: str) -> None:
-        """Remove a job; unknown ones are fine."""
-        ...
-
     async def forget_expired(self, now: float) -> int:
         """Remove the jobs whose `expires_at` has passed; returns how many there were."""
         ...

@@ -132,7 +132,7 @@ def test_a_key_is_free_again_when_its_job_has_expired(run):
         clock.now = NOW + 10
         assert await state.find_key("amy", "k") is None
         assert await state.add_job(job(2, idempotency_key="k")) is None
-        await state.forget_job("job_1")
+        assert await state.forget_expired(clock.now) == 1
         found = await state.find_key("amy", "k")
         assert found is not None
         assert found.id == "job_2"
@@ -143,13 +143,13 @@ def test_a_key_is_free_again_when_its_job_has_expired(run):
 def test_saving_replaces_and_does_not_bring_back(run):
     async def check(state, clock):
         await state.add_job(job())
-        running = structs.replace(job(), status=JobStatus.RUNNING, at_risk=1)
+        running = structs.replace(job(), status=JobStatus.RUNNING, at_risk=1, expires_at=NOW + 1)
         await state.save_job(running)
         assert await state.load_job("job_1") == running
-        await state.forget_job("job_1")
+        assert await state.forget_expired(NOW + 1) == 1
         await state.save_job(running)
         assert await state.load_job("job_1") is None
-        await state.forget_job("job_1")
+        assert await state.forget_expired(NOW + 1) == 0
 
     run(check)
 

@@ -44,7 +44,7 @@ def asked(
     """What a body asks for. `cancels`: whether the operator lets jobs end when their client leaves.
 
     Raises:
-        InvalidRequest: `partial_images` without `stream`, where it is not a job that is followed.
+        InvalidRequest: a variation is to be streamed, which it is not.
     """
     stream = bool(body.stream)
     if stream and request.operation == "variation":

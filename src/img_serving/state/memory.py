@@ -119,21 +119,15 @@ class MemoryState:
         self._check()
         return self._jobs.get(job_id)
 
-    async def forget_job(self, job_id: str) -> None:
-        """Remove a job; unknown ones are fine."""
-        self._check()
-        gone = self._jobs.pop(job_id, None)
-        if gone is None or gone.idempotency_key is None:
-            return
-        held = gone.tenant, gone.idempotency_key
-        if self._keys.get(held) == job_id:
-            del self._keys[held]
-
     async def forget_expired(self, now: float) -> int:
         """Remove the jobs whose `expires_at` has passed."""
-        gone = [job.id for job in self._jobs.values() if job.expires_at is not None and job.expires_at <= now]
-        for job_id in gone:
-            await self.forget_job(job_id)
+        self._check()
+        gone = [job for job in self._jobs.values() if job.expires_at is not None and job.expires_at <= now]
+        for job in gone:
+            del self._jobs[job.id]
+            # its key may be another job's by now
+            if job.idempotency_key is not None and self._keys.get((job.tenant, job.idempotency_key)) == job.id:
+                del self._keys[job.tenant, job.idempotency_key]
         return len(gone)
 
     def _is_kept(self, job: StoredJob) -> bool:

@@ -189,10 +189,6 @@ class SqliteState:
         """A job of whatever tenant."""
         return await self._on_thread(lambda connection: jobs.load(connection, job_id))
 
-    async def forget_job(self, job_id: str) -> None:
-        """Remove a job; unknown ones are fine."""
-        await self._changed(lambda connection: jobs.forget(connection, job_id))
-
     async def forget_expired(self, now: float) -> int:
         """Remove the jobs whose `expires_at` has passed."""
         return await self._changed(lambda connection: jobs.forget_expired(connection, now))

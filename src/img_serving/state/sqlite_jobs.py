@@ -138,11 +138,6 @@ def unfinished(connection: sqlite3.Connection, limit: int, after: str | None) ->
     return found
 
 
-def forget(connection: sqlite3.Connection, job_id: str) -> None:
-    """Remove a job."""
-    connection.execute("DELETE FROM jobs WHERE id = ?", (job_id,))
-
-
 def forget_expired(connection: sqlite3.Connection, now: float) -> int:
     """Remove the jobs whose time has passed."""
     return connection.execute("DELETE FROM jobs WHERE expires_at <= ?", (now,)).rowcount
