@@ -10,6 +10,7 @@ import hashlib
 import hmac
 import json
 import os
+import sys
 import time
 from collections import OrderedDict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -90,7 +91,9 @@ class Receiver(BaseHTTPRequestHandler):
         if self.server.seen.add(event_id):
             event = json.loads(body)
             # your work goes here, or better into a queue: answer within 15 seconds
-            print(event["type"], event["data"]["id"], flush=True)
+            # one string: print() writes its pieces one by one, and two calls at once would share a line
+            sys.stdout.write(f"{event['type']} {event['data']['id']}\n")
+            sys.stdout.flush()
         return self.answer(204)
 
     def answer(self, status):
