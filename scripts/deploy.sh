@@ -2,6 +2,7 @@
 # Publishes the project: `release` makes and pushes the git tag that GitHub builds from, `direct` builds and pushes the image
 # from this machine. Usage: scripts/deploy.sh --help
 set -euo pipefail
+set +a # what is set here is for nobody else (bash -a would give it to every program)
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 readonly IMAGE=generative-img-serving
@@ -108,6 +109,7 @@ ask_remote() { # asks without fetching: a refusal and a dry run leave even the r
       "$remote_branch") remote_head=$id ;;
       "refs/tags/$tag") remote_tag=$id remote_tag_commit=${remote_tag_commit:-$id} ;;
       "refs/tags/$tag^{}") remote_tag_commit=$id ;;
+      *) ;; # what git or ssh said besides
     esac
   done <<<"$said"
   local_tag=$(git rev-parse --verify --quiet "refs/tags/$tag" || true)
@@ -262,7 +264,7 @@ unescape() { # TEXT: sets REPLY to it with \" \\ \$ \` as in a shell's double qu
 
 read_credentials() { # no trace (bash -x) may show the token, nor does any program but `docker login` get it
   local - mode
-  { set +ax; } 2>/dev/null
+  { set +x; } 2>/dev/null
   username=${DOCKER_HUB_USERNAME:-} token=${DOCKER_HUB_TOKEN:-}
   unset DOCKER_HUB_TOKEN
   if [[ -z $username ]]; then value_in_env_file DOCKER_HUB_USERNAME; username=$REPLY; fi
