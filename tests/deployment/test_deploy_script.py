@@ -10,27 +10,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
-
 from tests.support.releases import CHANGELOG, ROOT, SCRIPTS, Project
 
 FAILED, MISUSED, REFUSED, LACKING = 1, 2, 3, 4
 TOKEN = "dckr_pat_s3cret-never-shown"
 LOGIN = {"DOCKER_HUB_USERNAME": "painter", "DOCKER_HUB_TOKEN": TOKEN}
 IMAGE = "painter/generative-img-serving"
-
-
-@pytest.fixture(scope="session")
-def first_project(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    if shutil.which("git") is None:
-        pytest.skip("NO GIT: nothing can be released")
-    made = Project(tmp_path_factory.mktemp("project"))
-    made.make()
-    return made
-
-
-@pytest.fixture
-def project(first_project: Project, tmp_path: Path) -> Project:
-    return first_project.copy_to(tmp_path)
 
 
 def pushed(project: Project) -> list[str]:
@@ -45,7 +30,14 @@ def test_the_help_names_every_option_and_exit_status(project: Project) -> None:
         done = project.deploy(*words)
         assert done.returncode == 0
         assert not done.stderr
-        for option in ("-v, --version", "-b, --build-only", "-d, --dry-run", "-f, --force", "-h, --help", "Exit status"):
+        for option in (
+            "-v, --version",
+            "-b, --build-only",
+            "-d, --dry-run",
+            "-f, --force",
+            "-h, --help",
+            "Exit status",
+        ):
             assert option in done.stdout
 
 
@@ -69,7 +61,7 @@ def test_the_help_names_every_option_and_exit_status(project: Project) -> None:
 )
 def test_wrong_usage_is_told_and_does_nothing(project: Project, words: list[str], said: str) -> None:
     before = project.state()
-    done = project.deploy(*words, **LOGIN)
+    done = project.deploy(*words, env=LOGIN)
     assert done.returncode == MISUSED
     assert said in done.stderr
     assert project.state() == before
@@ -105,7 +97,9 @@ def test_a_version_that_the_source_does_not_say_is_refused(project: Project) -> 
     for more in ([], ["-f"], ["-d"]):
         done = project.deploy("release", "-v", "1.3.0", *more)
         assert done.returncode == REFUSED
-        assert 'the source says 1.2.3, not 1.3.0: set __version__ = "1.3.0" in src/img_serving/__init__.py' in done.stderr
+        assert (
+            'the source says 1.2.3, not 1.3.0: set __version__ = "1.3.0" in src/img_serving/__init__.py' in done.stderr
+        )
         assert project.state() == before
 
 
@@ -174,7 +168,9 @@ def test_an_existing_tag_is_refused_wherever_it_is(project: Project) -> None:
     assert project.state() == before
 
 
-@pytest.mark.parametrize(("where", "spelled"), [("both", "-f"), ("here", "--force"), ("there", "-f"), ("nowhere", "-f")])
+@pytest.mark.parametrize(
+    ("where", "spelled"), [("both", "-f"), ("here", "--force"), ("there", "-f"), ("nowhere", "-f")]
+)
 def test_force_moves_the_tag_wherever_it_is(project: Project, where: str, spelled: str) -> None:
     if where != "nowhere":
         project.git("tag", "v1.2.3")
@@ -261,7 +257,9 @@ def test_no_branch_and_no_remote_are_refused(project: Project) -> None:
     assert (done.returncode, "is no git repository" in done.stderr) == (REFUSED, True)
 
 
-@pytest.mark.parametrize("text", ["# Changelog\n\n## [Unreleased]\n\n- New.\n", "# Changelog\n\n## [1.2.3] - 2026-11-26\n\n### Added\n"])
+@pytest.mark.parametrize(
+    "text", ["# Changelog\n\n## [Unreleased]\n\n- New.\n", "# Changelog\n\n## [1.2.3] - 2026-11-26\n\n### Added\n"]
+)
 def test_a_version_without_notes_is_refused(project: Project, text: str) -> None:
     project.write_notes(text)
     project.commit("Notes")
@@ -328,7 +326,7 @@ def test_an_unreadable_version_is_told(project: Project) -> None:
 
 
 def test_an_image_is_built_and_pushed_as_its_version_series_and_latest(project: Project) -> None:
-    done = project.deploy("direct", **LOGIN)
+    done = project.deploy("direct", env=LOGIN)
     assert done.returncode == 0, done.stderr
     tags = [f"{IMAGE}:1.2.3", f"{IMAGE}:1.2", f"{IMAGE}:latest"]
     (build,) = [call for call in project.calls() if call.words[0] == "build"]
@@ -345,7 +343,7 @@ def test_an_image_is_built_and_pushed_as_its_version_series_and_latest(project: 
 
 @pytest.mark.parametrize("version", ["1.3.0rc1", "2.0.0a1", "2.0.0b12"])
 def test_a_pre_release_is_pushed_only_as_itself(project: Project, version: str) -> None:
-    done = project.deploy("direct", "-v", version, **LOGIN)
+    done = project.deploy("direct", "-v", version, env=LOGIN)
     assert done.returncode == 0, done.stderr
     assert pushed(project) == [f"{IMAGE}:{version}"]
     assert f"the image is tagged {version}, and the program in it will say 1.2.3" in done.stderr
@@ -355,9 +353,9 @@ def test_an_older_release_does_not_take_latest_back(project: Project) -> None:
     project.git("tag", "v2.0.0")
     project.git("tag", "v1.2.4")
     project.git("tag", "v1.10.0rc1")
-    project.deploy("direct", **LOGIN)
+    project.deploy("direct", env=LOGIN)
     assert pushed(project) == [f"{IMAGE}:1.2.3"]
-    project.deploy("direct", "-v", "1.2.10", **LOGIN)
+    project.deploy("direct", "-v", "1.2.10", env=LOGIN)
     assert pushed(project)[1:] == [f"{IMAGE}:1.2.10", f"{IMAGE}:1.2"]
 
 
@@ -372,7 +370,7 @@ def test_build_only_needs_no_credentials_and_pushes_nothing(project: Project, sp
 
 def test_the_token_goes_to_the_login_alone_and_stays_nowhere(project: Project) -> None:
     before = project.state()
-    done = project.deploy("direct", **LOGIN)
+    done = project.deploy("direct", env=LOGIN)
     assert TOKEN not in done.stdout + done.stderr
     for call in project.calls():
         assert TOKEN not in " ".join(call.words)
@@ -392,7 +390,7 @@ def test_the_token_goes_to_the_login_alone_and_stays_nowhere(project: Project) -
 @pytest.mark.parametrize("fails", ["login", "build", "push"])
 def test_no_credential_is_left_after_a_failure(project: Project, fails: str) -> None:
     before = project.state()
-    done = project.deploy("direct", FAKE_DOCKER_FAILS=fails, **LOGIN)
+    done = project.deploy("direct", env={**LOGIN, "FAKE_DOCKER_FAILS": fails})
     assert done.returncode == FAILED
     assert TOKEN not in done.stdout + done.stderr
     assert project.state() == before
@@ -409,7 +407,7 @@ def test_no_credential_is_left_after_a_failure(project: Project, fails: str) -> 
 
 
 def test_a_push_that_fails_half_way_says_what_is_published(project: Project) -> None:
-    done = project.deploy("direct", FAKE_DOCKER_FAILS="latest", **LOGIN)
+    done = project.deploy("direct", env={**LOGIN, "FAKE_DOCKER_FAILS": "latest"})
     assert done.returncode == FAILED
     assert f"{IMAGE}:latest could not be pushed; pushed before it: {IMAGE}:1.2.3 {IMAGE}:1.2" in done.stderr
 
@@ -418,7 +416,7 @@ def test_a_push_that_fails_half_way_says_what_is_published(project: Project) -> 
 def test_a_trace_does_not_show_the_token(project: Project, before: tuple[str, ...]) -> None:
     (project.clone / ".env").write_text(f"DOCKER_HUB_TOKEN={TOKEN}\nDOCKER_HUB_USERNAME=painter\n")
     for environment in ({}, LOGIN, {**LOGIN, "FAKE_DOCKER_FAILS": "login"}):
-        done = project.deploy("direct", before=before, **environment)
+        done = project.deploy("direct", before=before, env=environment)
         assert done.returncode == (FAILED if "FAKE_DOCKER_FAILS" in environment else 0)
         assert "docker build" in done.stderr or environment.get("FAKE_DOCKER_FAILS")
         assert TOKEN not in done.stdout + done.stderr
@@ -430,7 +428,7 @@ def test_the_users_own_docker_configuration_is_used_and_kept(project: Project) -
     (own / "contexts").mkdir(parents=True)
     (own / "config.json").write_text('{"currentContext": "rootless", "credsStore": "keyring"}')
     before = project.state()
-    done = project.deploy("direct", FAKE_DOCKER_CONTEXT="rootless", **LOGIN)
+    done = project.deploy("direct", env={**LOGIN, "FAKE_DOCKER_CONTEXT": "rootless"})
     assert done.returncode == 0, done.stderr
     calls = {call.words[0]: call for call in project.calls()}
     assert "DOCKER_CONFIG" not in calls["build"].env
@@ -442,7 +440,7 @@ def test_the_users_own_docker_configuration_is_used_and_kept(project: Project) -
 
 def test_a_dirty_tree_is_built_and_never_pushed(project: Project) -> None:
     (project.clone / "draft.txt").write_text("…")
-    done = project.deploy("direct", **LOGIN)
+    done = project.deploy("direct", env=LOGIN)
     assert done.returncode == REFUSED
     assert "refused: there are changes that no commit has (draft.txt)" in done.stderr
     assert project.calls() == []
@@ -454,7 +452,7 @@ def test_a_dirty_tree_is_built_and_never_pushed(project: Project) -> None:
 
 def test_without_a_repository_the_revision_is_unknown(project: Project) -> None:
     shutil.rmtree(project.clone / ".git")
-    assert project.deploy("direct", **LOGIN).returncode == 0
+    assert project.deploy("direct", env=LOGIN).returncode == 0
     (build,) = [call for call in project.calls() if call.words[0] == "build"]
     assert "REVISION=unknown" in build.words
 
@@ -466,7 +464,7 @@ def test_without_docker_one_line_says_so(project: Project, tmp_path: Path) -> No
         found = shutil.which(name)
         assert found
         (alone / name).symlink_to(found)
-    done = project.deploy("direct", PATH=str(alone), **LOGIN)
+    done = project.deploy("direct", env={**LOGIN, "PATH": str(alone)})
     assert done.returncode == LACKING
     assert len(done.stderr.splitlines()) == 1
     assert "docker is not on PATH: install Docker Engine" in done.stderr
@@ -478,7 +476,7 @@ def test_missing_credentials_are_a_line_each(project: Project) -> None:
     assert [line.split(" is not set")[0] for line in done.stderr.splitlines()] == [
         "deploy: DOCKER_HUB_USERNAME", "deploy: DOCKER_HUB_TOKEN",
     ]  # fmt: skip
-    done = project.deploy("direct", DOCKER_HUB_USERNAME="painter", DOCKER_HUB_TOKEN="")
+    done = project.deploy("direct", env={"DOCKER_HUB_USERNAME": "painter", "DOCKER_HUB_TOKEN": ""})
     assert done.returncode == LACKING
     assert len(done.stderr.splitlines()) == 1
     assert project.calls() == []
@@ -486,7 +484,7 @@ def test_missing_credentials_are_a_line_each(project: Project) -> None:
 
 @pytest.mark.parametrize("name", ["Painter", "painter@example.com", "pain ter", "-painter"])
 def test_a_username_that_no_image_can_be_named_by_is_told(project: Project, name: str) -> None:
-    done = project.deploy("direct", DOCKER_HUB_USERNAME=name, DOCKER_HUB_TOKEN=TOKEN)
+    done = project.deploy("direct", env={**LOGIN, "DOCKER_HUB_USERNAME": name})
     assert done.returncode == MISUSED
     assert f'DOCKER_HUB_USERNAME is "{name}"' in done.stderr
     assert project.calls() == []
@@ -518,7 +516,9 @@ def test_a_username_that_no_image_can_be_named_by_is_told(project: Project, name
     ],
 )
 def test_the_env_file_is_read_as_a_shell_would_and_never_run(project: Project, line: str, token: str) -> None:
-    (project.clone / ".env").write_text(f"{line}\nIMG_SERVING_API_KEY=sk-other\nDOCKER_HUB_USERNAME=painter", newline="")
+    (project.clone / ".env").write_text(
+        f"{line}\nIMG_SERVING_API_KEY=sk-other\nDOCKER_HUB_USERNAME=painter", newline=""
+    )
     done = project.deploy("direct")
     assert done.returncode == 0, done.stderr
     (login,) = [call for call in project.calls() if call.words[0] == "login"]
@@ -547,7 +547,7 @@ def test_an_empty_value_is_none(project: Project, line: str) -> None:
 
 def test_the_environment_wins_over_the_env_file(project: Project) -> None:
     (project.clone / ".env").write_text("DOCKER_HUB_USERNAME=other\nDOCKER_HUB_TOKEN=another\n")
-    project.deploy("direct", **LOGIN)
+    project.deploy("direct", env=LOGIN)
     (login,) = [call for call in project.calls() if call.words[0] == "login"]
     assert (login.words[2], login.stdin) == ("painter", TOKEN)
 
@@ -581,9 +581,11 @@ def test_it_runs_from_any_directory(project: Project, tmp_path: Path) -> None:
     assert Path(project.calls()[0].env["PWD"]) == project.clone
 
 
-@pytest.mark.parametrize(("environment", "coloured"), [({"TERM": "xterm"}, True), ({"TERM": "xterm", "NO_COLOR": "1"}, False)])
+@pytest.mark.parametrize(
+    ("environment", "coloured"), [({"TERM": "xterm"}, True), ({"TERM": "xterm", "NO_COLOR": "1"}, False)]
+)
 def test_colour_is_for_terminals(project: Project, environment: dict[str, str], coloured: bool) -> None:
-    assert "\x1b" not in "".join((done := project.deploy("release", "-d", **environment)).stdout + done.stderr)
+    assert "\x1b" not in "".join((done := project.deploy("release", "-d", env=environment)).stdout + done.stderr)
     ours, theirs = pty.openpty()
     try:
         subprocess.run(
@@ -603,6 +605,8 @@ def test_shellcheck_has_no_complaint() -> None:
     if shellcheck is None:
         pytest.skip("NO SHELLCHECK: the shell scripts of a release are not checked")
     scripts = [ROOT / "scripts" / name for name in SCRIPTS if name != "release-notes"]
-    options = "add-default-case,avoid-nullary-conditions,check-unassigned-uppercase,deprecate-which,quote-safe-variables"
+    options = (
+        "add-default-case,avoid-nullary-conditions,check-unassigned-uppercase,deprecate-which,quote-safe-variables"
+    )
     done = subprocess.run([shellcheck, "-o", options, *scripts], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

@@ -8,6 +8,7 @@ import shutil
 import stat
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,8 @@ class Project:
         (self.clone / "scripts").mkdir()
         for name in SCRIPTS:
             shutil.copy(ROOT / "scripts" / name, self.clone / "scripts" / name)
+        (self.clone / ".github").mkdir()
+        shutil.copy(ROOT / ".github" / "publish-plan", self.clone / ".github" / "publish-plan")
         (self.clone / ".gitignore").write_text(".env\n__pycache__/\n")
         (self.clone / "Dockerfile").write_text("FROM scratch\n")
         self.write_version("1.2.3")
@@ -173,11 +176,11 @@ class Project:
         return [Call(**json.loads(line)) for line in self._log.read_text().splitlines()]
 
     def deploy(
-        self, *words: str, cwd: Path | None = None, before: tuple[str, ...] = (), **environment: str
+        self, *words: str, cwd: Path | None = None, before: tuple[str, ...] = (), env: Mapping[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
         """Run scripts/deploy.sh; `before` is what it is run by, such as `bash -x`."""
         return subprocess.run(
             [*before, str(self.clone / "scripts" / "deploy.sh"), *words],
-            cwd=cwd or self.clone, env={**self.environment, **environment}, stdin=subprocess.DEVNULL,
-            capture_output=True, text=True, timeout=120,
+            cwd=cwd or self.clone, env={**self.environment, **(env or {})}, stdin=subprocess.DEVNULL,
+            check=False, capture_output=True, text=True, timeout=120,
         )  # fmt: skip
