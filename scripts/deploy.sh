@@ -313,7 +313,7 @@ log_in() { # into a configuration of its own, so that ~/.docker/config.json and 
   done
   if ! said=$(printf '%s' "$token" | DOCKER_CONFIG=$session docker login --username "$username" --password-stdin 2>&1); then
     printf '%s\n' "${said//"$token"/***}" >&2
-    die "$FAILED" "Docker Hub did not let $username in: is DOCKER_HUB_TOKEN an access token of this account that may write, and not expired?"
+    die "$FAILED" "the login to Docker Hub as $username failed; if it was not the network: DOCKER_HUB_TOKEN should be an access token of this account that has not expired"
   fi
   token=
 }
@@ -358,7 +358,7 @@ direct() { # VERSION BUILD-ONLY
     return
   fi
   # the engine that the build used, whose choice is in the user's own configuration
-  context=$(docker context show 2>/dev/null || true)
+  context=$(docker context inspect --format '{{.Name}}' 2>/dev/null || true) # `context show` is newer
   if [[ -n $context && $context != default ]]; then export DOCKER_CONTEXT=$context; fi
   for one in "${names[@]}"; do
     say "Pushing $one"

@@ -395,7 +395,7 @@ def test_no_credential_is_left_after_a_failure(project: Project, fails: str) -> 
     assert TOKEN not in done.stdout + done.stderr
     assert project.state() == before
     said = {
-        "login": "Docker Hub did not let painter in",
+        "login": "the login to Docker Hub as painter failed",
         "build": "the image could not be built; nothing was pushed",
         "push": f"{IMAGE}:1.2.3 could not be pushed; pushed before it: nothing",
     }
@@ -570,6 +570,17 @@ def test_the_example_is_safe_as_it_is(project: Project) -> None:
         cwd=project.clone, env={"PATH": os.environ["PATH"]}, check=True, capture_output=True, text=True,
     )  # fmt: skip
     assert (shell.stdout, shell.stderr) == ("||unset", "")
+
+
+def test_the_example_names_what_compose_reads() -> None:
+    compose = ROOT / "compose.yaml"
+    if not compose.exists():
+        pytest.skip("NO COMPOSE FILE: nothing to compare .env.example with")
+    section = (ROOT / ".env.example").read_text().partition("# `docker compose` (")[2]
+    named = re.findall(r"^#([A-Z_]+)=", section, re.MULTILINE)
+    assert len(named) > 3
+    for name in named:
+        assert re.search(rf"\$\{{{name}\b|^\s+{name}:", compose.read_text(), re.MULTILINE), name
 
 
 # --- the script itself
