@@ -87,22 +87,28 @@ local_tag='' remote_tag='' remote_tag_commit='' remote_head=''
 find_branch() { # the branch, and where it is pushed to
   head=$(git rev-parse --verify --quiet HEAD) || die "$REFUSED" "refused: there is no commit yet"
   if ! branch=$(git symbolic-ref --quiet --short HEAD); then
-    die "$REFUSED" "refused: HEAD is on no branch: switch to the branch that is released from (git switch main)"
+    problem "HEAD is on no branch: switch to the branch that is released from (git switch main)"
+    branch=''
   fi
-  remote=$(git config "branch.$branch.remote" || true)
+  remote=$(git config "branch.$branch.remote" || true) # nothing for no branch
   remote_branch=$(git config "branch.$branch.merge" || true)
   if [[ -z $remote || $remote == . ]]; then remote=origin remote_branch=''; fi
   : "${remote_branch:=refs/heads/$branch}"
   if ! git config "remote.$remote.url" >/dev/null; then
-    die "$REFUSED" "refused: there is no remote \"$remote\" to push the tag to: git remote add $remote ADDRESS"
+    problem "there is no remote \"$remote\" to push the tag to: git remote add $remote ADDRESS"
+    remote=''
   fi
 }
 
 ask_remote() { # asks without fetching: a refusal and a dry run leave even the remote-tracking branches alone
-  local said id name
+  local said='' id name
+  local_tag=$(git rev-parse --verify --quiet "refs/tags/$tag" || true)
+  if [[ -z $remote ]]; then return; fi
   if ! said=$(git ls-remote "$remote" "$remote_branch" "refs/tags/$tag" "refs/tags/$tag^{}" 2>&1); then
     without_userinfo <<<"$said" >&2
-    die "$FAILED" "the remote \"$remote\" does not answer; nothing was changed"
+    [[ $dry == yes ]] || die "$FAILED" "the remote \"$remote\" does not answer; nothing was changed"
+    problem "the remote \"$remote\" does not answer"
+    return
   fi
   while read -r id name; do
     case $name in
@@ -112,7 +118,7 @@ ask_remote() { # asks without fetching: a refusal and a dry run leave even the r
       *) ;; # what git or ssh said besides
     esac
   done <<<"$said"
-  local_tag=$(git rev-parse --verify --quiet "refs/tags/$tag" || true)
+  if [[ -n $branch ]]; then check_branch; fi
 }
 
 check_branch() {
@@ -190,16 +196,15 @@ release() { # VERSION FORCE DRY
   fi
   find_branch
   ask_remote
-  check_branch
   check_tag "$force"
   check_notes
 
   if [[ $dry == yes ]]; then
     say "A dry run: nothing is changed. A release of img-serving $version would"
     if [[ -n $local_tag ]]; then echo "  - replace the tag $tag here (now at $(git rev-parse --short=12 "$tag^{}"))"; fi
-    echo "  - make the annotated tag $tag of ${head:0:12} ($branch: $(git log -1 --format=%s))"
+    echo "  - make the annotated tag $tag of ${head:0:12} (${branch:-no branch}: $(git log -1 --format=%s))"
     if [[ -n $remote_tag ]]; then echo "  - replace the tag $tag on $remote (now at ${remote_tag_commit:0:12})"; fi
-    echo "  - push it to $remote ($(git remote get-url --push "$remote" | without_userinfo))"
+    if [[ -n $remote ]]; then echo "  - push it to $remote ($(git remote get-url --push "$remote" | without_userinfo))"; fi
     echo "  - so that GitHub publishes the image $IMAGE:$(scripts/image-tags "$version" | paste -sd ' ' | sed 's/ /, :/g') and a release with these notes:"
     if [[ ${#problems[@]} -eq 0 ]]; then printf '    | %s\n' "${notes//$'\n'/$'\n    | '}"; fi
     for one in "${problems[@]}"; do complain "would be refused: $one"; done

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import re
@@ -244,17 +245,31 @@ def test_a_branch_may_have_another_name_and_remote_there(project: Project) -> No
     assert project.remote_commit("refs/tags/v1.2.3") == project.git("rev-parse", "HEAD")
 
 
-def test_no_branch_and_no_remote_are_refused(project: Project) -> None:
+def test_no_branch_no_remote_and_no_repository_are_refused(project: Project) -> None:
     project.git("switch", "--quiet", "--detach")
-    done = project.deploy("release")
-    assert (done.returncode, "HEAD is on no branch" in done.stderr) == (REFUSED, True)
-    project.git("switch", "--quiet", "main")
     project.git("remote", "remove", "origin")
+    before = project.state()
     done = project.deploy("release")
-    assert (done.returncode, 'there is no remote "origin"' in done.stderr) == (REFUSED, True)
+    assert done.returncode == REFUSED
+    assert "refused: HEAD is on no branch" in done.stderr
+    assert 'refused: there is no remote "origin"' in done.stderr
+    assert project.state() == before
     shutil.rmtree(project.clone / ".git")
     done = project.deploy("release")
     assert (done.returncode, "is no git repository" in done.stderr) == (REFUSED, True)
+
+
+def test_a_dry_run_tells_what_it_can_without_a_remote(project: Project) -> None:
+    project.git("remote", "set-url", "origin", f"{project.remote}.gone")
+    for remove in (False, True):
+        if remove:
+            project.git("remote", "remove", "origin")
+        done = project.deploy("release", "-d")
+        assert done.returncode == REFUSED
+        assert "make the annotated tag v1.2.3" in done.stdout
+        assert re.search(
+            r'would be refused: (there is no remote "origin"|the remote "origin" does not answer)', done.stderr
+        )
 
 
 @pytest.mark.parametrize(
@@ -313,6 +328,27 @@ def test_a_push_that_fails_leaves_the_tags_as_they_were(project: Project, existi
     assert "tags are protected" in done.stderr
     assert "could not be pushed to origin; the tags here are as before" in done.stderr
     assert project.state() == before
+
+
+def test_a_tag_that_somebody_else_moves_meanwhile_stays_theirs(project: Project) -> None:
+    project.git("tag", "v1.2.3")
+    project.git("push", "--quiet", "origin", "v1.2.3")
+    project.commit("A repair")
+    project.git("push", "--quiet")
+    theirs = project.push_from_elsewhere()
+    project.git("update-ref", "refs/heads/main", project.git("rev-parse", "HEAD"), cwd=project.remote)
+    git = project.programs / "git"
+    git.write_text(
+        f"#!/bin/bash\n[[ $1 != push ]] || {shutil.which('git')} -C {project.remote} update-ref refs/tags/v1.2.3 {theirs}\n"
+        f'exec {shutil.which("git")} "$@"\n'
+    )
+    git.chmod(0o755)
+    before = project.git("rev-parse", "v1.2.3")
+    done = project.deploy("release", "-f")
+    assert done.returncode == FAILED
+    assert "stale info" in done.stderr
+    assert project.remote_commit("refs/tags/v1.2.3") == theirs
+    assert project.git("rev-parse", "v1.2.3") == before
 
 
 def test_an_unreadable_version_is_told(project: Project) -> None:
@@ -379,7 +415,9 @@ def test_the_token_goes_to_the_login_alone_and_stays_nowhere(project: Project) -
     (login,) = [call for call in project.calls() if call.words[0] == "login"]
     assert login.words == ["login", "--username", "painter", "--password-stdin"]
     session = Path(login.env["DOCKER_CONFIG"])
-    assert login.config_files == ["config.json"]  # which names a registry, so that no keyring is used
+    assert login.config_files is not None
+    assert set(login.config_files) == {"config.json"}
+    assert json.loads(login.config_files["config.json"])["auths"]  # docker uses a keyring where no registry is named
     assert [call.words[0] for call in project.calls() if call.env.get("DOCKER_CONFIG") == str(session)] == [
         "login", "push", "push", "push", "logout",
     ]  # fmt: skip
@@ -433,7 +471,7 @@ def test_the_users_own_docker_configuration_is_used_and_kept(project: Project) -
     calls = {call.words[0]: call for call in project.calls()}
     assert "DOCKER_CONFIG" not in calls["build"].env
     assert calls["push"].env["DOCKER_CONTEXT"] == "rootless"
-    assert calls["push"].config_files == ["config.json", "contexts"]
+    assert set(calls["push"].config_files or ()) == {"config.json", "contexts"}
     assert (own / "config.json").read_text() == '{"currentContext": "rootless", "credsStore": "keyring"}'
     assert project.state() == before
 

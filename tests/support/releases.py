@@ -34,7 +34,7 @@ FAKE_DOCKER = """#!{python}
 import json, os, pathlib, sys
 words = sys.argv[1:]
 config = os.environ.get("DOCKER_CONFIG")
-files = sorted(path.name for path in pathlib.Path(config).iterdir()) if config else None
+files = {{path.name: path.is_file() and path.read_text() for path in pathlib.Path(config).iterdir()}} if config else None
 text = sys.stdin.read() if words[0] == "login" else None
 with open(os.environ["FAKE_DOCKER_LOG"], "a") as log:
     log.write(json.dumps({{"words": words, "stdin": text, "env": dict(os.environ), "config_files": files}}) + "\\n")
@@ -58,7 +58,7 @@ class Call:
     words: list[str]
     stdin: str | None
     env: dict[str, str]
-    config_files: list[str] | None
+    config_files: dict[str, Any] | None
 
     def values_of(self, option: str) -> list[str]:
         """What follows each `option`."""
