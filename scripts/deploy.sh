@@ -149,7 +149,10 @@ check_tag() { # FORCE
 
 check_notes() {
   local unreleased
-  if ! notes=$(scripts/release-notes "$version" 2>&1); then problem "${notes#release-notes: }"; fi
+  if ! notes=$(scripts/release-notes "$version" 2>&1); then
+    problem "${notes#release-notes: }"
+    notes=''
+  fi
   if unreleased=$(scripts/release-notes Unreleased 2>/dev/null) && [[ -n $unreleased ]]; then
     note "CHANGELOG.md has entries under \"Unreleased\": they are part of this commit, though not of the notes of $version"
   fi
@@ -205,8 +208,8 @@ release() { # VERSION FORCE DRY
     echo "  - make the annotated tag $tag of ${head:0:12} (${branch:-no branch}: $(git log -1 --format=%s))"
     if [[ -n $remote_tag ]]; then echo "  - replace the tag $tag on $remote (now at ${remote_tag_commit:0:12})"; fi
     if [[ -n $remote ]]; then echo "  - push it to $remote ($(git remote get-url --push "$remote" | without_userinfo))"; fi
-    echo "  - so that GitHub publishes the image $IMAGE:$(scripts/image-tags "$version" | paste -sd ' ' | sed 's/ /, :/g') and a release with these notes:"
-    if [[ ${#problems[@]} -eq 0 ]]; then printf '    | %s\n' "${notes//$'\n'/$'\n    | '}"; fi
+    echo "  - so that GitHub publishes the image $IMAGE:$(scripts/image-tags "$version" | paste -sd ' ' | sed 's/ /, :/g') and a release${notes:+ with these notes:}"
+    if [[ -n $notes ]]; then printf '    | %s\n' "${notes//$'\n'/$'\n    | '}"; fi
     for one in "${problems[@]}"; do complain "would be refused: $one"; done
     [[ ${#problems[@]} -eq 0 ]] || exit "$REFUSED"
     say "Nothing is in the way."
