@@ -33,7 +33,8 @@ $(STAMP): requirements/dev.txt $(SERVING)
 install: $(STAMP) ## make .venv with the program and everything that the tests need
 
 serve: $(SERVING) ## start the gateway on :8080 with the built-in backend
-	@set -a; if [ -f .env ]; then . ./.env; fi; IMG_SERVING_ENV_FILE=.env; exec $(BIN)/img-serving serve $(SERVE_ARGS)
+	@set -a; if [ -f .env ]; then . ./.env; fi; unset DOCKER_HUB_USERNAME DOCKER_HUB_TOKEN; \
+	  IMG_SERVING_ENV_FILE=.env; exec $(BIN)/img-serving serve $(SERVE_ARGS)
 
 test: $(STAMP) ## run the whole suite
 	@$(BIN)/python -m pytest -n auto $(TEST_ARGS)
