@@ -135,7 +135,7 @@ def test_a_comfyui_draws_while_it_is_kept(tmp_path: Path) -> None:
     def draw(comfyui: FakeComfyUI) -> None:
         backend = {"name": "comfyui", "protocol": "comfyui", "endpoints": [comfyui.url], "shared": True}
         with gateway(tmp_path) as program, keeping(program.url, tmp_path, backend) as keeper:
-            asked = {"model": "tiny-a.safetensors", "prompt": "a", "size": "64x64", "num_inference_steps": 1}
+            asked = {"prompt": "a", "size": "64x64", "num_inference_steps": 1}
 
             def drawn() -> bool:  # until its models are known, the painter stands in
                 return call(program, "POST", "/v1/images/generations", asked)[0] == 200 and bool(comfyui.drawn)
