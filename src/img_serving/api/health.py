@@ -104,6 +104,7 @@ class Health:
         endpoints = [
             ((("backend", one.backend), ("endpoint", one.url)), one)
             for backend in services.registry.snapshots()
+            if backend.enabled  # what is switched off on purpose is no endpoint that is down
             for one in backend.endpoints
         ]
         yield "slots", "Calls that an endpoint may have in flight.", {key: one.slots for key, one in endpoints}
