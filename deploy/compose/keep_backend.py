@@ -49,6 +49,8 @@ class Gateway:
         self._base = url.rstrip("/") + "/v1/backends"
         self._key_file = key_file
         self._key = key
+        self._keyless = ""
+        """Why the file gave no key."""
 
     def find(self, name: str) -> dict[str, Any] | None:
         """The record of a backend; None: there is none.
@@ -90,7 +92,8 @@ class Gateway:
                 return dict(json.load(reply))
         except urllib.error.HTTPError as error:
             with error:
-                raise Refused(error.code, f"{error.code} {_message_in(error.read())}") from None
+                why = f" ({self._keyless})" if error.code in {401, 403} and self._keyless else ""
+                raise Refused(error.code, f"{error.code} {_message_in(error.read())}{why}") from None
         except (OSError, ValueError) as error:
             raise Refused(0, f"no answer from {self._base} ({error})") from error
 
@@ -100,9 +103,11 @@ class Gateway:
             for line in self._key_file.read_text().splitlines():
                 name, _, value = line.partition("=")
                 if name == KEY_NAME and value:
+                    self._keyless = ""
                     return value
-        except OSError:
-            pass
+            self._keyless = f"there is no {KEY_NAME} in {self._key_file}"
+        except OSError as error:
+            self._keyless = f"{self._key_file} cannot be read: {error.strerror}"
         return self._key
 
 

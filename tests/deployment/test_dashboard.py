@@ -168,6 +168,29 @@ def test_an_alert_says_how_bad_it_is_and_what_to_do(rule: dict[str, Any]) -> Non
     assert rule["annotations"]["action"].endswith(".")
 
 
+@pytest.mark.parametrize("page", ["monitoring.md", "monitoring.ko.md"])
+def test_the_page_has_every_alert_with_its_severity_and_names_panels_that_there_are(page: str) -> None:
+    text = (DEPLOY.parent / "docs" / "deployment" / page).read_text()
+    told = dict(re.findall(r"^\| `(ImgServing\w+)` \| (\w+) \|", text, re.MULTILINE))
+    assert told == {rule["alert"]: rule["labels"]["severity"] for rule in RULES}
+    titles = " ".join(panel["title"] for panel in DASHBOARD["panels"])
+    named = re.findall(r"\*([A-Z0-9][^*|]+?)\*", text)
+    assert len(named) > 10
+    assert [one for one in named if one not in titles and one != "Scrape interval"] == []
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("page", ["monitoring.md", "monitoring.ko.md"])
+def test_the_page_names_metrics_and_labels_that_there_are(page: str, known: Known) -> None:
+    text = (DEPLOY.parent / "docs" / "deployment" / page).read_text()
+    rows = re.findall(r"^\| ((?:`[a-z_]+`(?:, )?)+) \| ?([^|]*)\|", text, re.MULTILINE)
+    assert len(rows) == 14
+    for names, labels in rows:
+        for name in re.findall(r"`(\w+)`", names):
+            there = {one for suffix in ("", "_bucket") for one in known.labels.get(f"img_serving_{name}{suffix}", ())}
+            assert there - {"job", "instance", "le"} == set(re.findall(r"`(\w+)`", labels)), name
+
+
 # against what a scrape finds
 
 

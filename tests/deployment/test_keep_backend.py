@@ -153,7 +153,8 @@ def test_it_waits_for_the_gateway_and_for_its_key_and_puts_back_what_vanished(tm
     with keeping(f"http://127.0.0.1:{port}", tmp_path, own(1)) as keeper:
         eventually(lambda: "no answer" in keeper.log, keeper)
         with serving(tmp_path, port=port, environment={"IMG_SERVING_ENV_FILE": str(tmp_path / "late.env")}) as program:
-            eventually(lambda: "401" in keeper.log, keeper)  # it has a key, and the file is not there yet
+            eventually(lambda: "401" in keeper.log, keeper)
+            assert "admin.env cannot be read: No such file" in keeper.log
             assert not keeper.kept.exists()
             (tmp_path / "late.env").rename(tmp_path / "admin.env")
             program.key = (tmp_path / "admin.env").read_text().strip().partition("=")[2]
