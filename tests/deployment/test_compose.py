@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from img_serving.cli import _parser
 from img_serving.config import Config, backend_from_mapping, load
 from img_serving.worker.options import DEFAULT_PORT
 
+yaml: Any = pytest.importorskip("yaml", reason="NO PYYAML: pip install pyyaml")
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "compose.yaml"
 TEXT = FILE.read_text()

@@ -20,13 +20,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import yaml
 from tests.support.programs import free_port
 from tests.support.traffic import SECONDS, Driven, driven, samples_of
 
 from img_serving.telemetry.metrics import Metrics
 from img_serving.worker.counts import memory_of
 
+yaml: Any = pytest.importorskip("yaml", reason="NO PYYAML: pip install pyyaml")
 DEPLOY = Path(__file__).parents[2] / "deploy"
 DASHBOARD: dict[str, Any] = json.loads((DEPLOY / "grafana/dashboards/img-serving.json").read_text())
 ALERTS: dict[str, Any] = yaml.safe_load((DEPLOY / "prometheus/alerts.yml").read_text())
@@ -80,7 +80,7 @@ def queries() -> Iterator[Query]:
             yield Query(f"{panel['title']} ({target['refId']})", target["expr"], target["legendFormat"])
 
 
-def annotations() -> Iterator[Query]:
+def marks() -> Iterator[Query]:
     for one in DASHBOARD["annotations"]["list"]:
         if "expr" in one:
             yield Query(f"annotation {one['name']}", one["expr"], one["textFormat"])
@@ -91,7 +91,7 @@ def rules() -> Iterator[Query]:
         yield Query(f"alert {rule['alert']}", rule["expr"])
 
 
-EVERY = [*queries(), *annotations(), *rules()]
+EVERY = [*queries(), *marks(), *rules()]
 
 
 # the file itself
@@ -416,7 +416,7 @@ def test_a_real_prometheus_answers_every_query_with_data(tmp_path: Path, traffic
             return not left
 
         eventually(all_there, lambda: f"no data: {[str(one) for one in left]}")
-        for one in annotations():
+        for one in marks():
             ask("query", query=one.filled_in)
         for variable in VARIABLES.values():
             if variable["type"] == "query":
