@@ -1,10 +1,12 @@
-"""Keeps one backend in the gateway's list for as long as this program runs: a compose profile's way to join.
+"""Sees to it that one backend is in the gateway's list, for as long as this program runs: a compose profile's way to join.
 
     python keep_backend.py '{"name": "worker", "protocol": "grpc", "endpoints": ["grpc://worker:50051"]}'
+    python keep_backend.py --remove worker
 
-The argument is what `POST /v1/backends` takes. It is added once the gateway answers, added again should it vanish, and removed
-at SIGTERM. A backend of that name which the gateway's own configuration defines is left alone. Only Python's own library is
-needed. Environment:
+The argument is what `POST /v1/backends` takes. It is added once the gateway answers, and again should it vanish. Stopping this
+program leaves it in the list: were it taken out whenever everything is stopped, jobs that wait for it would be drawn by another
+backend after the next start. `--remove` takes it out, once. A backend of that name which is there already, at the same
+address, is left alone, as is one that the gateway's own configuration defines. Needs Python's own library only. Environment:
 
     IMG_SERVING_URL        the gateway (http://gateway:8080)
     IMG_SERVING_KEY_FILE   where the gateway keeps its admin key (/app/data/admin.env)
@@ -120,15 +122,13 @@ class Keeper:
         self._name: str = backend["name"]
         self._kept_file = kept_file
         self._said = ""
-        self._is_ours = False
-        """Whether what is in the list is known to be as we were told."""
 
     def look(self) -> bool:
         """See that the backend is in the list; whether it is."""
         try:
             record = self._gateway.find(self._name)
-            if record is not None and record["origin"] == "api" and not self._is_ours:
-                self._gateway.remove(self._name)  # left by an earlier run, perhaps with other settings
+            if record is not None and record["origin"] == "api" and not self._is_at_our_address(record):
+                self._gateway.remove(self._name)
                 record = None
             if record is None:
                 record = self._gateway.add(self._backend)
@@ -136,30 +136,26 @@ class Keeper:
             self._kept_file.unlink(missing_ok=True)
             self._say(f"not in the gateway's list yet: {refused}")
             return False
-        self._is_ours = record["origin"] == "api"
         self._kept_file.touch()
-        addresses = ", ".join(endpoint["url"] for endpoint in record["endpoints"])
-        whose = "" if self._is_ours else ", as the gateway's own configuration says"
-        self._say(f"in the gateway's list: {record['protocol']} at {addresses}{whose}")
+        whose = "" if record["origin"] == "api" else ", as the gateway's own configuration says"
+        self._say(f"in the gateway's list: {record['protocol']} at {', '.join(_addresses_of(record))}{whose}")
         return True
 
-    def leave(self) -> None:
-        """Take the backend out of the list, if it is there because of us."""
-        self._kept_file.unlink(missing_ok=True)
-        if not self._is_ours:
-            return
-        try:
-            self._gateway.remove(self._name)
-        except Refused as refused:
-            self._say(f"left in the gateway's list: {refused}")
-        else:
-            self._say("taken out of the gateway's list")
+    def _is_at_our_address(self, record: dict[str, Any]) -> bool:
+        return record["protocol"] == self._backend.get("protocol") and _addresses_of(record) == _addresses_of(
+            self._backend
+        )
 
     def _say(self, what: str) -> None:
         """Say news, once."""
         if what != self._said:
             print(f"backend {self._name}: {what}", flush=True)
             self._said = what
+
+
+def _addresses_of(backend: dict[str, Any]) -> list[str]:
+    """Of a record, or of what the API is told."""
+    return [one if isinstance(one, str) else str(one.get("url")) for one in backend.get("endpoints", [])]
 
 
 def _message_in(body: bytes) -> str:
@@ -179,23 +175,35 @@ def _backend_of(arguments: list[str]) -> dict[str, Any] | None:
     return backend if isinstance(backend, dict) and isinstance(backend.get("name"), str) else None
 
 
+def _remove(gateway: Gateway, name: str) -> int:
+    try:
+        gateway.remove(name)
+    except Refused as refused:
+        print(f"backend {name}: {refused}", file=sys.stderr)
+        return 1
+    print(f"backend {name}: taken out of the gateway's list")
+    return 0
+
+
 def main(arguments: list[str]) -> int:
-    """Keep the backend until SIGTERM; 2: misused."""
+    """Keep the backend until SIGTERM, or remove it; 1: not removed, 2: misused."""
     if arguments in (["-h"], ["--help"]):
         print(__doc__)
         return 0
-    backend = _backend_of(arguments)
-    if backend is None:
-        print("one argument is needed: the backend, a JSON object with a name", file=sys.stderr)
-        return 2
     asked = os.environ
-    if token := asked.get("BACKEND_API_KEY"):
-        backend["api_key"] = token
     gateway = Gateway(
         asked.get("IMG_SERVING_URL") or "http://gateway:8080",
         Path(asked.get("IMG_SERVING_KEY_FILE") or "/app/data/admin.env"),
         asked.get(KEY_NAME),
     )
+    if len(arguments) == 2 and arguments[0] == "--remove":
+        return _remove(gateway, arguments[1])
+    backend = _backend_of(arguments)
+    if backend is None:
+        print("one argument is needed: the backend, a JSON object with a name", file=sys.stderr)
+        return 2
+    if token := asked.get("BACKEND_API_KEY"):
+        backend["api_key"] = token
     keeper = Keeper(gateway, backend, Path(asked.get("KEPT_FILE") or "/tmp/kept"))  # noqa: S108 - the container's own
     stop = Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -204,7 +212,6 @@ def main(arguments: list[str]) -> int:
     is_kept = False
     while not stop.wait(look_seconds if is_kept else IMPATIENT_SECONDS):
         is_kept = keeper.look()
-    keeper.leave()
     return 0
 
 

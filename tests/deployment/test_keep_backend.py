@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from tests.support.fake_comfyui import FakeComfyUI
-from tests.support.programs import Program, serving
+from tests.support.programs import Program, free_port, serving
 from tests.support.workers import working
 
 KEEPER = Path(__file__).parents[2] / "deploy" / "compose" / "keep_backend.py"
@@ -107,23 +107,53 @@ def own(port: int, **more: Any) -> dict[str, Any]:
     return {"name": "worker", "protocol": "grpc", "endpoints": [f"grpc://127.0.0.1:{port}"], **more}
 
 
+def removing(program: Program, directory: Path) -> subprocess.CompletedProcess[str]:
+    environment = {"IMG_SERVING_URL": program.url, "IMG_SERVING_KEY_FILE": str(directory / "admin.env")}
+    command = [sys.executable, str(KEEPER), "--remove", "worker"]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
 @pytest.mark.smoke
-def test_a_worker_draws_while_it_is_kept_and_the_painter_again_afterwards(tmp_path: Path) -> None:
+def test_a_worker_draws_until_it_is_removed_and_the_painter_again_afterwards(tmp_path: Path) -> None:
     with working("--model-name", "sdxl") as worker, gateway(tmp_path) as program:
+
+        def drawn() -> Any:
+            status, reply = call(program, "POST", "/v1/images/generations", {"prompt": "a", "size": "64x64"})
+            return reply if status == 200 else None
+
         with keeping(program.url, tmp_path, own(worker.port)) as keeper:
             eventually(keeper.kept.exists, keeper)
-
-            def drawn() -> Any:
-                status, reply = call(program, "POST", "/v1/images/generations", {"prompt": "a", "size": "64x64"})
-                return reply if status == 200 else None
-
             eventually(drawn, keeper)
             assert worker.metrics()['calls_total{outcome="ok"}'] >= 1
             assert keeper.stop() == 0
-        assert "taken out" in keeper.log
-        assert not keeper.kept.exists()
+        assert names(program) == ["procedural", "worker"]
+        done = removing(program, tmp_path)
+        assert (done.returncode, done.stderr) == (0, "")
         assert names(program) == ["procedural"]
         assert drawn() is not None
+        again = removing(program, tmp_path)
+        assert again.returncode == 1
+        assert "404" in again.stderr
+
+
+@pytest.mark.smoke
+def test_jobs_that_wait_when_everything_is_stopped_are_drawn_by_the_same_engine_afterwards(tmp_path: Path) -> None:
+    port = free_port()
+    with working("--model-name", "sdxl", "--slots", "1", port=port), gateway(tmp_path) as program:
+        with keeping(program.url, tmp_path, own(port, max_concurrency=1, max_batch_size=1)) as keeper:
+            eventually(lambda: "sdxl" in str(call(program, "GET", "/v1/models")[1]), keeper)
+            body = {"model": "sdxl", "prompt": "a", "size": "1024x1024", "num_inference_steps": 150}
+            jobs = [call(program, "POST", "/v1/jobs", {"operation": "generation", "body": body})[1] for _ in range(4)]
+            assert keeper.stop() == 0
+    with gateway(tmp_path) as program, working("--model-name", "sdxl", port=port):
+        with keeping(program.url, tmp_path, own(port)) as keeper:
+
+            def over() -> list[Any] | None:
+                records = [call(program, "GET", f"/v1/jobs/{job['id']}")[1] for job in jobs]
+                return records if all(one["finished_at"] for one in records) else None
+
+            records = eventually(over, keeper)
+    assert [(one["status"], one["backend"]) for one in records] == [("succeeded", "worker")] * 4
 
 
 @pytest.mark.smoke
@@ -165,7 +195,7 @@ def test_it_waits_for_the_gateway_and_for_its_key_and_puts_back_what_vanished(tm
 
 
 @pytest.mark.smoke
-def test_what_an_earlier_run_left_is_replaced(tmp_path: Path) -> None:
+def test_what_an_earlier_run_left_at_another_address_is_replaced(tmp_path: Path) -> None:
     with gateway(tmp_path) as program:
         assert call(program, "POST", "/v1/backends", own(1))[0] == 201
         with keeping(program.url, tmp_path, own(2), BACKEND_API_KEY="s3cret") as keeper:
@@ -173,6 +203,15 @@ def test_what_an_earlier_run_left_is_replaced(tmp_path: Path) -> None:
             (endpoint,) = call(program, "GET", "/v1/backends/worker")[1]["endpoints"]
             assert endpoint["url"].endswith(":2")
             assert "s3cret" not in keeper.log
+
+
+@pytest.mark.smoke
+def test_what_an_earlier_run_left_at_the_same_address_is_left_alone(tmp_path: Path) -> None:
+    with gateway(tmp_path) as program:
+        assert call(program, "POST", "/v1/backends", own(1, weight=7))[0] == 201
+        with keeping(program.url, tmp_path, own(1)) as keeper:
+            eventually(keeper.kept.exists, keeper)
+            assert call(program, "GET", "/v1/backends/worker")[1]["weight"] == 7
 
 
 @pytest.mark.smoke
