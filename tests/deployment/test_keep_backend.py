@@ -139,20 +139,26 @@ def test_a_worker_draws_until_it_is_removed_and_the_painter_again_afterwards(tmp
 @pytest.mark.smoke
 def test_jobs_that_wait_when_everything_is_stopped_are_drawn_by_the_same_engine_afterwards(tmp_path: Path) -> None:
     port = free_port()
-    with working("--model-name", "sdxl", "--slots", "1", port=port), gateway(tmp_path) as program:
-        with keeping(program.url, tmp_path, own(port, max_concurrency=1, max_batch_size=1)) as keeper:
-            eventually(lambda: "sdxl" in str(call(program, "GET", "/v1/models")[1]), keeper)
-            body = {"model": "sdxl", "prompt": "a", "size": "1024x1024", "num_inference_steps": 150}
-            jobs = [call(program, "POST", "/v1/jobs", {"operation": "generation", "body": body})[1] for _ in range(4)]
-            assert keeper.stop() == 0
-    with gateway(tmp_path) as program, working("--model-name", "sdxl", port=port):
-        with keeping(program.url, tmp_path, own(port)) as keeper:
+    with (
+        working("--model-name", "sdxl", "--slots", "1", port=port),
+        gateway(tmp_path) as program,
+        keeping(program.url, tmp_path, own(port, max_concurrency=1, max_batch_size=1)) as keeper,
+    ):
+        eventually(lambda: "sdxl" in str(call(program, "GET", "/v1/models")[1]), keeper)
+        body = {"model": "sdxl", "prompt": "a", "size": "1024x1024", "num_inference_steps": 150}
+        jobs = [call(program, "POST", "/v1/jobs", {"operation": "generation", "body": body})[1] for _ in range(4)]
+        assert keeper.stop() == 0
+    with (
+        gateway(tmp_path) as again,
+        working("--model-name", "sdxl", port=port),
+        keeping(again.url, tmp_path, own(port)) as keeper,
+    ):
 
-            def over() -> list[Any] | None:
-                records = [call(program, "GET", f"/v1/jobs/{job['id']}")[1] for job in jobs]
-                return records if all(one["finished_at"] for one in records) else None
+        def over() -> list[Any] | None:
+            records = [call(again, "GET", f"/v1/jobs/{job['id']}")[1] for job in jobs]
+            return records if all(one["finished_at"] for one in records) else None
 
-            records = eventually(over, keeper)
+        records = eventually(over, keeper)
     assert [(one["status"], one["backend"]) for one in records] == [("succeeded", "worker")] * 4
 
 
