@@ -430,6 +430,17 @@ def test_metrics_are_prometheus_text_with_what_matters() -> None:
     run_virtual(main())
 
 
+def test_endpoints_of_a_backend_that_is_switched_off_are_no_endpoints_that_are_down() -> None:
+    async def main() -> None:
+        async with running(ONE + scripted("off", backend__enabled=False)) as gateway:
+            text = (await gateway.nobody.get("/metrics")).body.decode()
+            assert 'img_serving_endpoint_usable{backend="one",endpoint="scripted:"} 1' in text
+            assert 'endpoint_usable{backend="off"' not in text
+            assert 'slots{backend="off"' not in text
+
+    run_virtual(main())
+
+
 def test_requests_for_a_backend_that_could_not_be_stored_are_answered() -> None:
     class Broken(MemoryState):
         async def put_backend(self, name: str, record: bytes) -> None:

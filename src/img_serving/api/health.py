@@ -11,6 +11,7 @@ from img_serving.api.exchange import Exchange, Reply
 from img_serving.api.services import Services
 from img_serving.domain.errors import Draining
 from img_serving.telemetry.metrics import Labels
+from img_serving.telemetry.process import render_process
 
 
 class BackendCounts(msgspec.Struct, frozen=True):
@@ -70,7 +71,7 @@ class Health:
     async def metrics(self, exchange: Exchange) -> Reply:  # noqa: ARG002 - a handler's shape
         """`GET /metrics`: Prometheus text."""
         body = self._services.metrics.render(self._gauges())
-        return Reply(200, (body,), media_type=b"text/plain; version=0.0.4; charset=utf-8")
+        return Reply(200, (body, render_process()), media_type=b"text/plain; version=0.0.4; charset=utf-8")
 
     def _gauges(self) -> Iterator[tuple[str, str, Mapping[Labels, float]]]:
         services = self._services
@@ -103,6 +104,7 @@ class Health:
         endpoints = [
             ((("backend", one.backend), ("endpoint", one.url)), one)
             for backend in services.registry.snapshots()
+            if backend.enabled  # what is switched off on purpose is no endpoint that is down
             for one in backend.endpoints
         ]
         yield "slots", "Calls that an endpoint may have in flight.", {key: one.slots for key, one in endpoints}
