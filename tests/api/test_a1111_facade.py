@@ -346,6 +346,17 @@ def test_a_client_that_leaves_cancels_its_picture() -> None:
     run_virtual(main())
 
 
+def test_a_picture_that_takes_long_is_kept_waiting_for_with_blanks() -> None:
+    async def main() -> None:
+        async with running(scripted("a", latency_seconds=80, backend__timeout_ms=600_000)) as gateway:
+            reply = await draw(gateway)
+            assert reply.status == 200
+            assert reply.body.startswith(b" ")
+            assert len(reply.json()["images"]) == 1
+
+    run_virtual(main())
+
+
 def test_every_handler_says_which_route_it_is() -> None:
     for name, handler in vars(A1111Facade).items():
         if not name.startswith("_") and name != "nothing":

@@ -302,3 +302,6 @@ def test_open_webui_s_a1111_engine_lists_models_and_switches(open_webui: OpenWeb
         assert [(one.format, one.size) for one in drawn] == [("PNG", (96, 64))] * 2
         options = httpx.get(f"{gateway.url}/sdapi/v1/options", headers={"Authorization": f"Bearer {KEY}"}).json()
         assert options["sd_model_checkpoint"] == model
+    open_webui.set(AUTOMATIC1111_PARAMS={"steps": 9999})
+    refused = open_webui.ask("generations", {"prompt": "a fox"})
+    assert (refused.status_code, refused.json()["detail"]) == (400, "[ERROR: 'images']")
