@@ -13,6 +13,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from img_serving.api.a1111_facade import A1111Facade
+from img_serving.api.a1111_shapes import PREFIX, a1111_reply_to, is_a1111, key_of_basic
 from img_serving.api.asgi import AsgiConnection, Receive, Scope, Send
 from img_serving.api.backends import Backends
 from img_serving.api.cross_origin import CrossOrigin
@@ -89,6 +91,7 @@ class App:
         images, models, backends = Images(services, self._keep_alive), Models(services), Backends(services)
         jobs, webhooks = Jobs(services, images), Webhooks(services.webhooks)
         files, health, docs = Files(services), Health(services), Docs(services)
+        a1111 = A1111Facade(services, images, models)
         metrics_access: Access = "public" if services.config.auth.metrics_public else "admin"
         routes = [
             Route("/images/generations", "user", {"POST": images.generate}),
@@ -106,6 +109,7 @@ class App:
             Route("/webhooks/", "admin", {"POST": webhooks.redeliver}, "event_id", "/redeliver"),
             Route("/webhooks/", "admin", _read(webhooks.get), "event_id"),
             Route("/images/", "public", _read(files.get), "name"),
+            *_a1111_routes(a1111),
             Route("/health", "public", _read(health.health)),
             Route("/livez", "public", _read(health.livez)),
             Route("/readyz", "public", _read(health.readyz)),
@@ -143,7 +147,7 @@ class App:
             reply = await self._answer(exchange)
         except GatewayError as error:
             keep_alive = await exchange.discard_body()
-            reply = reply_to(error)
+            reply = _told(exchange, error)
             error.__traceback__ = None  # a job holds its error, which would hold the frames that hold the job
         except ClientDisconnected:
             self._client_left(exchange)
@@ -151,12 +155,12 @@ class App:
         except asyncio.CancelledError:
             # the server's own cancellation, at the end of the drain time
             keep_alive = False
-            reply = reply_to(Draining("the gateway is stopping", retry_after_seconds=5.0))
+            reply = _told(exchange, Draining("the gateway is stopping", retry_after_seconds=5.0))
         except Exception:
             log.exception("unexpected error", extra={"fields": {"request_id": exchange.request_id}})
             services.metrics.internal_errors.add("api")
             keep_alive = await exchange.discard_body()
-            reply = reply_to(InternalError(f"an internal error; the log has it as {exchange.request_id}"))
+            reply = _told(exchange, InternalError(f"an internal error; the log has it as {exchange.request_id}"))
         headers = self._head(exchange)
         if not keep_alive:
             headers.append((b"connection", b"close"))
@@ -234,7 +238,7 @@ class App:
             raise Forbidden("this route needs an admin key")
 
     def _authenticate(self, exchange: Exchange) -> Tenant:
-        """The owner of the key in `Authorization: Bearer …` or `X-API-Key`.
+        """The owner of the key in `Authorization: Bearer …` or `X-API-Key`; A1111's clients send it as a password.
 
         Raises:
             Unauthorized: there is none, or nobody has it.
@@ -245,12 +249,15 @@ class App:
         authorization = exchange.header(b"authorization")
         if authorization is not None and authorization[:7].lower() == b"bearer ":
             key = authorization[7:].strip()
+        elif authorization is not None and is_a1111(exchange.path):
+            key = key_of_basic(authorization)
         key = key or exchange.header(b"x-api-key") or b""
         tenant = self._services.keys.authenticate(key) if key else None
         if tenant is None:
             self._services.metrics.auth_failures.add()
             told = "that API key is not known here" if key else "an API key is needed"
-            raise Unauthorized(f"{told}: send Authorization: Bearer <key>, or X-API-Key: <key>")
+            basic = ", or it as the password of Basic" if is_a1111(exchange.path) else ""
+            raise Unauthorized(f"{told}: send Authorization: Bearer <key>, or X-API-Key: <key>{basic}")
         return tenant
 
     def _client_left(self, exchange: Exchange) -> None:
@@ -306,6 +313,29 @@ class App:
 def _read(handler: Handler) -> dict[str, Handler]:
     """A handler for GET that serves HEAD too (the server leaves the body out)."""
     return {"GET": handler, "HEAD": handler}
+
+
+def _a1111_routes(a1111: A1111Facade) -> list[Route]:
+    """A1111's API, for clients that speak no other."""
+    routes: dict[str, dict[str, Handler]] = {
+        "txt2img": {"POST": a1111.txt2img},
+        "options": {**_read(a1111.options), "POST": a1111.set_options},
+        "sd-models": _read(a1111.checkpoints),
+        "samplers": _read(a1111.samplers),
+        "schedulers": _read(a1111.schedulers),
+        "upscalers": _read(a1111.upscalers),
+        "latent-upscale-modes": _read(a1111.nothing),
+        "sd-vae": _read(a1111.nothing),
+        "sd-modules": _read(a1111.nothing),
+        "progress": _read(a1111.progress),
+        "interrupt": {"POST": a1111.interrupt},
+    }
+    return [Route(f"{PREFIX}v1/{name}", "user", handlers) for name, handlers in routes.items()]
+
+
+def _told(exchange: Exchange, error: GatewayError) -> Reply:
+    """What the client reads of an error, in the shape of the API that it speaks."""
+    return a1111_reply_to(error) if is_a1111(exchange.path) else reply_to(error)
 
 
 def _limit_headers(charge: Charge) -> list[tuple[bytes, bytes]]:

@@ -196,7 +196,7 @@ class Images:
             return await self._stream(exchange, wanted, key)
         if key is not None:
             return await self._wait(exchange, wanted, key)
-        return await self._draw(exchange, wanted)
+        return await self.draw(exchange, wanted)
 
     def _order(self, exchange: Exchange, wanted: Asked, key: str | None, *, is_async: bool = False) -> Order:
         return Order(
@@ -230,7 +230,7 @@ class Images:
 
     # a job that runs in its own handler
 
-    async def _draw(self, exchange: Exchange, wanted: Asked) -> Reply:
+    async def draw(self, exchange: Exchange, wanted: Asked) -> Reply:
         """Run a request and answer it: what most requests are."""
         services = self._services
         returns = services.returns

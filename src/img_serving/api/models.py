@@ -36,18 +36,19 @@ class Models:
 
     async def list(self, exchange: Exchange) -> Reply:
         """`GET /v1/models`."""
-        models = self._models(exchange.tenant)
+        models = self.of(exchange.tenant)
         return Reply(200, (msgspec.json.encode(ModelList("list", list(models.values()))),))
 
     async def get(self, exchange: Exchange) -> Reply:
         """`GET /v1/models/{id}`; the id may hold slashes."""
         wanted = exchange.variables["id"]
-        model = self._models(exchange.tenant).get(wanted)
+        model = self.of(exchange.tenant).get(wanted)
         if model is None:
             raise NotFound(f"the model {wanted!r} does not exist", code="model_not_found", param="model")
         return Reply(200, (msgspec.json.encode(model),))
 
-    def _models(self, tenant: Tenant) -> dict[str, Model]:
+    def of(self, tenant: Tenant) -> dict[str, Model]:
+        """Those that a tenant may use, by their ids."""
         owners: dict[str, list[str]] = {}
         for backend in self._services.registry.candidates():
             if backend.enabled and tenant.may_use_backend(backend.name):

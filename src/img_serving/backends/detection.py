@@ -148,6 +148,8 @@ async def detect(transport: Transport, headers: Headers, timeout_seconds: float)
     for path, is_a1111 in (("/sdapi/v1/options", _has_options), ("/sdapi/v1/sd-models", _has_checkpoints)):
         reply = await get(transport, path, headers, timeout_seconds)
         statuses.append(reply.status)
+        if reply.status == 200 and _is_gateway(_json(reply)):
+            return Detection("openai", f"GET {path} says that it is an img-serving, whose own API is OpenAI's")
         if reply.status == 200 and is_a1111(_json(reply)):
             return Detection("a1111", f"GET {path} answered as A1111 does")
         if reply.status == 401 and reply.headers.get("www-authenticate", "").lower().startswith("basic"):
@@ -174,6 +176,10 @@ def _json(reply: UpstreamReply) -> Any:
         return msgspec.json.decode(reply.body)
     except (ValueError, RecursionError):
         return None
+
+
+def _is_gateway(document: Any) -> bool:
+    return isinstance(document, dict) and document.get("served_by") == "img-serving"
 
 
 def _has_options(document: Any) -> bool:
