@@ -19,7 +19,7 @@ import pytest
 from tests.support.event_streams import form
 from tests.support.fake_a1111 import FakeA1111
 from tests.support.programs import Program, free_port, serving
-from tests.support.proxies import FILES, HOST, Proxy, proxying, send
+from tests.support.proxies import FILES, HOST, Proxy, answer_on, over_http_2, proxying, send
 from tests.support.threads import in_a_thread
 
 from img_serving.backends.stub_server import Answer, Exchange, StubServer
@@ -176,6 +176,42 @@ def test_a_client_that_leaves_is_gone_for_the_engine(
     until(lambda: engine.interrupts == before + 1)
 
 
+# over HTTP/2, which browsers and some client libraries speak to them
+
+
+def test_an_event_arrives_before_the_next_one_is_made_over_http_2_too(proxy: Proxy, turnstile: Turnstile) -> None:
+    turnstile.let(2)
+    with over_http_2(proxy, DRAW, key=KEY, body={**DRAWN, "stream": True, "partial_images": 1}) as curl:
+        assert curl.stdout is not None
+        lines = iter(curl.stdout)
+        seen = [next(lines) for _ in range(2)]
+        assert seen[0].startswith(b"event: image_generation.partial_image")
+        turnstile.let(STEPS)
+        rest = list(lines)
+        assert any(line.startswith(b"event: image_generation.completed") for line in rest)
+        assert rest[-1] == b"200/2"
+
+
+def test_a_client_that_leaves_over_http_2_is_gone_for_the_engine(
+    proxy: Proxy, engine: FakeA1111, turnstile: Turnstile
+) -> None:
+    before = engine.interrupts
+    with over_http_2(proxy, DRAW, key=KEY, body={**DRAWN, "prompt": "left over HTTP/2"}):
+        until(lambda: engine.in_flight > 0)
+        turnstile.let(1)
+    until(lambda: engine.interrupts == before + 1)
+
+
+def test_a_gateway_that_is_not_there_is_told_of_over_http_2(name: str, tmp_path: Path) -> None:
+    """Several times: an answer that comes before the request is whole is a cancelled stream, now and then."""
+    with proxying(name, tmp_path / name, free_port()) as proxy:
+        for _ in range(15):
+            with over_http_2(proxy, DRAW, key=KEY, body=PAINTED) as curl:
+                said = curl.communicate()[0].decode()
+            assert said.endswith(("502/2", "503/2")), said
+            assert json.loads(said.rpartition("\n")[0])["error"]["code"] == "gateway_unreachable"
+
+
 # bodies
 
 
@@ -217,10 +253,9 @@ def test_what_is_over_64_mib_gets_the_gateways_own_413(proxy: Proxy) -> None:
                 connection.sendall(bytes(2**20))
         except OSError:
             pass  # nobody wanted to hear the rest
-        answered = http.client.HTTPResponse(connection)
-        answered.begin()
-        assert answered.status == 413
-        error = json.loads(answered.read())["error"]
+        answered = answer_on(connection)
+    assert answered.status == 413
+    error = answered.json["error"]
     assert error["code"] == "payload_too_large"
     assert "67108864" in error["message"]
 
@@ -332,10 +367,9 @@ def test_a_post_that_breaks_off_is_not_sent_again(in_front_of: InFrontOf, header
     head = f"POST {DRAW} HTTP/1.1\r\n" + "".join(f"{name}: {value}\r\n" for name, value in lines.items()) + "\r\n"
     with proxy.socket() as connection:
         connection.sendall(head.encode() + body)
-        answered = http.client.HTTPResponse(connection)
-        answered.begin()
-        assert answered.status == 502
-        assert json.loads(answered.read())["error"]["code"] == "gateway_unreachable"
+        answered = answer_on(connection)
+    assert answered.status == 502
+    assert answered.json["error"]["code"] == "gateway_unreachable"
     assert [one.method for one in recorder.exchanges] == ["POST"]
 
 
@@ -351,7 +385,8 @@ def test_a_post_that_breaks_off_on_a_kept_connection_is_not_sent_again_either(in
         with pytest.raises(http.client.RemoteDisconnected):
             connection.getresponse()
     else:
-        assert connection.getresponse().status == 502
+        with connection.getresponse() as answered:
+            assert answered.status == 502
     connection.close()
     assert len(recorder.exchanges) == 2
     assert recorder.connections == 1

@@ -133,6 +133,22 @@ class Proxy:
             connection.close()
 
 
+@contextmanager
+def over_http_2(proxy: Proxy, path: str, *, key: str, body: dict[str, Any]) -> Iterator[subprocess.Popen[bytes]]:
+    """A POST of curl's over HTTP/2: the body is what it writes, and then `status/version`. At the end of the block it is ended."""
+    curl = shutil.which("curl")
+    if curl is None or b"HTTP2" not in subprocess.run([curl, "--version"], capture_output=True, check=True).stdout:
+        pytest.skip("NO CURL: there is none here that speaks HTTP/2")
+    arguments = ["--silent", "--show-error", "--no-buffer", "--http2", "--cacert", str(proxy.authority), "--max-time", "90"]
+    arguments += ["--resolve", f"{HOST}:{proxy.port}:127.0.0.1", "--write-out", "\n%{http_code}/%{http_version}"]
+    arguments += ["-H", f"Authorization: Bearer {key}", "-H", "Content-Type: application/json", "-d", json.dumps(body)]
+    with subprocess.Popen([curl, *arguments, proxy.url + path], stdout=subprocess.PIPE) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
 def send(
     connection: http.client.HTTPConnection,
     method: str,
@@ -183,6 +199,13 @@ def proxying(name: str, directory: Path, upstream_port: int, *, snippet: str | N
             except subprocess.TimeoutExpired:  # connections that tests left open
                 process.kill()
                 process.wait()
+
+
+def answer_on(connection: ssl.SSLSocket) -> Answered:
+    """The next answer on a connection that the request was written to by hand."""
+    with http.client.HTTPResponse(connection) as answered:
+        answered.begin()
+        return Answered(answered.status, {name.lower(): value for name, value in answered.getheaders()}, answered.read())
 
 
 def _once(text: str, found: str, instead: str) -> str:
