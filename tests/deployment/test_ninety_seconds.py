@@ -5,14 +5,13 @@ It takes as long as it says, and no processor: the gateways sleep, the proxies w
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from tests.support.programs import serving
-from tests.support.proxies import FILES, SNIPPETS, Answered, Proxy, proxying
+from tests.support.proxies import FILES, SNIPPETS, Answered, Proxy, program_of, proxying
 
 pytestmark = pytest.mark.smoke
 
@@ -36,6 +35,10 @@ OWN_LIMIT = {"nginx": "        proxy_read_timeout 660s;\n", "haproxy": "    time
 """The line without which the proxy waits for as long as it does by itself: 60 s, or 50 s in Debian's file. Caddy waits on."""
 
 
+GAVE_UP = {"nginx": 502, "haproxy": 504}
+"""nginx's page for its own time-out is that of a gateway that cannot be reached."""
+
+
 def ask(proxy: Proxy) -> Answered:
     return proxy.ask("POST", "/v1/images/generations", key=KEY, body=BODY, seconds=300)
 
@@ -47,7 +50,10 @@ def without(name: str) -> str:
 
 
 def test_a_picture_of_ninety_seconds_is_not_cut(tmp_path: Path) -> None:
-    """Behind each proxy: kept open with blanks from 50 s on, silent to its end, and, where it has a limit of its own, cut by that."""
+    """Behind each proxy: kept open with blanks from 50 s on, silent to its end, and, where it has its own limit, cut by that."""
+    names = [name for name in FILES if program_of(name) is not None]
+    if not names:
+        pytest.skip(f"NO PROXY: none of {', '.join(FILES)} is installed")
     with ExitStack() as stack:
         kept = stack.enter_context(serving(tmp_path / "kept", CONFIG % "# as it is")).port
         silent = stack.enter_context(serving(tmp_path / "silent", CONFIG % "keepalive_after_seconds = 0")).port
@@ -55,20 +61,19 @@ def test_a_picture_of_ninety_seconds_is_not_cut(tmp_path: Path) -> None:
         def start(name: str, what: str, port: int, snippet: str | None = None) -> Proxy:
             return stack.enter_context(proxying(name, tmp_path / f"{name}-{what}", port, snippet=snippet))
 
-        runs: dict[tuple[str, str], Callable[[], Answered]] = {}
-        for name in FILES:
+        proxies: dict[tuple[str, str], Proxy] = {}
+        for name in names:
             for what, port in {"kept open": kept, "silent": silent}.items():
-                runs[name, what] = lambda proxy=start(name, what.split()[0], port): ask(proxy)  # type: ignore[misc]
+                proxies[name, what] = start(name, what.split()[0], port)
             if name in OWN_LIMIT:
-                proxy = start(name, "limited", silent, without(name))
-                runs[name, "cut"] = lambda proxy=proxy: ask(proxy)  # type: ignore[misc]
-        with ThreadPoolExecutor(len(runs)) as threads:
-            asked = {run: threads.submit(call) for run, call in runs.items()}
+                proxies[name, "cut"] = start(name, "limited", silent, without(name))
+        with ThreadPoolExecutor(len(proxies)) as threads:
+            asked = {run: threads.submit(ask, proxy) for run, proxy in proxies.items()}
             answers = {run: one.result() for run, one in asked.items()}
 
     for (name, what), answer in answers.items():
         if what == "cut":
-            assert answer.status == 504 or (name, answer.status) == ("nginx", 502), (name, answer)
+            assert answer.status == GAVE_UP[name], (name, answer)
             continue
         assert answer.status == 200, (name, what, answer)
         assert answer.json["data"][0]["b64_json"], (name, what)

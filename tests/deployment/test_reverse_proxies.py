@@ -1,6 +1,6 @@
 """The files in deploy/proxies, each given to the real proxy in front of a real gateway.
 
-What a backend must have been told, or must not, is asked of the backend; "at once" means: while the backend is still being held.
+What a backend must have been told, or must not, is asked of the backend; "at once" means: while the backend is still held.
 """
 
 from __future__ import annotations
@@ -58,12 +58,10 @@ class Turnstile(asyncio.Event):
     def __init__(self) -> None:
         super().__init__()
         self._steps = 0
-        self._loop: asyncio.AbstractEventLoop | None = None
 
     async def wait(self) -> Any:
         """One step, once it may be taken."""
-        self._loop = asyncio.get_running_loop()
-        while not self.is_set() and self._steps == 0:
+        while not self.is_set() and self._steps == 0:  # noqa: ASYNC110 - it is let from another thread
             await asyncio.sleep(0.01)
         self._steps = max(0, self._steps - 1)
         return True
@@ -80,7 +78,7 @@ class Recorder(StubServer):
         super().__init__()
         self.said = answer or Answer(200, b"{}")
 
-    async def answer(self, exchange: Exchange) -> Answer:  # noqa: ARG002 - all get the same
+    async def answer(self, exchange: Exchange) -> Answer:
         return Answer(self.said.status, self.said.body, self.said.headers, self.said.manner)
 
 
@@ -150,7 +148,9 @@ def test_an_event_arrives_before_the_next_one_is_made(proxy: Proxy, turnstile: T
     connection.close()
 
 
-def test_the_blanks_that_keep_a_reply_open_arrive_while_the_picture_is_drawn(proxy: Proxy, turnstile: Turnstile) -> None:
+def test_the_blanks_that_keep_a_reply_open_arrive_while_the_picture_is_drawn(
+    proxy: Proxy, turnstile: Turnstile
+) -> None:
     connection = proxy.connect()
     send(connection, "POST", DRAW, key=KEY, body=DRAWN)
     answered = connection.getresponse()
@@ -285,7 +285,9 @@ def test_what_a_client_claims_of_its_origin_does_not_get_into_urls(proxy: Proxy)
 
 
 def test_a_request_id_passes_both_ways(proxy: Proxy) -> None:
-    assert proxy.ask("GET", "/v1/models", key=KEY, headers={"X-Request-Id": "mine-7"}).headers["x-request-id"] == "mine-7"
+    assert (
+        proxy.ask("GET", "/v1/models", key=KEY, headers={"X-Request-Id": "mine-7"}).headers["x-request-id"] == "mine-7"
+    )
     refused = proxy.ask("GET", "/v1/models", headers={"X-Request-Id": "mine-8"})
     assert (refused.status, refused.headers["x-request-id"]) == (401, "mine-8")
     assert refused.json["error"]["code"]

@@ -33,7 +33,7 @@ STATE = "/var/lib/img-serving"
 KEY = "sk-in-the-environment-file"
 
 EXPOSURE = {"img-serving.service": 15, "img-serving-worker@.service": 40}
-"""Tenths of what `systemd-analyze security` may say; systemd 252 says 1.2 and 3.6, and other versions weigh a little differently."""
+"""Tenths of what `systemd-analyze security` may say; systemd 252 says 1.2 and 3.6, others weigh a little differently."""
 
 
 class Unit:
@@ -60,7 +60,7 @@ def analyze(*arguments: str) -> subprocess.CompletedProcess[str]:
     program = shutil.which("systemd-analyze")
     if program is None:
         pytest.skip("NO SYSTEMD: systemd-analyze is not installed")
-    return subprocess.run([program, *arguments], capture_output=True, text=True, timeout=120)
+    return subprocess.run([program, *arguments], check=False, capture_output=True, text=True, timeout=120)
 
 
 @pytest.mark.parametrize("name", EXPOSURE)
@@ -77,7 +77,9 @@ def test_systemd_finds_no_fault(name: str, tmp_path: Path) -> None:
 
 def test_systemd_would_find_a_fault(tmp_path: Path) -> None:
     copy = tmp_path / "img-serving.service"
-    copy.write_text((UNITS / "img-serving.service").read_text().replace(PROGRAM, "/bin/true").replace("KillMode", "KilMode"))
+    copy.write_text(
+        (UNITS / "img-serving.service").read_text().replace(PROGRAM, "/bin/true").replace("KillMode", "KilMode")
+    )
     done = analyze("verify", "--man=no", "--recursive-errors=no", str(copy))
     assert "KilMode" in done.stdout + done.stderr
 
@@ -116,7 +118,7 @@ def test_the_unit_names_the_places_of_the_guide(unit: Unit) -> None:
 
 
 class Machine:
-    """What systemd does for a service, in a directory: its places, its environment and nothing else, and a socket to be told at."""
+    """What systemd does for a service, in a directory: its places, its environment and no other, and a socket to be told at."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -144,7 +146,11 @@ class Machine:
             environment |= dict(line.split("=", 1) for line in path.read_text().splitlines())
         program, *arguments = unit.one("ExecStart").split()
         assert program == PROGRAM
-        words = [word for one in arguments for word in (shlex.split(environment[one[1:]]) if one[0] == "$" else [mapped(one)])]
+        words = [
+            word
+            for one in arguments
+            for word in (shlex.split(environment[one[1:]]) if one[0] == "$" else [mapped(one)])
+        ]
         umask = int(unit.one("UMask"), 8)
         with (self.directory / "journal").open("a") as journal:
             return subprocess.Popen(
@@ -194,7 +200,10 @@ def test_the_gateway_of_the_unit_serves_with_the_guides_settings_and_ends_cleanl
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         body = json.dumps({"prompt": "a lake", "size": "64x64"})
         connection.request(
-            "POST", "/v1/images/generations", body, {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+            "POST",
+            "/v1/images/generations",
+            body,
+            {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"},
         )
         answered = connection.getresponse()
         assert answered.status == 200, answered.read()
@@ -210,7 +219,9 @@ def test_the_gateway_of_the_unit_serves_with_the_guides_settings_and_ends_cleanl
 
 
 @pytest.mark.smoke
-def test_a_key_that_is_missing_ends_the_start_with_the_status_that_is_not_tried_again(machine: Machine, unit: Unit) -> None:
+def test_a_key_that_is_missing_ends_the_start_with_the_status_that_is_not_tried_again(
+    machine: Machine, unit: Unit
+) -> None:
     machine.at(f"{SETTINGS}/config.toml").write_text(guides_settings())
     machine.at(f"{SETTINGS}/env").write_text("")
     with ended(machine.started(unit)) as process:
@@ -227,7 +238,8 @@ def test_the_worker_of_the_unit_serves_and_ends_cleanly(machine: Machine) -> Non
     with ended(machine.started(Unit("img-serving-worker@.service"), "first")) as process:
         until = time.monotonic() + 60
         while "ready after" not in machine.journal:
-            assert time.monotonic() < until and process.poll() is None, machine.journal
+            assert time.monotonic() < until, machine.journal
+            assert process.poll() is None, machine.journal
             time.sleep(0.05)
         socket.create_connection(("127.0.0.1", port), timeout=10).close()
         process.send_signal(signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Starts real reverse proxies from the files in deploy/proxies: only ports and paths are replaced, the rest is what operators get."""
+"""Starts real reverse proxies from the files in deploy/proxies: only ports and paths are replaced, the rest is as it is."""
 
 from __future__ import annotations
 
@@ -135,11 +135,20 @@ class Proxy:
 
 @contextmanager
 def over_http_2(proxy: Proxy, path: str, *, key: str, body: dict[str, Any]) -> Iterator[subprocess.Popen[bytes]]:
-    """A POST of curl's over HTTP/2: the body is what it writes, and then `status/version`. At the end of the block it is ended."""
+    """A POST of curl's over HTTP/2: it writes the body, and then `status/version`. The block's end is its own."""
     curl = shutil.which("curl")
     if curl is None or b"HTTP2" not in subprocess.run([curl, "--version"], capture_output=True, check=True).stdout:
         pytest.skip("NO CURL: there is none here that speaks HTTP/2")
-    arguments = ["--silent", "--show-error", "--no-buffer", "--http2", "--cacert", str(proxy.authority), "--max-time", "90"]
+    arguments = [
+        "--silent",
+        "--show-error",
+        "--no-buffer",
+        "--http2",
+        "--cacert",
+        str(proxy.authority),
+        "--max-time",
+        "90",
+    ]
     arguments += ["--resolve", f"{HOST}:{proxy.port}:127.0.0.1", "--write-out", "\n%{http_code}/%{http_version}"]
     arguments += ["-H", f"Authorization: Bearer {key}", "-H", "Content-Type: application/json", "-d", json.dumps(body)]
     with subprocess.Popen([curl, *arguments, proxy.url + path], stdout=subprocess.PIPE) as process:
@@ -166,13 +175,19 @@ def send(
     connection.request(method, path, body, {**sent, **(headers or {})})
 
 
+def program_of(name: str) -> str | None:
+    """Where the proxy's program is, if it is installed; Debian has two of them where only root looks."""
+    return shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+
+
 @contextmanager
 def proxying(name: str, directory: Path, upstream_port: int, *, snippet: str | None = None) -> Iterator[Proxy]:
     """Run the proxy `name` in front of a port of ours until the block ends.
 
-    `snippet` stands in for its file, for a test that wants to see what happens without a line. Skips where the program is absent.
+    `snippet` stands in for its file, for a test that wants to see what happens without a line.
+    Skips where the program is absent.
     """
-    program = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+    program = program_of(name)
     if program is None:
         pytest.skip(f"NO {name.upper()}: the package {name} is not installed")
     directory.mkdir(parents=True, exist_ok=True)
@@ -205,7 +220,9 @@ def answer_on(connection: ssl.SSLSocket) -> Answered:
     """The next answer on a connection that the request was written to by hand."""
     with http.client.HTTPResponse(connection) as answered:
         answered.begin()
-        return Answered(answered.status, {name.lower(): value for name, value in answered.getheaders()}, answered.read())
+        return Answered(
+            answered.status, {name.lower(): value for name, value in answered.getheaders()}, answered.read()
+        )
 
 
 def _once(text: str, found: str, instead: str) -> str:
@@ -274,5 +291,7 @@ def _wait(process: subprocess.Popen[bytes], proxy: Proxy) -> None:
             proxy.socket(5.0).close()
             return
         time.sleep(0.05)
-    said = [path.read_text() for path in (proxy.directory / "output.txt", proxy.directory / "proxy.txt") if path.exists()]
+    said = [
+        path.read_text() for path in (proxy.directory / "output.txt", proxy.directory / "proxy.txt") if path.exists()
+    ]
     raise AssertionError(f"{proxy.name} did not start: {' '.join(said)}")

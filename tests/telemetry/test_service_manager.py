@@ -111,7 +111,7 @@ def test_ready_means_that_requests_are_answered_and_the_end_is_told(path: str, t
 def test_a_gateway_that_cannot_start_is_never_ready(path: str, tmp_path: Path) -> None:
     with listening(path) as manager, socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(AssertionError, match="did not start"):
-            with serving(tmp_path, port=port, environment={"NOTIFY_SOCKET": path}):
-                pass
+        program = serving(tmp_path, port=port, environment={"NOTIFY_SOCKET": path})
+        with pytest.raises(AssertionError, match="did not start"), program:
+            pass
         assert is_silent(manager)

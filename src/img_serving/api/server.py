@@ -45,7 +45,7 @@ class Server(uvicorn.Server):
         drain_seconds: float,
         manager: ServiceManager | None = None,
     ) -> None:
-        """`drain_seconds` is what running work has after the first signal. `manager` is told when we listen and when we stop."""
+        """`drain_seconds` is what running work has after the first signal. `manager` hears when we listen and when we stop."""
         super().__init__(
             uvicorn.Config(
                 application,  # type: ignore[arg-type] # our protocol calls `serve`, not ASGI
