@@ -50,7 +50,7 @@ def without(name: str) -> str:
 
 
 def test_a_picture_of_ninety_seconds_is_not_cut(tmp_path: Path) -> None:
-    """Behind each proxy: kept open with blanks from 50 s on, silent to its end, and, where it has its own limit, cut by that."""
+    """Behind each proxy: kept open with blanks from 50 s on, silent to its end, and cut where it has its own limit."""
     names = [name for name in FILES if program_of(name) is not None]
     if not names:
         pytest.skip(f"NO PROXY: none of {', '.join(FILES)} is installed")
