@@ -56,6 +56,7 @@ from img_serving.storage.local_disk import LocalDiskStore
 from img_serving.storage.memory import MemoryStore
 from img_serving.telemetry.logs import RequestLog, choose_format, set_up
 from img_serving.telemetry.metrics import Metrics
+from img_serving.telemetry.service_manager import ServiceManager
 from img_serving.transport.event_loop import run as run  # noqa: PLC0414 - `main.run` is how a gateway is run
 from img_serving.transport.fetch import FetchFailed, SafeFetcher
 from img_serving.transport.http import HttpTransport, make_ssl_context
@@ -478,7 +479,8 @@ async def serve(
             _show_key(new_key, env_file, announce)
             await remember_keys(digests, state)
         _announce(config, listener, source, gateway, announce)
-        await Server(gateway.app, gateway, config.server.drain_timeout_seconds).serve(sockets=[listener])
+        manager = ServiceManager(os.environ)
+        await Server(gateway.app, gateway, config.server.drain_timeout_seconds, manager).serve(sockets=[listener])
 
 
 def _spare_the_collector() -> None:

@@ -15,6 +15,7 @@ import uvicorn
 
 from img_serving.api.http_protocol import Application, HttpProtocol, close_stalled
 from img_serving.domain.errors import StartError
+from img_serving.telemetry.service_manager import ServiceManager
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +38,14 @@ class Stoppable(Protocol):
 class Server(uvicorn.Server):
     """uvicorn's server with our order of stopping: no new connections, drain, then close."""
 
-    def __init__(self, application: Application, stoppable: Stoppable, drain_seconds: float) -> None:
-        """`drain_seconds` is what running work has after the first signal."""
+    def __init__(
+        self,
+        application: Application,
+        stoppable: Stoppable,
+        drain_seconds: float,
+        manager: ServiceManager | None = None,
+    ) -> None:
+        """`drain_seconds` is what running work has after the first signal. `manager` hears when we listen and when we stop."""
         super().__init__(
             uvicorn.Config(
                 application,  # type: ignore[arg-type] # our protocol calls `serve`, not ASGI
@@ -56,6 +63,7 @@ class Server(uvicorn.Server):
         )
         self._stoppable = stoppable
         self._drain_seconds = drain_seconds
+        self._manager = manager if manager is not None else ServiceManager({})
         self._stop_now = asyncio.Event()
 
     @contextmanager
@@ -76,15 +84,23 @@ class Server(uvicorn.Server):
             asyncio.get_running_loop().call_soon_threadsafe(self._stop_now.set)
         self.should_exit = True
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accept connections, and say so."""
+        await super().startup(sockets)
+        addresses = (one.getsockname()[:2] for one in sockets or [])
+        self._manager.ready("listens on " + ", ".join(f"{host} port {port}" for host, port in addresses))
+
     async def on_tick(self, counter: int) -> bool:
         """Uvicorn calls this ten times a second; once a second stalled connections are looked for."""
+        now = asyncio.get_running_loop().time()
+        self._manager.beat(now)
         if counter % 10 == 0:
-            now = asyncio.get_running_loop().time()
             close_stalled(list(self.server_state.connections), now, self.config.timeout_keep_alive)
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop accepting, let what runs finish or answer it with 503, then close connections."""
+        self._manager.stopping()
         for server in self.servers:
             server.close()
         for one in sockets or []:
