@@ -7,6 +7,7 @@ PYTHON ?= $(shell for p in /usr/bin/python3 python3.13 python3.12 python3.11 pyt
   && echo $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
+SERVING := $(VENV)/.serving
 STAMP := $(VENV)/.installed
 SERVE_ARGS ?=
 TEST_ARGS ?=
@@ -20,14 +21,20 @@ SOAK_ARGS ?=
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
 
-$(STAMP): requirements/dev.txt pyproject.toml
+# who only wants to serve does not wait for what the tests need
+$(SERVING): requirements/core.txt requirements/build.txt pyproject.toml
 	@scripts/install "$(PYTHON)" "$(VENV)"
+	@touch $@
+
+$(STAMP): requirements/dev.txt $(SERVING)
+	@scripts/install "$(PYTHON)" "$(VENV)" dev
 	@touch $@
 
 install: $(STAMP) ## make .venv with the program and everything that the tests need
 
-serve: $(STAMP) ## start the gateway on :8080 with the built-in backend
-	@set -a; if [ -f .env ]; then . ./.env; fi; IMG_SERVING_ENV_FILE=.env; exec $(BIN)/img-serving serve $(SERVE_ARGS)
+serve: $(SERVING) ## start the gateway on :8080 with the built-in backend
+	@set -a; if [ -f .env ]; then . ./.env; fi; unset DOCKER_HUB_USERNAME DOCKER_HUB_TOKEN; \
+	  IMG_SERVING_ENV_FILE=.env; exec $(BIN)/img-serving serve $(SERVE_ARGS)
 
 test: $(STAMP) ## run the whole suite
 	@$(BIN)/python -m pytest -n auto $(TEST_ARGS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from datetime import date
 from pathlib import Path
@@ -30,6 +31,8 @@ from img_serving.config import (
     find_config_file,
     load,
 )
+from img_serving.config.moved import MOVED
+from img_serving.config.problems import Problem
 from img_serving.config.section import Section, fields_of, table_in
 
 SECTIONS = [table for field in fields_of(Config) if (table := table_in(field.type)) is not None]
@@ -442,6 +445,77 @@ class TestClosed:
     def test_networks_and_origins_that_are_right(self, from_text):
         text = '[server]\ntrusted_proxies = ["10.0.0.1", "fd00::/8"]\ncors_allow_origins = ["*", "https://a.b:8443"]'
         assert from_text(text).config.server.trusted_proxies == ("10.0.0.1", "fd00::/8")
+
+
+class TestMoved:
+    """Keys of another gateway's files: the error says where their meaning went."""
+
+    @pytest.mark.parametrize(
+        ("text", "path", "hint"),
+        [
+            ('[storage]\nbase_path="x"', "storage.base_path", "write `storage.dir`"),
+            (
+                '[storage]\nurl_prefix="x"',
+                "storage.url_prefix",
+                "write `server.public_url`, without the /images at its end",
+            ),
+            ("[queue]\nmax_size=1", "queue.max_size", "write `queue.max_tasks`"),
+            ("[rate_limit.per_client]\nburst_size=1", "rate_limit.per_client", "`rate_limit.requests_per_second` and"),
+            ('version="1.0"', "version", "files have no version: leave it out"),
+            (
+                '[[backends]]\nname="a"\nendpoints=["http://a"]\nhealth_check={path="/ok"}',
+                "backends[0].health_check",
+                "write `health_check_path` and `health_check_interval_secs`",
+            ),
+        ],
+    )
+    def test_a_key_of_another_gateway_is_refused_with_where_it_went(self, from_text, text, path, hint):
+        found = problems_of(from_text, text)
+        assert list(found) == [path]
+        assert found[path].startswith(f"unknown key; {hint}")
+
+    def test_a_variable_is_told_the_same(self):
+        with pytest.raises(ConfigError) as caught:
+            load(None, environment(storage__base_path="x"))
+        assert caught.value.problems == (
+            Problem("storage.base_path", "unknown key; write `storage.dir`", "IMG_SERVING__STORAGE__BASE_PATH"),
+        )
+
+    def test_a_backend_of_the_api_is_told_the_same(self):
+        (message,) = backend_problems(name="a", endpoints=["http://a"], backend_type="image").values()
+        assert message.startswith("unknown key; every backend here draws pictures: leave it out")
+
+    def test_none_of_them_is_a_key_here_and_what_they_point_to_is(self):
+        tables = {table.__name__: table for table in TABLES}
+        for name, moved in MOVED.items():
+            own = {field.encode_name for field in fields_of(tables[name])}
+            assert not own & set(moved)
+            for hint in moved.values():
+                for word in re.findall(r"`([a-z_.]+)`", hint):
+                    assert set(word.split(".")) <= set(KEYS)
+
+    def test_variables_and_files_of_the_other_gateway_are_noted_and_not_read(self, tmp_path, from_text):
+        (tmp_path / "gateway.yaml").write_text("server: {port: 1}")
+        loaded = from_text("", {"GEN_GATEWAY__SERVER__PORT": "1", "GEN_GATEWAY_API_KEY": "sk-hidden"})
+        assert loaded.config == Config()
+        assert loaded.notes == (
+            "GEN_GATEWAY__SERVER__PORT: not read; variables here begin with IMG_SERVING__",
+            f"{tmp_path}/gateway.yaml: not read; the configuration is one TOML file",
+        )
+
+    def test_without_a_file_they_are_looked_for_where_ours_would_be(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        assert load(None, {}).notes == ()
+        (tmp_path / "config").mkdir()
+        (tmp_path / "config" / "backends.yaml").write_text("backends: {}")
+        assert load(None, {}).notes == ("config/backends.yaml: not read; the configuration is one TOML file",)
+
+    @pytest.mark.parametrize("text", ["server:\n  port: 1\n", "[server"])
+    def test_a_yaml_file_is_told_from_a_broken_one(self, tmp_path, text):
+        path = tmp_path / "gateway.yaml"
+        path.write_text(text)
+        with pytest.raises(ConfigError, match="is YAML by its name, and the configuration is TOML"):
+            load(path, {})
 
 
 class TestKeys:

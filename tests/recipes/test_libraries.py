@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import struct
 import subprocess
@@ -19,8 +20,8 @@ from typing import Any
 
 import pytest
 from tests.clients.rehearsal import KEY, UNBREAKABLE, backend, environment
+from tests.recipes.pages import DOCS, block_with, program_of
 from tests.support.official_clients import VARIABLE, need_clients
-from tests.support.pages import Page, recipe
 from tests.support.programs import Program, free_port, serving
 
 need_clients()
@@ -32,7 +33,9 @@ PROGRAM_SECONDS = 300.0
 PROXY_KEY = "sk-litellm"
 """As the page's configuration says."""
 
-HIDDEN = ("OPENAI_", "LITELLM_", "LANGCHAIN_", "LANGSMITH_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "PYTHON", "NODE_")
+HIDDEN = (
+    "OPENAI_", "LITELLM_", "LANGCHAIN_", "LANGSMITH_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "PYTHON", "NODE_",
+)  # fmt: skip
 LIGHTHOUSE: dict[str, Any] = {
     "prompt": "a lighthouse at sunset", "size": "768x512",
     "seed": 7, "negative_prompt": "clouds", "num_inference_steps": 12,
@@ -73,17 +76,23 @@ def interpreter(client: str) -> Path:
     return folder / client
 
 
-def surroundings(page: Page, gateway: Program) -> dict[str, str]:
+def recipe(name: str) -> Path:
+    """A page: in English, for the code is the same in Korean (`test_pages.py`)."""
+    return DOCS / "recipes" / f"{name}.md"
+
+
+def surroundings(page: Path, gateway: Program) -> dict[str, str]:
     """The environment that a reader has after the page's `export` lines."""
     own = {name: value for name, value in os.environ.items() if not name.upper().startswith(HIDDEN)}
-    return {**own, **page.exports(), "IMG_SERVING_URL": gateway.url, "IMG_SERVING_API_KEY": KEY}
+    exported = dict(re.findall(r"^export (\w+)=(\S+)", program_of(page, "sh"), re.MULTILINE))
+    return {**own, **exported, "IMG_SERVING_URL": gateway.url, "IMG_SERVING_API_KEY": KEY}
 
 
-def run(client: str, page: Page, language: str, directory: Path, gateway: Program) -> Ran:
+def run(client: str, page: Path, language: str, directory: Path, gateway: Program) -> Ran:
     """Put the blocks of a page into one file and run it."""
     runner = interpreter(client)
     file = directory / {"python": "recipe.py", "js": "recipe.mjs"}[language]
-    file.write_text(page.program(language))
+    file.write_text(program_of(page, language))
     if language == "js":
         (directory / "node_modules").symlink_to(runner.resolve().parent / "node_modules")
     done = subprocess.run(
@@ -104,14 +113,14 @@ def size_of(picture: bytes) -> tuple[int, int]:
 def ask(url: str, key: str, body: Mapping[str, Any]) -> dict[str, Any]:
     """Post JSON."""
     headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
-    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-    with urllib.request.urlopen(request, timeout=60) as reply:
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)  # noqa: S310 - our own
+    with urllib.request.urlopen(request, timeout=60) as reply:  # noqa: S310 - our own
         told: dict[str, Any] = json.load(reply)
     return told
 
 
 def fetch(url: str | urllib.request.Request) -> bytes:
-    with urllib.request.urlopen(url, timeout=60) as reply:
+    with urllib.request.urlopen(url, timeout=60) as reply:  # noqa: S310 - our own
         body: bytes = reply.read()
     return body
 
@@ -125,7 +134,7 @@ def statuses(program: Program) -> list[int]:
     """Of all requests for pictures so far. The log is written in order: it is complete up to a request of our own."""
     mark = random.randbytes(8).hex()
     headers = {"Authorization": f"Bearer {KEY}", "X-Request-Id": mark}
-    fetch(urllib.request.Request(f"{program.url}/v1/models", headers=headers))
+    fetch(urllib.request.Request(f"{program.url}/v1/models", headers=headers))  # noqa: S310 - our own
     until = time.monotonic() + PROGRAM_SECONDS
     while mark not in program.log:
         assert time.monotonic() < until, program.log
@@ -213,7 +222,7 @@ def litellm_proxy(gateway: Program, broken: Program, tmp_path_factory: pytest.Te
     """The address of LiteLLM's proxy, started with the page's configuration. Its model "broken" is an addition."""
     page, directory, port = recipe("litellm"), tmp_path_factory.mktemp("litellm"), free_port()
     runner = interpreter("litellm")
-    models, others = page.program("yaml").replace("http://localhost:8080", gateway.url).split("router_settings:")
+    models, others = program_of(page, "yaml").replace("http://localhost:8080", gateway.url).split("router_settings:")
     _, _, model = models.partition("model_list:\n")
     for ours, theirs in (("picture", "broken"), ("openai/procedural", "openai/fails"), (gateway.url, broken.url)):
         assert ours in model
@@ -258,8 +267,7 @@ def test_litellms_proxy_draws(litellm_proxy: str, gateway: Program) -> None:
 @pytest.mark.skipif(shutil.which("curl") is None, reason="NO CURL: the page's command is not run")
 def test_litellms_proxy_is_asked_as_the_page_says(litellm_proxy: str, gateway: Program) -> None:
     page = recipe("litellm")
-    (command,) = (block.code for block in page.blocks if block.code.startswith("curl"))
-    command = command.replace("http://127.0.0.1:4000", litellm_proxy)
+    command = block_with(page, "curl").replace("http://127.0.0.1:4000", litellm_proxy)
     done = subprocess.run(
         ["bash", "-c", command], env=surroundings(page, gateway), capture_output=True, text=True, timeout=120, check=True
     )  # fmt: skip

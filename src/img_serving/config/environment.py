@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from msgspec import inspect
 
+from img_serving.config.moved import moved_to
 from img_serving.config.problems import KeyPath, nearest
 from img_serving.config.reader import MAX_DEPTH
 from img_serving.config.section import (
@@ -151,8 +152,7 @@ def _find(root: type[Section], variable: str, refuse: Refuse) -> tuple[KeyPath, 
         if table is not None:
             names = {field.encode_name: field for field in fields_of(table)}
             if part.lower() not in names:
-                near = nearest(part, names)
-                hint = f"did you mean {known_so_far}{near.upper()}?" if near else f"known here: {', '.join(names)}"
+                hint = moved_to(table.__name__, part.lower()) or _nearest_variable(part, list(names), known_so_far)
                 refuse((*path, part.lower()), f"unknown key; {hint}", variable)
                 return None
             path, described = (*path, part.lower()), names[part.lower()].type
@@ -167,6 +167,11 @@ def _find(root: type[Section], variable: str, refuse: Refuse) -> tuple[KeyPath, 
             return None
         known_so_far += f"{part.upper()}__"
     return path, described
+
+
+def _nearest_variable(part: str, names: list[str], known_so_far: str) -> str:
+    near = nearest(part, names)
+    return f"did you mean {known_so_far}{near.upper()}?" if near else f"known here: {', '.join(names)}"
 
 
 def _is_free_table(described: inspect.Type) -> bool:

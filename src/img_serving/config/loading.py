@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from img_serving.config.environment import overlay, substitute
+from img_serving.config.moved import foreign_notes
 from img_serving.config.problems import ConfigError, KeyPath, Problem, nearest, path_text
 from img_serving.config.reader import Reader
 from img_serving.config.settings import Config
@@ -25,6 +26,8 @@ NOT_YET: Final[Mapping[str, str]] = {
     "backends[].cut_through": "a picture is passed on when it is complete",
 }
 """Keys that the interface fixes and this version does not act on, with what happens instead."""
+
+YAML_SUFFIXES: Final = frozenset({".yaml", ".yml"})
 
 _POSITION = re.compile(r"^(?P<reason>.*) \(at line (?P<line>\d+), column (?P<column>\d+)\)$", re.DOTALL)
 
@@ -79,7 +82,13 @@ def load(path: Path | None, environ: Mapping[str, str]) -> Loaded:
             problems.append(Problem(path_text(where), message, _source_of(where, origins, written, file)))
     if config is None or problems:
         raise ConfigError(problems)
-    notes = (*_not_yet_notes(data, origins, file), *_routing_notes(config), *_idle_notes(config))
+    beside = DEFAULT_FILE.parent if path is None else path.parent
+    notes = (
+        *_not_yet_notes(data, origins, file),
+        *_routing_notes(config),
+        *_idle_notes(config),
+        *foreign_notes(environ, beside),
+    )
     return Loaded(config, path, notes)
 
 
@@ -109,6 +118,8 @@ def _parse_file(path: Path) -> dict[str, Any]:
 
 
 def _syntax_problem(reason: str, path: Path) -> Problem:
+    if path.suffix.lower() in YAML_SUFFIXES:
+        return Problem("", "is YAML by its name, and the configuration is TOML", str(path))
     if found := _POSITION.match(reason):
         return Problem("", f"line {found['line']}, column {found['column']}: {found['reason']}", str(path))
     return Problem("", f"is not TOML: {reason}", str(path))

@@ -8,6 +8,7 @@ from typing import Any, Final, TypeVar
 
 from msgspec import inspect
 
+from img_serving.config.moved import moved_to
 from img_serving.config.problems import ConfigError, KeyPath, Problem, instead_of, path_text
 from img_serving.config.section import (
     Section,
@@ -236,7 +237,9 @@ def _shown_key(key: Any) -> str:
 
 
 def _place_for(key: str, table: type[Section]) -> str:
-    """Where an unknown key would be right: its nearest neighbour, or another section that has it."""
+    """Where an unknown key would be right: where another program's key went, the nearest neighbour, or another section."""
+    if (moved := moved_to(table.__name__, key)) is not None:
+        return moved
     names = [field.encode_name for field in fields_of(table)]
     hint = instead_of(key, names)
     if hint.startswith("did"):

@@ -1,0 +1,422 @@
+#!/usr/bin/env bash
+# Publishes the project: `release` makes and pushes the git tag that GitHub builds from, `direct` builds and pushes the image
+# from this machine. Usage: scripts/deploy.sh --help
+set -euo pipefail
+set +a # what is set here is for nobody else (bash -a would give it to every program)
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+readonly IMAGE=generative-img-serving
+readonly FAILED=1 MISUSED=2 REFUSED=3 LACKING=4
+
+usage() {
+  cat <<'USAGE'
+Usage: scripts/deploy.sh release [-v VERSION] [-d] [-f]
+       scripts/deploy.sh direct  [-v VERSION] [-b]
+
+release  Make the annotated tag vVERSION of this commit, with the notes of CHANGELOG.md, and push it. GitHub then builds
+         and publishes the image and the release (.github/workflows/docker-publish.yml). Needs git, and no credentials here.
+  -v, --version VERSION  the version that you mean to release. It must be the one in src/img_serving/__init__.py, which is
+                         also the default: a tag whose package says something else is a broken release
+  -d, --dry-run          say everything that would be done, and what is in the way; change nothing
+  -f, --force            move the tag if it exists, here and on the remote
+
+direct   Build the image on this machine, for its architecture, and push it to Docker Hub as VERSION, the series (1.2 of
+         1.2.3) and latest; a pre-release (1.2.3rc1) only as itself. What has these tags now is replaced.
+  -v, --version VERSION  tag the image with this version instead of the project's
+  -b, --build-only       build it and stop: no login, no push, no credentials needed
+
+  -h, --help             this text
+
+.env (made from .env.example) may hold DOCKER_HUB_USERNAME and DOCKER_HUB_TOKEN for `direct`; the environment wins over it.
+It is read, never executed, and the rest of it is ignored. The login lives in a folder of its own that is removed at the end.
+
+Exit status: 0 done (or: nothing is in the way of it), 1 a step failed, 2 wrong usage, 3 refused, and nothing was changed,
+4 something is missing: docker, git or the credentials.
+USAGE
+}
+
+red='' bold='' plain=''
+if [[ -t 2 && -z ${NO_COLOR:-} && ${TERM:-dumb} != dumb ]]; then red=$'\e[31m' plain=$'\e[0m'; fi
+if [[ -t 1 && -z ${NO_COLOR:-} && ${TERM:-dumb} != dumb ]]; then bold=$'\e[1m' plain=$'\e[0m'; fi
+
+say() { printf '%s\n' "$bold$*${bold:+$plain}"; }
+note() { printf 'note: %s\n' "$*" >&2; }
+complain() { printf '%s\n' "${red}deploy: $*${red:+$plain}" >&2; }
+die() { # STATUS MESSAGE
+  complain "$2"
+  exit "$1"
+}
+misuse() { die "$MISUSED" "$1 (scripts/deploy.sh --help)"; }
+
+# What is in the way is collected, so that one run tells all of it.
+problems=()
+problem() { problems+=("$1"); }
+refuse_if_any() {
+  local one
+  [[ ${#problems[@]} -gt 0 ]] || return 0
+  for one in "${problems[@]}"; do complain "refused: $one"; done
+  exit "$REFUSED"
+}
+
+# An address may hold a password (https://name:token@host/…): nobody needs to see it.
+without_userinfo() { sed -E 's#(://)[^/@[:space:]]*@#\1#g'; }
+
+need() { # PROGRAM WHAT-TO-DO
+  command -v "$1" >/dev/null || die "$LACKING" "$1 is not on PATH: $2"
+}
+
+# --- what the two modes share -----------------------------------------------------------------------------------------
+
+changes=''
+read_changes() { # uncommitted ones and untracked files, whatever the user's git is configured to show
+  changes=$(git status --porcelain --untracked-files=normal --ignore-submodules=none) || die "$FAILED" "git status failed here: $PWD"
+}
+
+summary_of_changes() {
+  local count
+  count=$(wc -l <<<"$changes")
+  head -n 3 <<<"$changes" | sed 's/^...//' | paste -sd ' ' | tr -d '\n'
+  [[ $count -le 3 ]] || printf ' and %d more' $((count - 3))
+}
+
+# --- release ----------------------------------------------------------------------------------------------------------
+
+remote='' remote_branch='' branch='' head=''
+local_tag='' remote_tag='' remote_tag_commit='' remote_head=''
+
+find_branch() { # the branch, and where it is pushed to
+  head=$(git rev-parse --verify --quiet HEAD) || die "$REFUSED" "refused: there is no commit yet"
+  if ! branch=$(git symbolic-ref --quiet --short HEAD); then
+    problem "HEAD is on no branch: switch to the branch that is released from (git switch main)"
+    branch=''
+  fi
+  remote=$(git config "branch.$branch.remote" || true) # nothing for no branch
+  remote_branch=$(git config "branch.$branch.merge" || true)
+  if [[ -z $remote || $remote == . ]]; then remote=origin remote_branch=''; fi
+  : "${remote_branch:=refs/heads/$branch}"
+  if ! git config "remote.$remote.url" >/dev/null; then
+    problem "there is no remote \"$remote\" to push the tag to: git remote add $remote ADDRESS"
+    remote=''
+  fi
+}
+
+ask_remote() { # asks without fetching: a refusal and a dry run leave even the remote-tracking branches alone
+  local said='' id name
+  local_tag=$(git rev-parse --verify --quiet "refs/tags/$tag" || true)
+  if [[ -z $remote ]]; then return; fi
+  if ! said=$(git ls-remote "$remote" "$remote_branch" "refs/tags/$tag" "refs/tags/$tag^{}" 2>&1); then
+    without_userinfo <<<"$said" >&2
+    [[ $dry == yes ]] || die "$FAILED" "the remote \"$remote\" does not answer; nothing was changed"
+    problem "the remote \"$remote\" does not answer"
+    return
+  fi
+  while read -r id name; do
+    case $name in
+      "$remote_branch") remote_head=$id ;;
+      "refs/tags/$tag") remote_tag=$id remote_tag_commit=${remote_tag_commit:-$id} ;;
+      "refs/tags/$tag^{}") remote_tag_commit=$id ;;
+      *) ;; # what git or ssh said besides
+    esac
+  done <<<"$said"
+  if [[ -n $branch ]]; then check_branch; fi
+}
+
+check_branch() {
+  local there=${remote_branch#refs/heads/}
+  if [[ -z $remote_head ]]; then
+    problem "the branch $branch is not on $remote: git push -u $remote $branch"
+  elif [[ $remote_head != "$head" ]]; then
+    if git merge-base --is-ancestor "$remote_head" "$head" 2>/dev/null; then
+      problem "$branch has $(git rev-list --count "$remote_head..$head") commits that are not on $remote: git push $remote $branch, and see the checks pass"
+    elif git merge-base --is-ancestor "$head" "$remote_head" 2>/dev/null || ! git cat-file -e "$remote_head" 2>/dev/null; then
+      problem "$branch is behind $remote/$there, or apart from it: git pull --ff-only $remote $there"
+    else
+      problem "$branch and $remote/$there have gone apart: git pull --rebase $remote $there, then git push"
+    fi
+  fi
+}
+
+check_tag() { # FORCE
+  [[ $1 == no ]] || return 0
+  if [[ -n $local_tag && -n $remote_tag ]]; then
+    problem "the tag $tag exists, here and on $remote (at ${remote_tag_commit:0:12}): raise the version, or move the tag with -f"
+  elif [[ -n $remote_tag ]]; then
+    problem "the tag $tag exists on $remote (at ${remote_tag_commit:0:12}), though not here: raise the version, or move the tag with -f"
+  elif [[ -n $local_tag ]]; then
+    problem "the tag $tag exists here (at $(git rev-parse --short=12 "$tag^{}")), though not on $remote: git tag -d $tag, or move it with -f"
+  fi
+}
+
+check_notes() {
+  local unreleased
+  if ! notes=$(scripts/release-notes "$version" 2>&1); then
+    problem "${notes#release-notes: }"
+    notes=''
+  fi
+  if unreleased=$(scripts/release-notes Unreleased 2>/dev/null) && [[ -n $unreleased ]]; then
+    note "CHANGELOG.md has entries under \"Unreleased\": they are part of this commit, though not of the notes of $version"
+  fi
+}
+
+make_tag() { # FORCE; the notes' headings begin with #, which git would take for comments
+  local options=(--annotate --cleanup=whitespace --file=-)
+  [[ $1 == no ]] || options+=(--force)
+  printf 'img-serving %s\n\n%s\n' "$version" "$notes" |
+    git tag "${options[@]}" "$tag" "$head" >/dev/null ||
+    die "$FAILED" "git could not make the tag $tag; nothing was pushed"
+}
+
+take_back() {
+  if [[ -n $local_tag ]]; then git update-ref "refs/tags/$tag" "$local_tag"; else git tag -d "$tag" >/dev/null; fi
+}
+
+push_tag() { # FORCE
+  local said options=()
+  # a tag that somebody else has moved since we looked stays where it is
+  [[ $1 == no ]] || options=("--force-with-lease=refs/tags/$tag:$remote_tag")
+  if ! said=$(git push --quiet "${options[@]}" "$remote" "refs/tags/$tag:refs/tags/$tag" 2>&1); then
+    without_userinfo <<<"$said" >&2
+    take_back
+    die "$FAILED" "the tag $tag could not be pushed to $remote; the tags here are as before"
+  fi
+}
+
+release() { # VERSION FORCE DRY
+  local version=$1 force=$2 dry=$3 source_version tag notes='' one
+  need git "install it (Debian, Ubuntu: apt install git)"
+  need python3 "it reads the notes in CHANGELOG.md (Debian, Ubuntu: apt install python3)"
+  git rev-parse --is-inside-work-tree >/dev/null 2>&1 || die "$REFUSED" "refused: $PWD is no git repository: a release is a tag"
+  source_version=$(scripts/project-version) || exit "$FAILED"
+  version=${version:-$source_version}
+  scripts/image-tags "$version" >/dev/null || exit "$MISUSED"
+  tag=v$version
+  if [[ $version != "$source_version" ]]; then
+    problem "the source says $source_version, not $version: set __version__ = \"$version\" in src/img_serving/__init__.py, commit and push, then release"
+  fi
+  read_changes
+  if [[ -n $changes ]]; then
+    problem "there are changes that no commit has ($(summary_of_changes)): commit them, or put them away (git stash -u)"
+  fi
+  find_branch
+  ask_remote
+  check_tag "$force"
+  check_notes
+
+  if [[ $dry == yes ]]; then
+    say "A dry run: nothing is changed. A release of img-serving $version would"
+    if [[ -n $local_tag ]]; then echo "  - replace the tag $tag here (now at $(git rev-parse --short=12 "$tag^{}"))"; fi
+    echo "  - make the annotated tag $tag of ${head:0:12} (${branch:-no branch}: $(git log -1 --format=%s))"
+    if [[ -n $remote_tag ]]; then echo "  - replace the tag $tag on $remote (now at ${remote_tag_commit:0:12})"; fi
+    if [[ -n $remote ]]; then echo "  - push it to $remote ($(git remote get-url --push "$remote" | without_userinfo))"; fi
+    echo "  - so that GitHub publishes the image $IMAGE:$(scripts/image-tags "$version" | paste -sd ' ' | sed 's/ /, :/g') and a release${notes:+ with these notes:}"
+    if [[ -n $notes ]]; then printf '    | %s\n' "${notes//$'\n'/$'\n    | '}"; fi
+    for one in "${problems[@]}"; do complain "would be refused: $one"; done
+    [[ ${#problems[@]} -eq 0 ]] || exit "$REFUSED"
+    say "Nothing is in the way."
+    return
+  fi
+  refuse_if_any
+  make_tag "$force"
+  push_tag "$force"
+  say "Pushed $tag (${head:0:12}) to $remote: GitHub builds and publishes it now."
+}
+
+# --- direct -----------------------------------------------------------------------------------------------------------
+
+username='' token='' session=''
+
+value_in_env_file() { # NAME: sets REPLY to its last value in .env, or to nothing. The file is data: no part of it is executed
+  local - line value before number=0
+  { set +x; } 2>/dev/null
+  REPLY=
+  [[ -e .env ]] || return 0
+  [[ -f .env && -r .env ]] || die "$LACKING" ".env cannot be read: it should be a file that you own (chmod 600 .env)"
+  while IFS= read -r line || [[ -n $line ]]; do
+    number=$((number + 1))
+    line=${line%$'\r'}
+    [[ $number -gt 1 ]] || line=${line#$'\xef\xbb\xbf'}
+    [[ $line =~ ^[[:space:]]*(export[[:space:]]+)?$1[[:space:]]*=([[:space:]]*)(.*)$ ]] || continue
+    before=${BASH_REMATCH[2]} value=${BASH_REMATCH[3]}
+    case $value in
+      \"*)
+        [[ $value =~ ^\"(([^\"\\]|\\.)*)\"[[:space:]]*(#.*)?$ ]] ||
+          die "$MISUSED" ".env, line $number: what follows $1= begins with \" and should end with it"
+        unescape "${BASH_REMATCH[1]}"
+        ;;
+      \'*)
+        [[ $value =~ ^\'([^\']*)\'[[:space:]]*(#.*)?$ ]] ||
+          die "$MISUSED" ".env, line $number: what follows $1= begins with ' and should end with it"
+        REPLY=${BASH_REMATCH[1]}
+        ;;
+      *)
+        value=$before$value
+        value=${value%%[[:space:]]#*}
+        value=${value#"${value%%[![:space:]]*}"}
+        REPLY=${value%"${value##*[![:space:]]}"}
+        ;;
+    esac
+  done <.env
+}
+
+unescape() { # TEXT: sets REPLY to it with \" \\ \$ \` as in a shell's double quotes
+  local rest=$1
+  REPLY=
+  while [[ $rest =~ ^([^\\]*)\\(.)(.*)$ ]]; do
+    REPLY+=${BASH_REMATCH[1]}
+    [[ ${BASH_REMATCH[2]} == [\"\\\$\`] ]] || REPLY+=\\
+    REPLY+=${BASH_REMATCH[2]}
+    rest=${BASH_REMATCH[3]}
+  done
+  REPLY+=$rest
+}
+
+read_credentials() { # no trace (bash -x) may show the token, nor does any program but `docker login` get it
+  local - mode
+  { set +x; } 2>/dev/null
+  username=${DOCKER_HUB_USERNAME:-} token=${DOCKER_HUB_TOKEN:-}
+  unset DOCKER_HUB_TOKEN
+  if [[ -z $username ]]; then value_in_env_file DOCKER_HUB_USERNAME; username=$REPLY; fi
+  if [[ -z $token ]]; then
+    value_in_env_file DOCKER_HUB_TOKEN
+    token=$REPLY
+    if [[ -n $token ]] && mode=$(stat -Lc %a .env) && [[ $mode != *00 ]]; then note ".env holds a token and others may read it: chmod 600 .env"; fi
+  fi
+}
+
+check_credentials() {
+  local - lacking=no
+  { set +x; } 2>/dev/null
+  if [[ -z $username ]]; then
+    complain "DOCKER_HUB_USERNAME is not set: put it into .env (cp .env.example .env) or into the environment"
+    lacking=yes
+  elif ! [[ $username =~ ^[a-z0-9][a-z0-9_-]*$ ]]; then
+    die "$MISUSED" "DOCKER_HUB_USERNAME is \"$username\": it should be the name in your images' names, in lower case, not an e-mail address"
+  fi
+  if [[ -z $token ]]; then
+    complain "DOCKER_HUB_TOKEN is not set: make an access token with read and write rights at Docker Hub, and put it into .env or into the environment"
+    lacking=yes
+  fi
+  [[ $lacking == no ]] || exit "$LACKING"
+}
+
+log_out() {
+  [[ -n $session ]] || return 0
+  DOCKER_CONFIG=$session docker logout >/dev/null 2>&1 || true
+  rm -rf "$session"
+  session=
+}
+
+log_in() { # into a configuration of its own, so that ~/.docker/config.json and the keyring stay as they are
+  local - said own=${DOCKER_CONFIG:-${HOME:-}/.docker} part
+  { set +x; } 2>/dev/null
+  session=$(mktemp -d)
+  trap log_out EXIT
+  trap 'exit 129' HUP
+  trap 'exit 130' INT
+  trap 'exit 143' TERM
+  # docker uses a machine's keyring where its configuration names no registry
+  printf '{"auths": {"nowhere.invalid": {}}}\n' >"$session/config.json"
+  for part in contexts cli-plugins; do # what says where the engine is, and the user's plug-ins
+    if [[ -d $own/$part ]]; then ln -s "$(cd "$own/$part" && pwd)" "$session/$part"; fi
+  done
+  if ! said=$(printf '%s' "$token" | DOCKER_CONFIG=$session docker login --username "$username" --password-stdin 2>&1); then
+    printf '%s\n' "${said//"$token"/***}" >&2
+    die "$FAILED" "the login to Docker Hub as $username failed; if it was not the network: DOCKER_HUB_TOKEN should be an access token of this account that has not expired"
+  fi
+  token=
+}
+
+direct() { # VERSION BUILD-ONLY
+  local version=$1 build_only=$2 source_version tags names=() options=() one revision=unknown context pushed=''
+  source_version=$(scripts/project-version) || exit "$FAILED"
+  version=${version:-$source_version}
+  tags=$(scripts/image-tags "$version") || exit "$MISUSED"
+  need docker "install Docker Engine, or let GitHub build: scripts/deploy.sh release"
+  read_credentials
+  if [[ $build_only == no ]]; then check_credentials; fi
+  if [[ $version != "$source_version" ]]; then
+    note "the image is tagged $version, and the program in it will say $source_version (src/img_serving/__init__.py)"
+  fi
+  if git rev-parse --is-inside-work-tree >/dev/null 2>&1 && revision=$(git rev-parse --verify --quiet HEAD); then
+    read_changes
+    if [[ -n $changes && $build_only == yes ]]; then
+      note "built of changes that no commit has ($(summary_of_changes)): its revision is said to be dirty"
+      revision+=-dirty
+    elif [[ -n $changes ]]; then
+      problem "there are changes that no commit has ($(summary_of_changes)): commit them, put them away (git stash -u), or build without pushing (-b)"
+    fi
+  else
+    note "this is no git repository with a commit: the image will not say of which one it is"
+    revision=unknown
+  fi
+  refuse_if_any
+
+  for one in $tags; do names+=("${username:+$username/}$IMAGE:$one"); done
+  for one in "${names[@]}"; do options+=(--tag "$one"); done
+  if [[ $build_only == no ]]; then
+    log_in # before the build: a wrong token should not cost one
+    options+=(--pull)
+  fi
+  say "Building ${names[*]}"
+  docker build "${options[@]}" \
+    --build-arg "VERSION=$version" --build-arg "REVISION=$revision" --build-arg "CREATED=$(date -u +%Y-%m-%dT%H:%M:%SZ)" . ||
+    die "$FAILED" "the image could not be built; nothing was pushed"
+  if [[ $build_only == yes ]]; then
+    say "Built, and not pushed: ${names[*]}"
+    return
+  fi
+  # the engine that the build used, whose choice is in the user's own configuration
+  context=$(docker context inspect --format '{{.Name}}' 2>/dev/null || true) # `context show` is newer
+  if [[ -n $context && $context != default ]]; then export DOCKER_CONTEXT=$context; fi
+  for one in "${names[@]}"; do
+    say "Pushing $one"
+    DOCKER_CONFIG=$session docker push "$one" ||
+      die "$FAILED" "$one could not be pushed; pushed before it: ${pushed:-nothing}"
+    pushed+="${pushed:+ }$one"
+  done
+  say "Pushed: $pushed"
+}
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+main() {
+  local mode='' version='' build_only=no dry=no force=no
+  while [[ $# -gt 0 ]]; do
+    case $1 in
+      -h | --help) usage; exit 0 ;;
+      -v | --version)
+        [[ $# -ge 2 && -n $2 ]] || misuse "$1 needs a version, such as 1.2.3"
+        version=${2#v}
+        shift
+        ;;
+      --version=?*) version=${1#*=} version=${version#v} ;;
+      -b | --build-only) build_only=yes ;;
+      -d | --dry-run) dry=yes ;;
+      -f | --force) force=yes ;;
+      direct | release)
+        [[ -z $mode ]] || misuse "one mode at a time: $mode or $1"
+        mode=$1
+        ;;
+      *) misuse "\"$1\" is neither a mode (direct, release) nor an option" ;;
+    esac
+    shift
+  done
+  case $mode in
+    release)
+      [[ $build_only == no ]] || misuse "-b is an option of direct, not of release"
+      release "$version" "$force" "$dry"
+      ;;
+    direct)
+      [[ $dry == no ]] || misuse "-d is an option of release, not of direct (direct -b builds and pushes nothing)"
+      [[ $force == no ]] || misuse "-f is an option of release, not of direct (direct replaces its tags anyway)"
+      direct "$version" "$build_only"
+      ;;
+    *)
+      complain "say what to do: direct or release"
+      usage >&2
+      exit "$MISUSED"
+      ;;
+  esac
+}
+
+main "$@"

@@ -1,0 +1,661 @@
+"""scripts/deploy.sh against a real remote and a `docker` that writes down how it is called."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from tests.support.releases import CHANGELOG, ROOT, SCRIPTS, Project
+
+FAILED, MISUSED, REFUSED, LACKING = 1, 2, 3, 4
+TOKEN = "dckr_pat_s3cret-never-shown"
+LOGIN = {"DOCKER_HUB_USERNAME": "painter", "DOCKER_HUB_TOKEN": TOKEN}
+IMAGE = "painter/generative-img-serving"
+
+
+def pushed(project: Project) -> list[str]:
+    return [call.words[1] for call in project.calls() if call.words[0] == "push"]
+
+
+# --- the command line
+
+
+def test_the_help_names_every_option_and_exit_status(project: Project) -> None:
+    for words in (["--help"], ["-h"], ["release", "--help"]):
+        done = project.deploy(*words)
+        assert done.returncode == 0
+        assert not done.stderr
+        for option in (
+            "-v, --version",
+            "-b, --build-only",
+            "-d, --dry-run",
+            "-f, --force",
+            "-h, --help",
+            "Exit status",
+        ):
+            assert option in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "say what to do: direct or release"),
+        (["publish"], '"publish" is neither a mode'),
+        (["release", "--forced"], '"--forced" is neither'),
+        (["release", "-v"], "-v needs a version"),
+        (["release", "-b"], "-b is an option of direct"),
+        (["direct", "-d"], "-d is an option of release"),
+        (["direct", "-f"], "-f is an option of release"),
+        (["direct", "release"], "one mode at a time"),
+        *(
+            ([mode, "-v", version], f'"{version.removeprefix("v")}" is no version')
+            for mode in ("direct", "release")
+            for version in ("1.2", "1.2.3-rc.1", "v1.2.3.4", "01.2.3", "latest", "1.2.3+local", "1.2.3 ; rm -rf /")
+        ),
+    ],
+)
+def test_wrong_usage_is_told_and_does_nothing(project: Project, words: list[str], said: str) -> None:
+    before = project.state()
+    done = project.deploy(*words, env=LOGIN)
+    assert done.returncode == MISUSED
+    assert said in done.stderr
+    assert project.state() == before
+    assert project.calls() == []
+
+
+# --- release
+
+
+def test_a_release_is_an_annotated_tag_of_this_commit_with_the_notes(project: Project) -> None:
+    head = project.git("rev-parse", "HEAD")
+    done = project.deploy("release")
+    assert done.returncode == 0, done.stderr
+    assert "Pushed v1.2.3" in done.stdout
+    assert project.remote_commit("refs/tags/v1.2.3") == head
+    assert project.git("cat-file", "-t", "refs/tags/v1.2.3", cwd=project.remote) == "tag"
+    message = project.git("tag", "-l", "--format=%(contents)", "v1.2.3", cwd=project.remote)
+    assert message.startswith("img-serving 1.2.3\n\n### Added\n\n- Pictures of lakes.\n\n### Fixed\n")
+    assert project.calls() == []  # the image is built elsewhere
+
+
+@pytest.mark.parametrize("spelled", [["-v", "1.2.3"], ["--version", "v1.2.3"], ["--version=1.2.3"]])
+def test_the_version_may_be_said(project: Project, spelled: list[str]) -> None:
+    assert project.deploy(*spelled, "release").returncode == 0
+    assert project.remote_commit("refs/tags/v1.2.3") == project.git("rev-parse", "HEAD")
+
+
+def test_a_version_that_the_source_does_not_say_is_refused(project: Project) -> None:
+    project.write_notes(CHANGELOG.format(version="1.3.0"))
+    project.commit("Notes")
+    project.git("push", "--quiet")
+    before = project.state()
+    for more in ([], ["-f"], ["-d"]):
+        done = project.deploy("release", "-v", "1.3.0", *more)
+        assert done.returncode == REFUSED
+        assert (
+            'the source says 1.2.3, not 1.3.0: set __version__ = "1.3.0" in src/img_serving/__init__.py' in done.stderr
+        )
+        assert project.state() == before
+
+
+def test_a_dry_run_tells_everything_and_changes_nothing(project: Project) -> None:
+    before = project.state()
+    for spelled in ("-d", "--dry-run"):
+        done = project.deploy("release", spelled)
+        assert done.returncode == 0, done.stderr
+        for said in (
+            "A dry run: nothing is changed", f"annotated tag v1.2.3 of {project.git('rev-parse', 'HEAD')[:12]}",
+            "main: The first commit", f"push it to origin ({project.remote})",
+            "generative-img-serving:1.2.3, :1.2, :latest", "| - Pictures of lakes.", "Nothing is in the way.",
+        ):  # fmt: skip
+            assert said in done.stdout
+        assert project.state() == before
+
+
+def test_a_dry_run_tells_what_is_in_the_way_all_of_it(project: Project) -> None:
+    project.write_notes("# Changelog\n")
+    (project.clone / "draft.txt").write_text("…")
+    before = project.state()
+    done = project.deploy("release", "-d")
+    assert done.returncode == REFUSED
+    assert done.stderr.count("would be refused") == 2
+    assert "Nothing is in the way." not in done.stdout
+    assert project.state() == before
+
+
+@pytest.mark.parametrize("kind", ["changed", "staged", "untracked"])
+def test_a_dirty_tree_is_refused(project: Project, kind: str) -> None:
+    name = "draft.txt" if kind == "untracked" else "Dockerfile"
+    (project.clone / name).write_text("FROM elsewhere\n")
+    if kind == "staged":
+        project.git("add", name)
+    before = project.state()
+    done = project.deploy("release")
+    assert done.returncode == REFUSED
+    assert f"refused: there are changes that no commit has ({name})" in done.stderr
+    assert project.state() == before
+
+
+def test_what_git_ignores_makes_no_tree_dirty(project: Project) -> None:
+    (project.clone / ".env").write_text("DOCKER_HUB_TOKEN=x\n")
+    assert project.deploy("release").returncode == 0
+
+
+def test_an_existing_tag_is_refused_wherever_it_is(project: Project) -> None:
+    project.git("tag", "v1.2.3")
+    before = project.state()
+    done = project.deploy("release")
+    assert done.returncode == REFUSED
+    assert "the tag v1.2.3 exists here" in done.stderr
+    assert "though not on origin" in done.stderr
+    assert project.state() == before
+
+    project.git("push", "--quiet", "origin", "v1.2.3")
+    done = project.deploy("release")
+    assert done.returncode == REFUSED
+    assert "the tag v1.2.3 exists, here and on origin" in done.stderr
+
+    project.git("tag", "-d", "v1.2.3")
+    before = project.state()
+    done = project.deploy("release")
+    assert done.returncode == REFUSED
+    assert f"exists on origin (at {project.git('rev-parse', 'HEAD')[:12]}), though not here" in done.stderr
+    assert project.state() == before
+
+
+@pytest.mark.parametrize(
+    ("where", "spelled"), [("both", "-f"), ("here", "--force"), ("there", "-f"), ("nowhere", "-f")]
+)
+def test_force_moves_the_tag_wherever_it_is(project: Project, where: str, spelled: str) -> None:
+    if where != "nowhere":
+        project.git("tag", "v1.2.3")
+    if where in {"both", "there"}:
+        project.git("push", "--quiet", "origin", "v1.2.3")
+    if where == "there":
+        project.git("tag", "-d", "v1.2.3")
+    old = project.git("rev-parse", "HEAD")
+    head = project.commit("A repair")
+    project.git("push", "--quiet")
+    planned = project.deploy("release", spelled, "-d")
+    assert planned.returncode == 0, planned.stderr
+    assert (f"replace the tag v1.2.3 here (now at {old[:12]})" in planned.stdout) == (where in {"both", "here"})
+    assert (f"replace the tag v1.2.3 on origin (now at {old[:12]})" in planned.stdout) == (where in {"both", "there"})
+    assert project.remote_commit("refs/tags/v1.2.3") != head
+    done = project.deploy("release", spelled)
+    assert done.returncode == 0, done.stderr
+    assert project.remote_commit("refs/tags/v1.2.3") == head
+    assert project.git("rev-parse", "v1.2.3^{commit}") == head
+
+
+def test_force_overcomes_nothing_but_the_tag(project: Project) -> None:
+    project.commit("Not pushed")
+    before = project.state()
+    assert project.deploy("release", "-f").returncode == REFUSED
+    assert project.state() == before
+
+
+def test_commits_that_are_not_pushed_are_refused(project: Project) -> None:
+    project.commit("One")
+    project.commit("Two")
+    before = project.state()
+    done = project.deploy("release")
+    assert done.returncode == REFUSED
+    assert "main has 2 commits that are not on origin: git push origin main" in done.stderr
+    assert project.state() == before
+
+
+@pytest.mark.parametrize("fetched", [False, True])
+def test_a_branch_behind_its_remote_is_refused(project: Project, fetched: bool) -> None:
+    project.push_from_elsewhere()
+    if fetched:
+        project.git("fetch", "--quiet")
+    before = project.state()
+    done = project.deploy("release")
+    assert done.returncode == REFUSED
+    assert "main is behind origin/main" in done.stderr
+    assert project.state() == before  # nor was anything fetched
+
+
+def test_a_branch_that_has_gone_apart_from_its_remote_is_refused(project: Project) -> None:
+    project.push_from_elsewhere()
+    project.git("fetch", "--quiet")
+    project.commit("Ours")
+    done = project.deploy("release")
+    assert done.returncode == REFUSED
+    assert "main and origin/main have gone apart" in done.stderr
+
+
+def test_a_branch_that_the_remote_does_not_have_is_refused(project: Project) -> None:
+    project.git("switch", "--quiet", "-c", "sketch")
+    done = project.deploy("release")
+    assert done.returncode == REFUSED
+    assert "the branch sketch is not on origin: git push -u origin sketch" in done.stderr
+
+
+def test_a_branch_may_have_another_name_and_remote_there(project: Project) -> None:
+    project.git("remote", "rename", "origin", "hub")
+    project.git("switch", "--quiet", "-c", "mine", "--track", "hub/main")
+    assert project.deploy("release").returncode == 0
+    assert project.remote_commit("refs/tags/v1.2.3") == project.git("rev-parse", "HEAD")
+
+
+def test_no_branch_no_remote_and_no_repository_are_refused(project: Project) -> None:
+    project.git("switch", "--quiet", "--detach")
+    project.git("remote", "remove", "origin")
+    before = project.state()
+    done = project.deploy("release")
+    assert done.returncode == REFUSED
+    assert "refused: HEAD is on no branch" in done.stderr
+    assert 'refused: there is no remote "origin"' in done.stderr
+    assert project.state() == before
+    shutil.rmtree(project.clone / ".git")
+    done = project.deploy("release")
+    assert (done.returncode, "is no git repository" in done.stderr) == (REFUSED, True)
+
+
+def test_a_dry_run_tells_what_it_can_without_a_remote(project: Project) -> None:
+    project.git("remote", "set-url", "origin", f"{project.remote}.gone")
+    for remove in (False, True):
+        if remove:
+            project.git("remote", "remove", "origin")
+        done = project.deploy("release", "-d")
+        assert done.returncode == REFUSED
+        assert "make the annotated tag v1.2.3" in done.stdout
+        assert re.search(
+            r'would be refused: (there is no remote "origin"|the remote "origin" does not answer)', done.stderr
+        )
+
+
+@pytest.mark.parametrize(
+    "text", ["# Changelog\n\n## [Unreleased]\n\n- New.\n", "# Changelog\n\n## [1.2.3] - 2026-11-26\n\n### Added\n"]
+)
+def test_a_version_without_notes_is_refused(project: Project, text: str) -> None:
+    project.write_notes(text)
+    project.commit("Notes")
+    project.git("push", "--quiet")
+    before = project.state()
+    done = project.deploy("release")
+    assert done.returncode == REFUSED
+    assert re.search(r"CHANGELOG.md: (there is no section|the section) \"## \[1.2.3\]", done.stderr)
+    assert project.state() == before
+
+
+def test_entries_that_the_notes_would_lack_are_mentioned(project: Project) -> None:
+    project.write_notes(CHANGELOG.format(version="1.2.3").replace("[Unreleased]\n", "[Unreleased]\n\n- More.\n"))
+    project.commit("Notes")
+    project.git("push", "--quiet")
+    done = project.deploy("release", "-d")
+    assert done.returncode == 0
+    assert 'CHANGELOG.md has entries under "Unreleased"' in done.stderr
+
+
+def test_a_remote_that_does_not_answer_is_told_without_its_password(project: Project) -> None:
+    project.git("remote", "set-url", "origin", f"http://painter:{TOKEN}@127.0.0.1:1/x.git")
+    before = project.state()
+    done = project.deploy("release")
+    assert done.returncode == FAILED
+    assert 'the remote "origin" does not answer' in done.stderr
+    assert TOKEN not in done.stdout + done.stderr
+    assert project.state() == before
+
+
+def test_a_push_address_is_shown_without_its_password(project: Project) -> None:
+    project.git("remote", "set-url", "--push", "origin", f"https://painter:{TOKEN}@example.com/x.git")
+    done = project.deploy("release", "-d")
+    assert "push it to origin (https://example.com/x.git)" in done.stdout
+    assert TOKEN not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_push_that_fails_leaves_the_tags_as_they_were(project: Project, existing: bool) -> None:
+    if existing:
+        project.git("tag", "v1.2.3")
+        project.git("push", "--quiet", "origin", "v1.2.3")
+        project.commit("A repair")
+        project.git("push", "--quiet")
+    hook = project.remote / "hooks" / "pre-receive"
+    hook.write_text("#!/bin/sh\necho 'tags are protected' >&2\nexit 1\n")
+    hook.chmod(0o755)
+    before = project.state()
+    done = project.deploy("release", "-f")
+    assert done.returncode == FAILED
+    assert "tags are protected" in done.stderr
+    assert "could not be pushed to origin; the tags here are as before" in done.stderr
+    assert project.state() == before
+
+
+def test_a_tag_that_somebody_else_moves_meanwhile_stays_theirs(project: Project) -> None:
+    project.git("tag", "v1.2.3")
+    project.git("push", "--quiet", "origin", "v1.2.3")
+    project.commit("A repair")
+    project.git("push", "--quiet")
+    theirs = project.push_from_elsewhere()
+    project.git("update-ref", "refs/heads/main", project.git("rev-parse", "HEAD"), cwd=project.remote)
+    git = project.programs / "git"
+    git.write_text(
+        f"#!/bin/bash\n[[ $1 != push ]] || {shutil.which('git')} -C {project.remote} update-ref refs/tags/v1.2.3 {theirs}\n"
+        f'exec {shutil.which("git")} "$@"\n'
+    )
+    git.chmod(0o755)
+    before = project.git("rev-parse", "v1.2.3")
+    done = project.deploy("release", "-f")
+    assert done.returncode == FAILED
+    assert "stale info" in done.stderr
+    assert project.remote_commit("refs/tags/v1.2.3") == theirs
+    assert project.git("rev-parse", "v1.2.3") == before
+
+
+def test_an_unreadable_version_is_told(project: Project) -> None:
+    (project.clone / "src" / "img_serving" / "__init__.py").write_text("VERSION = 1\n")
+    done = project.deploy("release")
+    assert done.returncode == FAILED
+    assert 'should have one line __version__ = "1.2.3"' in done.stderr
+
+
+# --- direct
+
+
+def test_an_image_is_built_and_pushed_as_its_version_series_and_latest(project: Project) -> None:
+    done = project.deploy("direct", env=LOGIN)
+    assert done.returncode == 0, done.stderr
+    tags = [f"{IMAGE}:1.2.3", f"{IMAGE}:1.2", f"{IMAGE}:latest"]
+    (build,) = [call for call in project.calls() if call.words[0] == "build"]
+    assert build.values_of("--tag") == tags
+    arguments = dict(value.split("=", 1) for value in build.values_of("--build-arg"))
+    assert arguments["VERSION"] == "1.2.3"
+    assert arguments["REVISION"] == project.git("rev-parse", "HEAD")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", arguments["CREATED"])
+    assert build.words[-1] == "."
+    assert Path(build.env["PWD"]) == project.clone
+    assert pushed(project) == tags
+    assert f"Pushed: {' '.join(tags)}" in done.stdout
+
+
+@pytest.mark.parametrize("version", ["1.3.0rc1", "2.0.0a1", "2.0.0b12"])
+def test_a_pre_release_is_pushed_only_as_itself(project: Project, version: str) -> None:
+    done = project.deploy("direct", "-v", version, env=LOGIN)
+    assert done.returncode == 0, done.stderr
+    assert pushed(project) == [f"{IMAGE}:{version}"]
+    assert f"the image is tagged {version}, and the program in it will say 1.2.3" in done.stderr
+
+
+def test_an_older_release_does_not_take_latest_back(project: Project) -> None:
+    project.git("tag", "v2.0.0")
+    project.git("tag", "v1.2.4")
+    project.git("tag", "v1.10.0rc1")
+    project.deploy("direct", env=LOGIN)
+    assert pushed(project) == [f"{IMAGE}:1.2.3"]
+    project.deploy("direct", "-v", "1.2.10", env=LOGIN)
+    assert pushed(project)[1:] == [f"{IMAGE}:1.2.10", f"{IMAGE}:1.2"]
+
+
+@pytest.mark.parametrize("spelled", ["-b", "--build-only"])
+def test_build_only_needs_no_credentials_and_pushes_nothing(project: Project, spelled: str) -> None:
+    done = project.deploy("direct", spelled, "-v", "v3.2.1")
+    assert done.returncode == 0, done.stderr
+    (build,) = project.calls()
+    assert build.values_of("--tag") == [f"generative-img-serving:{tag}" for tag in ("3.2.1", "3.2", "latest")]
+    assert "Built, and not pushed" in done.stdout
+
+
+def test_the_token_goes_to_the_login_alone_and_stays_nowhere(project: Project) -> None:
+    before = project.state()
+    done = project.deploy("direct", env=LOGIN)
+    assert TOKEN not in done.stdout + done.stderr
+    for call in project.calls():
+        assert TOKEN not in " ".join(call.words)
+        assert TOKEN not in call.env.values()
+        assert (call.stdin == TOKEN) == (call.words[0] == "login")
+    (login,) = [call for call in project.calls() if call.words[0] == "login"]
+    assert login.words == ["login", "--username", "painter", "--password-stdin"]
+    session = Path(login.env["DOCKER_CONFIG"])
+    assert login.config_files is not None
+    assert set(login.config_files) == {"config.json"}
+    assert json.loads(login.config_files["config.json"])["auths"]  # docker uses a keyring where no registry is named
+    assert [call.words[0] for call in project.calls() if call.env.get("DOCKER_CONFIG") == str(session)] == [
+        "login", "push", "push", "push", "logout",
+    ]  # fmt: skip
+    assert not session.exists()
+    assert project.state() == before
+
+
+@pytest.mark.parametrize("fails", ["login", "build", "push"])
+def test_no_credential_is_left_after_a_failure(project: Project, fails: str) -> None:
+    before = project.state()
+    done = project.deploy("direct", env={**LOGIN, "FAKE_DOCKER_FAILS": fails})
+    assert done.returncode == FAILED
+    assert TOKEN not in done.stdout + done.stderr
+    assert project.state() == before
+    said = {
+        "login": "the login to Docker Hub as painter failed",
+        "build": "the image could not be built; nothing was pushed",
+        "push": f"{IMAGE}:1.2.3 could not be pushed; pushed before it: nothing",
+    }
+    assert said[fails] in done.stderr
+    assert [call.words[0] for call in project.calls()][-1] == "logout"
+    if fails == "login":
+        assert "unauthorized: ***" in done.stderr
+        assert "build" not in [call.words[0] for call in project.calls()]
+
+
+def test_a_push_that_fails_half_way_says_what_is_published(project: Project) -> None:
+    done = project.deploy("direct", env={**LOGIN, "FAKE_DOCKER_FAILS": "latest"})
+    assert done.returncode == FAILED
+    assert f"{IMAGE}:latest could not be pushed; pushed before it: {IMAGE}:1.2.3 {IMAGE}:1.2" in done.stderr
+
+
+@pytest.mark.parametrize("before", [("bash", "-x"), ("bash", "-xa"), ("bash", "-v")])
+def test_a_trace_does_not_show_the_token(project: Project, before: tuple[str, ...]) -> None:
+    (project.clone / ".env").write_text(f"DOCKER_HUB_TOKEN={TOKEN}\nDOCKER_HUB_USERNAME=painter\n")
+    for environment in ({}, LOGIN, {**LOGIN, "FAKE_DOCKER_FAILS": "login"}):
+        done = project.deploy("direct", before=before, env=environment)
+        assert done.returncode == (FAILED if "FAKE_DOCKER_FAILS" in environment else 0)
+        assert "docker build" in done.stderr or environment.get("FAKE_DOCKER_FAILS")
+        assert TOKEN not in done.stdout + done.stderr
+    assert all(TOKEN not in call.env.values() for call in project.calls())
+
+
+def test_the_users_own_docker_configuration_is_used_and_kept(project: Project) -> None:
+    own = project.home / ".docker"
+    (own / "contexts").mkdir(parents=True)
+    (own / "config.json").write_text('{"currentContext": "rootless", "credsStore": "keyring"}')
+    before = project.state()
+    done = project.deploy("direct", env={**LOGIN, "FAKE_DOCKER_CONTEXT": "rootless"})
+    assert done.returncode == 0, done.stderr
+    calls = {call.words[0]: call for call in project.calls()}
+    assert "DOCKER_CONFIG" not in calls["build"].env
+    assert calls["push"].env["DOCKER_CONTEXT"] == "rootless"
+    assert set(calls["push"].config_files or ()) == {"config.json", "contexts"}
+    assert (own / "config.json").read_text() == '{"currentContext": "rootless", "credsStore": "keyring"}'
+    assert project.state() == before
+
+
+def test_a_dirty_tree_is_built_and_never_pushed(project: Project) -> None:
+    (project.clone / "draft.txt").write_text("…")
+    done = project.deploy("direct", env=LOGIN)
+    assert done.returncode == REFUSED
+    assert "refused: there are changes that no commit has (draft.txt)" in done.stderr
+    assert project.calls() == []
+    done = project.deploy("direct", "-b")
+    assert done.returncode == 0
+    assert "its revision is said to be dirty" in done.stderr
+    assert f"REVISION={project.git('rev-parse', 'HEAD')}-dirty" in project.calls()[0].words
+
+
+def test_without_a_repository_the_revision_is_unknown(project: Project) -> None:
+    shutil.rmtree(project.clone / ".git")
+    assert project.deploy("direct", env=LOGIN).returncode == 0
+    (build,) = [call for call in project.calls() if call.words[0] == "build"]
+    assert "REVISION=unknown" in build.words
+
+
+def test_without_docker_one_line_says_so(project: Project, tmp_path: Path) -> None:
+    alone = tmp_path / "without-docker"
+    alone.mkdir()
+    for name in ("bash", "env", "sed", "git", "dirname", "sort", "tail", "head", "cat"):
+        found = shutil.which(name)
+        assert found
+        (alone / name).symlink_to(found)
+    done = project.deploy("direct", env={**LOGIN, "PATH": str(alone)})
+    assert done.returncode == LACKING
+    assert len(done.stderr.splitlines()) == 1
+    assert "docker is not on PATH: install Docker Engine" in done.stderr
+
+
+def test_missing_credentials_are_a_line_each(project: Project) -> None:
+    done = project.deploy("direct")
+    assert done.returncode == LACKING
+    assert [line.split(" is not set")[0] for line in done.stderr.splitlines()] == [
+        "deploy: DOCKER_HUB_USERNAME", "deploy: DOCKER_HUB_TOKEN",
+    ]  # fmt: skip
+    done = project.deploy("direct", env={"DOCKER_HUB_USERNAME": "painter", "DOCKER_HUB_TOKEN": ""})
+    assert done.returncode == LACKING
+    assert len(done.stderr.splitlines()) == 1
+    assert project.calls() == []
+
+
+@pytest.mark.parametrize("name", ["Painter", "painter@example.com", "pain ter", "-painter"])
+def test_a_username_that_no_image_can_be_named_by_is_told(project: Project, name: str) -> None:
+    done = project.deploy("direct", env={**LOGIN, "DOCKER_HUB_USERNAME": name})
+    assert done.returncode == MISUSED
+    assert f'DOCKER_HUB_USERNAME is "{name}"' in done.stderr
+    assert project.calls() == []
+
+
+# --- .env
+
+
+@pytest.mark.parametrize(
+    ("line", "token"),
+    [
+        ("DOCKER_HUB_TOKEN=plain", "plain"),
+        ("DOCKER_HUB_TOKEN=plain\r", "plain"),
+        ("\ufeffDOCKER_HUB_TOKEN=plain", "plain"),
+        ("export DOCKER_HUB_TOKEN=plain", "plain"),
+        ("  export   DOCKER_HUB_TOKEN = plain  ", "plain"),
+        ("DOCKER_HUB_TOKEN=a=b==", "a=b=="),
+        ("DOCKER_HUB_TOKEN=two words # a comment", "two words"),
+        ("DOCKER_HUB_TOKEN=a#b", "a#b"),
+        ("DOCKER_HUB_TOKEN=#b", "#b"),
+        ("DOCKER_HUB_TOKEN='a b # c $HOME'", "a b # c $HOME"),
+        ("DOCKER_HUB_TOKEN='a' # b", "a"),
+        (r'DOCKER_HUB_TOKEN="a b # \"c\" \$d \\ \n"', r'a b # "c" $d \ \n'),
+        ('DOCKER_HUB_TOKEN="a"\r', "a"),
+        ("DOCKER_HUB_TOKEN=$(touch hacked)`touch hacked`;touch hacked", "$(touch hacked)`touch hacked`;touch hacked"),
+        ("DOCKER_HUB_TOKEN=first\nDOCKER_HUB_TOKEN=last", "last"),
+        ("#DOCKER_HUB_TOKEN=x\nMY_DOCKER_HUB_TOKEN=y\nDOCKER_HUB_TOKEN_OLD=z\nDOCKER_HUB_TOKEN=right", "right"),
+        ("no line = at all (\nDOCKER_HUB_TOKEN=비밀", "비밀"),
+    ],
+)
+def test_the_env_file_is_read_as_a_shell_would_and_never_run(project: Project, line: str, token: str) -> None:
+    (project.clone / ".env").write_text(
+        f"{line}\nIMG_SERVING_API_KEY=sk-other\nDOCKER_HUB_USERNAME=painter", newline=""
+    )
+    done = project.deploy("direct")
+    assert done.returncode == 0, done.stderr
+    (login,) = [call for call in project.calls() if call.words[0] == "login"]
+    assert login.stdin == token
+    assert not (project.clone / "hacked").exists()
+    assert "sk-other" not in done.stdout + done.stderr + str([call.env for call in project.calls()])
+
+
+@pytest.mark.parametrize("line", ["DOCKER_HUB_TOKEN='open", 'DOCKER_HUB_TOKEN="open', 'DOCKER_HUB_TOKEN="a"b'])
+def test_an_unfinished_quotation_is_told_by_its_line_and_not_its_value(project: Project, line: str) -> None:
+    (project.clone / ".env").write_text(f"DOCKER_HUB_USERNAME=painter\n{line}\n")
+    done = project.deploy("direct")
+    assert done.returncode == MISUSED
+    assert ".env, line 2: what follows DOCKER_HUB_TOKEN=" in done.stderr
+    assert "open" not in done.stderr
+    assert project.calls() == []
+
+
+@pytest.mark.parametrize("line", ["DOCKER_HUB_TOKEN=", "DOCKER_HUB_TOKEN= # none yet", "DOCKER_HUB_TOKEN=''", ""])
+def test_an_empty_value_is_none(project: Project, line: str) -> None:
+    (project.clone / ".env").write_text(f"DOCKER_HUB_USERNAME=painter\n{line}\n")
+    done = project.deploy("direct")
+    assert done.returncode == LACKING
+    assert "DOCKER_HUB_TOKEN is not set" in done.stderr
+
+
+def test_the_environment_wins_over_the_env_file(project: Project) -> None:
+    (project.clone / ".env").write_text("DOCKER_HUB_USERNAME=other\nDOCKER_HUB_TOKEN=another\n")
+    project.deploy("direct", env=LOGIN)
+    (login,) = [call for call in project.calls() if call.words[0] == "login"]
+    assert (login.words[2], login.stdin) == ("painter", TOKEN)
+
+
+def test_a_token_that_others_may_read_is_mentioned(project: Project) -> None:
+    file = project.clone / ".env"
+    file.write_text(f"DOCKER_HUB_USERNAME=painter\nDOCKER_HUB_TOKEN={TOKEN}\n")
+    for mode, mentioned in ((0o644, True), (0o600, False)):
+        file.chmod(mode)
+        assert ("chmod 600 .env" in project.deploy("direct").stderr) == mentioned
+
+
+def test_the_example_is_safe_as_it_is(project: Project) -> None:
+    shutil.copy(ROOT / ".env.example", project.clone / ".env")
+    done = project.deploy("direct")
+    assert done.returncode == LACKING
+    assert len(done.stderr.splitlines()) == 2
+    shell = subprocess.run(
+        ["sh", "-euc", '. ./.env; printf "%s|%s|%s" "$DOCKER_HUB_USERNAME" "$DOCKER_HUB_TOKEN" "${IMG_SERVING_API_KEY-unset}"'],
+        cwd=project.clone, env={"PATH": os.environ["PATH"]}, check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (shell.stdout, shell.stderr) == ("||unset", "")
+
+
+def test_the_example_names_what_compose_reads() -> None:
+    compose = ROOT / "compose.yaml"
+    if not compose.exists():
+        pytest.skip("NO COMPOSE FILE: nothing to compare .env.example with")
+    section = (ROOT / ".env.example").read_text().partition("# `docker compose` (")[2]
+    named = re.findall(r"^#([A-Z_]+)=", section, re.MULTILINE)
+    assert len(named) > 3
+    for name in named:
+        assert re.search(rf"\$\{{{name}\b|^\s+{name}:", compose.read_text(), re.MULTILINE), name
+
+
+# --- the script itself
+
+
+def test_it_runs_from_any_directory(project: Project, tmp_path: Path) -> None:
+    assert project.deploy("release", cwd=tmp_path).returncode == 0
+    assert project.deploy("direct", "-b", cwd=Path("/")).returncode == 0
+    assert Path(project.calls()[0].env["PWD"]) == project.clone
+
+
+@pytest.mark.parametrize(
+    ("environment", "coloured"), [({"TERM": "xterm"}, True), ({"TERM": "xterm", "NO_COLOR": "1"}, False)]
+)
+def test_colour_is_for_terminals(project: Project, environment: dict[str, str], coloured: bool) -> None:
+    assert "\x1b" not in "".join((done := project.deploy("release", "-d", env=environment)).stdout + done.stderr)
+    ours, theirs = pty.openpty()
+    try:
+        subprocess.run(
+            [str(project.clone / "scripts" / "deploy.sh"), "release", "-d"],
+            env={**project.environment, **environment}, stdout=theirs, stderr=theirs, check=True, timeout=120,
+        )  # fmt: skip
+        shown = os.read(ours, 65536).decode()
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert "A dry run" in shown
+    assert ("\x1b[1m" in shown) == coloured
+
+
+def test_shellcheck_has_no_complaint() -> None:
+    shellcheck = shutil.which("shellcheck")
+    if shellcheck is None:
+        pytest.skip("NO SHELLCHECK: the shell scripts of a release are not checked")
+    scripts = [ROOT / "scripts" / name for name in SCRIPTS if name != "release-notes"]
+    options = (
+        "add-default-case,avoid-nullary-conditions,check-unassigned-uppercase,deprecate-which,quote-safe-variables"
+    )
+    done = subprocess.run([shellcheck, "-o", options, *scripts], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
