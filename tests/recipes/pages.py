@@ -33,3 +33,8 @@ def block_with(page: Path, words: str, language: str = "") -> str:
 def korean_of(page: Path) -> Path:
     """The same page in Korean."""
     return page.with_suffix(".ko.md")
+
+
+def program_of(page: Path, language: str) -> str:
+    """All blocks of that language, one after the other: where a page says so, they are one program."""
+    return "\n".join(one.text for one in blocks_of(page) if one.language == language)
