@@ -12,7 +12,19 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from img_serving import __version__
-from img_serving.cli import backends, check_config, generate, health, jobs, queue, serve, simulate, version, webhooks, worker
+from img_serving.cli import (
+    backends,
+    check_config,
+    generate,
+    health,
+    jobs,
+    queue,
+    serve,
+    simulate,
+    version,
+    webhooks,
+    worker,
+)
 from img_serving.cli.endings import FAILED, INTERRUPTED, OK, CommandFailed, say
 from img_serving.cli.usage import Parser
 

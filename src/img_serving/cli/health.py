@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from typing import Final
+from typing import Any, Final
 from urllib.parse import urlsplit
 
 from img_serving.cli.endings import FAILED, OK, CommandFailed, printable
@@ -104,10 +104,9 @@ def _ask_worker(url: str, timeout_seconds: float) -> None:
         else grpc.insecure_channel(parts.netloc, options)
     )
     with channel:
+        stub: Any = health_pb2_grpc.HealthStub(channel)
         try:
-            reply = health_pb2_grpc.HealthStub(channel).Check(
-                health_pb2.HealthCheckRequest(), timeout=timeout_seconds
-            )
+            reply = stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout_seconds)
         except grpc.RpcError as error:
             raise CommandFailed(f"{url} does not answer: {_reason(error)}") from error
     if reply.status != health_pb2.HealthCheckResponse.SERVING:
