@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -87,32 +87,41 @@ def test_what_cannot_be_asked_is_1_and_never_2(
     assert said in one_line(capsys.readouterr().err)
 
 
-def test_a_worker_is_ready_when_its_model_is_loaded(capsys: Out) -> None:
+@pytest.mark.parametrize(
+    ("status", "code", "said"), [("SERVING", 0, "is ready"), ("NOT_SERVING", 1, "still being loaded")]
+)
+def test_a_worker_is_ready_when_its_model_is_loaded(status: str, code: int, said: str) -> None:
     pytest.importorskip("grpc")
     import grpc
     from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-    async def asked(status: Any) -> int:
-        server, service = grpc.aio.server(), health.aio.HealthServicer()
+    service = health.HealthServicer()
+    service.set("", health_pb2.HealthCheckResponse.ServingStatus.Value(status))
+    with ThreadPoolExecutor(2) as pool:
+        server = grpc.server(pool)
         health_pb2_grpc.add_HealthServicer_to_server(service, server)
-        await service.set("", status)
         port = server.add_insecure_port("127.0.0.1:0")
-        await server.start()
+        server.start()
         try:
-            return await asyncio.to_thread(main, ["health", "--url", f"grpc://127.0.0.1:{port}", "--timeout", "30"])
+            # another process, as in life
+            ended = subprocess.run(
+                [sys.executable, "-m", "img_serving", "health", "--url", f"grpc://127.0.0.1:{port}", "--timeout", "30"],
+                capture_output=True, text=True, check=False, timeout=60,
+            )  # fmt: skip
         finally:
-            await server.stop(None)
-
-    assert asyncio.run(asked(health_pb2.HealthCheckResponse.SERVING)) == 0
-    assert "is ready" in one_line(capsys.readouterr().out)
-    assert asyncio.run(asked(health_pb2.HealthCheckResponse.NOT_SERVING)) == 1
-    assert "still being loaded" in one_line(capsys.readouterr().err)
+            server.stop(None).wait(10)
+    assert ended.returncode == code
+    assert said in one_line(ended.stdout + ended.stderr)
 
 
-def test_a_worker_that_is_not_there_is_1(capsys: Out) -> None:
+def test_a_worker_that_is_not_there_is_1() -> None:
     pytest.importorskip("grpc")
-    assert main(["health", "--url", f"grpc://127.0.0.1:{free_port()}", "--timeout", "5"]) == 1
-    assert "UNAVAILABLE" in one_line(capsys.readouterr().err)
+    ended = subprocess.run(
+        [sys.executable, "-m", "img_serving", "health", "--url", f"grpc://127.0.0.1:{free_port()}", "--timeout", "5"],
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert ended.returncode == 1
+    assert "does not answer" in one_line(ended.stderr)
 
 
 def test_a_real_gateway_is_ready(tmp_path: Path) -> None:

@@ -90,9 +90,9 @@ class Client:
         path: str,
         body: Mapping[str, Any] | None = None,
         *,
-        timeout_seconds: float = TIMEOUT_SECONDS,
+        timeout_seconds: float | None = None,
     ) -> Answer:
-        """One request to `path` (percent-encoded, below the gateway's URL); it may be silent for so long.
+        """One request to `path` (percent-encoded, below the gateway's URL); None: as long a silence as a job may take.
 
         Raises:
             CommandFailed: there is no answer, or it is a refusal.
@@ -103,7 +103,7 @@ class Client:
             headers["Content-Type"] = "application/json"
             content = msgspec.json.encode(body)
         started = time.monotonic()
-        with self._asked(method, path, headers, content, timeout_seconds) as response:
+        with self._asked(method, path, headers, content, timeout_seconds or TIMEOUT_SECONDS) as response:
             received = response.read()
         return Answer(_named(response), received, time.monotonic() - started)
 
