@@ -22,7 +22,7 @@ help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
 
 # who only wants to serve does not wait for what the tests need
-$(SERVING): requirements/core.txt requirements/build.txt pyproject.toml
+$(SERVING): requirements/serve.txt requirements/build.txt pyproject.toml
 	@scripts/install "$(PYTHON)" "$(VENV)"
 	@touch $@
 

@@ -6,7 +6,6 @@ import asyncio
 import base64
 import gc
 import logging
-import os
 import socket
 import sys
 import time
@@ -49,11 +48,12 @@ from img_serving.policy.rate_limits import Allowance, RateLimits
 from img_serving.policy.scheduler import Scheduler
 from img_serving.ports import ArtifactStore, Backend, State, StoredWebhook
 from img_serving.state.admin_key import ENV_KEY, admin_key, remember_keys
-from img_serving.state.ownership import owned
+from img_serving.state.ownership import LOCK_FILE, owned
 from img_serving.state.sqlite import SqliteState
 from img_serving.state.webhook_secret import webhook_secrets
 from img_serving.storage.local_disk import LocalDiskStore
 from img_serving.storage.memory import MemoryStore
+from img_serving.storage.writable import prove_writable
 from img_serving.telemetry.logs import RequestLog, choose_format, set_up
 from img_serving.telemetry.metrics import Metrics
 from img_serving.telemetry.service_manager import ServiceManager
@@ -68,6 +68,10 @@ log = logging.getLogger("img_serving")
 
 BUILTIN = BackendConfig(name="procedural", protocol="builtin")
 """What serves while the configuration names no backend."""
+
+STATE_FILE = "img-serving.db"
+JOB_INPUTS = "job_inputs"
+"""The folder in the data directory with the input pictures of durable jobs."""
 
 SWEEP_SECONDS = 60.0
 
@@ -404,17 +408,13 @@ def open_state(config: Config) -> SqliteState:
         StartError: the directory cannot be written.
     """
     directory = Path(config.server.data_dir)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        probe = directory / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise StartError(
-            f"the data directory {directory} cannot be written ({error.strerror or error}); "
-            f"make it writable for this user (chown -R {os.getuid()}:{os.getgid()} {directory}), or set server.data_dir"
-        ) from error
-    return SqliteState(directory / "img-serving.db")
+    prove_writable(
+        directory,
+        what="the data directory",
+        setting="server.data_dir",
+        ours=(LOCK_FILE, STATE_FILE, f"{STATE_FILE}-wal", f"{STATE_FILE}-shm", JOB_INPUTS),
+    )
+    return SqliteState(directory / STATE_FILE)
 
 
 def open_store(config: Config) -> LocalDiskStore:
@@ -452,15 +452,16 @@ async def serve(
         stack.push_async_callback(state.close)
         store = open_store(config)
         stack.callback(store.close)
-        inputs = Path(config.server.data_dir) / "job_inputs"
+        inputs = Path(config.server.data_dir) / JOB_INPUTS
         spool = LocalDiskStore(inputs, ttl_seconds=None, max_bytes=0, is_ours_alone=True)
         stack.callback(spool.close)
-        if inputs.is_dir():  # only edits make it
-            await spool.prepare()
+        prove_writable(Path(config.storage.dir), what="the directory of pictures", setting="storage.dir")
         try:
+            if inputs.is_dir():  # only edits make it
+                await spool.prepare()
             await store.prepare()
         except StorageFailed as error:
-            log.warning('%s; response_format "b64_json" works all the same', error.message)
+            raise StartError(error.message) from error
         digests, new_key = await admin_key(config, state, env_file)
         gateway = await build(
             config,

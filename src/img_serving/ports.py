@@ -119,7 +119,7 @@ class ArtifactStore(Protocol):
         """Make ready to store.
 
         Raises:
-            StorageFailed: nothing can be stored there; what needs no storage works all the same.
+            StorageFailed: nothing can be stored there.
         """
         ...
 

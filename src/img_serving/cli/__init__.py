@@ -12,12 +12,24 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from img_serving import __version__
-from img_serving.cli import backends, check_config, generate, jobs, queue, serve, simulate, version, webhooks, worker
+from img_serving.cli import (
+    backends,
+    check_config,
+    generate,
+    health,
+    jobs,
+    queue,
+    serve,
+    simulate,
+    version,
+    webhooks,
+    worker,
+)
 from img_serving.cli.endings import FAILED, INTERRUPTED, OK, CommandFailed, say
 from img_serving.cli.usage import Parser
 
 PROGRAM = "img-serving"
-COMMANDS = (serve, generate, backends, jobs, queue, webhooks, worker, check_config, simulate, version)
+COMMANDS = (serve, generate, backends, jobs, queue, webhooks, worker, check_config, health, simulate, version)
 """One module a command: its `register` tells argparse about it, and names the function that runs it."""
 
 EXAMPLES = """\
@@ -31,6 +43,7 @@ examples:
   img-serving worker --help                     serve a model of your own to a gateway
   img-serving simulate --help                   … and what would, with other GPUs
   img-serving check-config                      is the configuration right?
+  img-serving health                            is the gateway ready?
 
 exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 130 interrupted
 """

@@ -84,8 +84,15 @@ class Client:
         self.url = base_of(url)
         self._api_key = api_key
 
-    def call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Answer:
-        """One request to `path` (percent-encoded, below the gateway's URL).
+    def call(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        *,
+        timeout_seconds: float | None = None,
+    ) -> Answer:
+        """One request to `path` (percent-encoded, below the gateway's URL); None: as long a silence as a job may take.
 
         Raises:
             CommandFailed: there is no answer, or it is a refusal.
@@ -96,7 +103,7 @@ class Client:
             headers["Content-Type"] = "application/json"
             content = msgspec.json.encode(body)
         started = time.monotonic()
-        with self._asked(method, path, headers, content, TIMEOUT_SECONDS) as response:
+        with self._asked(method, path, headers, content, timeout_seconds or TIMEOUT_SECONDS) as response:
             received = response.read()
         return Answer(_named(response), received, time.monotonic() - started)
 
