@@ -6,6 +6,7 @@ import asyncio
 import base64
 import gc
 import logging
+import os
 import socket
 import sys
 import time
