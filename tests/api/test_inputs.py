@@ -543,6 +543,16 @@ def test_odd_pictures_are_drawn_from(name: str, route: str) -> None:
     through(act)
 
 
+@pytest.mark.parametrize("route", ["edits", "variations"])
+def test_a_picture_too_small_to_be_drawn_at_its_size_is_said_to_have_that_fault(route: str) -> None:
+    async def act(gateway: Harness) -> None:
+        reply = await post(gateway, route, ("image", picture("x", 1, 1, 1), "a"), ("prompt", b"x", None))
+        assert (reply.status, reply.error["param"]) == (400, "size")
+        assert "not 1x1" in reply.error["message"]
+
+    through(act)
+
+
 @pytest.mark.parametrize("field", ["image", "mask"])
 @pytest.mark.parametrize("name", BAD)
 def test_pictures_that_mean_harm_are_a_400_and_never_reach_an_engine_that_breaks(name: str, field: str) -> None:

@@ -25,6 +25,15 @@ Report = Callable[[int, int, Sequence[Preview]], None]
 """Told (done, total, previews) after every step of a batch."""
 
 
+class CannotDraw(ValueError):
+    """What an engine raises where it knows which field of the request it cannot draw. A bare `ValueError` says no field."""
+
+    def __init__(self, message: str, param: str) -> None:
+        """`param` is the field's name in a request, such as `size`."""
+        super().__init__(message)
+        self.param = param
+
+
 class GenerationCancelled(Exception):
     """The pictures are not wanted any more: the engine stopped at the next point where it asked."""
 

@@ -12,7 +12,7 @@ from typing import TypeVar
 from img_serving.domain.capabilities import Capabilities
 from img_serving.domain.errors import AttemptError, BackendRefusal, InvalidRequest, Outcome
 from img_serving.domain.images import Artifact, Call, ItemFailure, Preview, Progress
-from img_serving.engines.engine import Engine, GenerationCancelled, OnStep, load_fully
+from img_serving.engines.engine import CannotDraw, Engine, GenerationCancelled, OnStep, load_fully
 from img_serving.engines.pictures import artifact_of
 
 OnLoad = Callable[[float, str], None]
@@ -169,7 +169,8 @@ def _drawn(engine: Engine, call: Call, on_step: OnStep) -> list[Artifact | ItemF
         pictures = engine.generate(call, on_step)
     except ValueError as error:
         # the engine's word for "not what I can draw"; any other mistake of its own has another type
-        raise BackendRefusal(InvalidRequest(words_of(error) or "the engine cannot draw this")) from error
+        param = error.param if isinstance(error, CannotDraw) else None
+        raise BackendRefusal(InvalidRequest(words_of(error) or "the engine cannot draw this", param=param)) from error
     if len(pictures) != len(call.items):
         raise AttemptError(Outcome.FAILED, f"the engine drew {len(pictures)} of {len(call.items)} pictures")
     try:
