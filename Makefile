@@ -15,7 +15,7 @@ BENCH_ARGS ?=
 FAULTS_ARGS ?=
 SOAK_ARGS ?=
 
-.PHONY: install serve test test-clients test-diffusers lint fmt bench bench-scheduling bench-faults bench-jobs soak fuzz clean help
+.PHONY: install serve test test-clients test-apps test-diffusers image first-picture lint fmt bench bench-scheduling bench-faults bench-jobs soak fuzz clean help
 .DEFAULT_GOAL := help
 
 help: ## list the commands
@@ -39,8 +39,17 @@ serve: $(SERVING) ## start the gateway on :8080 with the built-in backend
 test: $(STAMP) ## run the whole suite
 	@$(BIN)/python -m pytest -n auto $(TEST_ARGS)
 
-test-clients: $(STAMP) ## the official client libraries (openai-python 1-3, openai-node 4, 6, 7) against the real server
+test-clients: $(STAMP) ## the official client libraries, and the programs of docs/recipes with theirs, against the real server
 	@PYTHON=$(BIN)/python scripts/official-clients $(TEST_ARGS)
+
+test-apps: $(STAMP) ## docs/recipes with the real SillyTavern (4 minutes; APPS="sillytavern open-webui": 2.5 GB, 10 minutes)
+	@scripts/recipe-apps $(APPS)
+
+image: ## build the container image without a Docker engine, and try it (root; buildah, podman, runc)
+	@scripts/container-image
+
+first-picture: ## time the newcomer's path: clone, make serve, first picture
+	@scripts/first-picture
 
 test-diffusers: ## the diffusers engine's tests, in .venv-diffusers with PyTorch (TORCH=torch==… for another wheel)
 	@scripts/test-diffusers "$(PYTHON)" .venv-diffusers -n 2 tests/engines/diffusers $(TEST_ARGS)
