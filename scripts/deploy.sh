@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Publishes the project: `release` makes and pushes the git tag that GitHub builds from, `direct` builds and pushes the image
-# from this machine. Usage: scripts/deploy.sh --help
+# Publishes the project: `release` makes the release commit and the git tag that GitHub builds from and pushes both, `direct`
+# builds and pushes the image from this machine. Usage: scripts/deploy.sh --help
 set -euo pipefail
 set +a # what is set here is for nobody else (bash -a would give it to every program)
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 readonly IMAGE=generative-img-serving
+readonly VERSION_FILE=src/img_serving/__init__.py CHANGELOG=CHANGELOG.md
 readonly FAILED=1 MISUSED=2 REFUSED=3 LACKING=4
 
 usage() {
@@ -13,12 +14,16 @@ usage() {
 Usage: scripts/deploy.sh release [-v VERSION] [-d] [-f]
        scripts/deploy.sh direct  [-v VERSION] [-b]
 
-release  Make the annotated tag vVERSION of this commit, with the notes of CHANGELOG.md, and push it. GitHub then builds
-         and publishes the image and the release (.github/workflows/docker-publish.yml). Needs git, and no credentials here.
-  -v, --version VERSION  the version that you mean to release. It must be the one in src/img_serving/__init__.py, which is
-                         also the default: a tag whose package says something else is a broken release
+release  Make the annotated tag vVERSION with the notes of CHANGELOG.md, and push it. GitHub then builds and publishes the
+         image and the release (.github/workflows/docker-publish.yml). Needs git and python3, and no credentials here.
+         Where VERSION is new, or CHANGELOG.md has no section of it, one commit "Release VERSION" is made first, as you and
+         with your hooks: it sets __version__ in src/img_serving/__init__.py, and moves what is under "## [Unreleased]" in
+         CHANGELOG.md below "## [VERSION] - YYYY-MM-DD" of today. The branch is pushed with the tag, both or neither, where
+         the remote lacks it or commits of it. If a step fails, the commit and the tag are taken back.
+  -v, --version VERSION  the version to release, instead of the one in src/img_serving/__init__.py. A lower one is refused:
+                         1.1.4 after 1.2.0 is released from a branch that says 1.1.3
   -d, --dry-run          say everything that would be done, and what is in the way; change nothing
-  -f, --force            move the tag if it exists, here and on the remote
+  -f, --force            move the tag if it exists, here and on the remote; nothing else is forced
 
 direct   Build the image on this machine, for its architecture, and push it to Docker Hub as VERSION, the series (1.2 of
          1.2.3) and latest; a pre-release (1.2.3rc1) only as itself. What has these tags now is replaced.
@@ -83,6 +88,22 @@ summary_of_changes() {
 
 remote='' remote_branch='' branch='' head=''
 local_tag='' remote_tag='' remote_tag_commit='' remote_head=''
+not_there='' # what the remote lacks of the branch, in words
+
+sort_key() { # VERSION: of two keys the lower version's is first in the alphabet; 1.2.3.dev0 < 1.2.3a1 < 1.2.3rc1 < 1.2.3
+  local stage=0
+  [[ $1 =~ ^([0-9]+)\.([0-9]+)\.([0-9]+)((a|b|rc)([0-9]+))?(.*)$ ]] || return 0
+  if [[ -z ${BASH_REMATCH[7]} ]]; then stage=${BASH_REMATCH[5]:-z}; fi
+  printf '%018d%018d%018d%.1s%018d' "${BASH_REMATCH[@]:1:3}" "$stage" "${BASH_REMATCH[6]:-0}"
+}
+
+check_version() {
+  local LC_ALL=C asked source
+  asked=$(sort_key "$version") source=$(sort_key "$source_version")
+  # an older series has a branch of its own, whose source says so: a lower version here is a slip
+  [[ ! $asked < $source ]] ||
+    problem "$version is lower than $source_version, which this branch says ($VERSION_FILE): release a higher one, or switch to the branch of that series"
+}
 
 find_branch() { # the branch, and where it is pushed to
   head=$(git rev-parse --verify --quiet HEAD) || die "$REFUSED" "refused: there is no commit yet"
@@ -122,16 +143,17 @@ ask_remote() { # asks without fetching: a refusal and a dry run leave even the r
 }
 
 check_branch() {
-  local there=${remote_branch#refs/heads/}
+  local there=${remote_branch#refs/heads/} count
   if [[ -z $remote_head ]]; then
-    problem "the branch $branch is not on $remote: git push -u $remote $branch"
+    not_there="which has no $there yet"
   elif [[ $remote_head != "$head" ]]; then
     if git merge-base --is-ancestor "$remote_head" "$head" 2>/dev/null; then
-      problem "$branch has $(git rev-list --count "$remote_head..$head") commits that are not on $remote: git push $remote $branch, and see the checks pass"
+      count=$(git rev-list --count "$remote_head..$head")
+      not_there="whose $there lacks $count commit$([[ $count == 1 ]] || echo s)"
     elif git merge-base --is-ancestor "$head" "$remote_head" 2>/dev/null || ! git cat-file -e "$remote_head" 2>/dev/null; then
       problem "$branch is behind $remote/$there, or apart from it: git pull --ff-only $remote $there"
     else
-      problem "$branch and $remote/$there have gone apart: git pull --rebase $remote $there, then git push"
+      problem "$branch and $remote/$there have gone apart: git pull --rebase $remote $there"
     fi
   fi
 }
@@ -147,52 +169,179 @@ check_tag() { # FORCE
   fi
 }
 
-check_notes() {
-  local unreleased
+check_identity() { # git asks for it when the commit or the tag is made, and that is too late
+  local one
+  for one in GIT_AUTHOR_IDENT GIT_COMMITTER_IDENT; do
+    git var "$one" >/dev/null 2>&1 && continue
+    problem 'git does not know who you are: git config user.name "Your Name" && git config user.email you@example.com'
+    return
+  done
+}
+
+# What the release commit changes: whole files, with a dot behind them, since $(…) drops the newlines at the end.
+old_source='' new_source='' old_changelog='' new_changelog=''
+has_entries=no # under Unreleased
+
+plan_commit() {
+  old_source=$(cat "$VERSION_FILE" && echo .)
+  new_source=$old_source
+  if [[ $version != "$source_version" ]]; then
+    new_source=$(sed "s/^__version__ = \"[^\"]*\"\([[:space:]]*\)\$/__version__ = \"$version\"\1/" "$VERSION_FILE" && echo .)
+  fi
+  if ! new_changelog=$(scripts/release-notes "$version" --released "$today" 2>/dev/null && echo .); then
+    problem "$(scripts/release-notes "$version" --released "$today" 2>&1 >/dev/null | sed 's/^release-notes: //')"
+    old_changelog='' new_changelog=''
+    return
+  fi
+  old_changelog=$(cat "$CHANGELOG" && echo .)
+  if scripts/release-notes Unreleased >/dev/null 2>&1; then has_entries=yes; fi
+  if [[ $new_changelog != "$old_changelog" ]]; then
+    notes=$(scripts/release-notes "$version" --changelog /dev/stdin <<<"${new_changelog%.}")
+    [[ $has_entries == yes ]] ||
+      note "CHANGELOG.md has nothing under \"Unreleased\": the notes of $version say that nothing has changed that users notice"
+    return
+  fi
   if ! notes=$(scripts/release-notes "$version" 2>&1); then
     problem "${notes#release-notes: }"
     notes=''
   fi
-  if unreleased=$(scripts/release-notes Unreleased 2>/dev/null) && [[ -n $unreleased ]]; then
-    note "CHANGELOG.md has entries under \"Unreleased\": they are part of this commit, though not of the notes of $version"
+  if [[ $has_entries == yes ]]; then
+    note "CHANGELOG.md has entries under \"Unreleased\": they are part of this release, though not of the notes of $version"
   fi
+}
+
+needs_commit() { [[ $new_source != "$old_source" || $new_changelog != "$old_changelog" ]]; }
+
+check_nothing_is_under_way() { # git would make the release commit a part of it
+  local one
+  for one in MERGE_HEAD CHERRY_PICK_HEAD REVERT_HEAD; do
+    ! git rev-parse --verify --quiet "$one" >/dev/null ||
+      problem "a merge, cherry-pick or revert is under way here ($one): finish it, or give it up (git status says how)"
+  done
+}
+
+show_plan() {
+  local one to
+  say "A dry run: nothing is changed. A release of img-serving $version would"
+  if needs_commit; then
+    echo "  - make the commit \"Release $version\" on ${branch:-no branch}, after ${head:0:12} ($(git log -1 --format=%s)):"
+    if [[ $new_source != "$old_source" ]]; then
+      echo "      $VERSION_FILE: __version__ = \"$source_version\" becomes \"$version\""
+    fi
+    if [[ $new_changelog != "$old_changelog" && $has_entries == no ]]; then
+      echo "      $CHANGELOG: a new section, \"## [$version] - $today\", says that nothing has changed that users notice"
+    elif [[ $new_changelog != "$old_changelog" ]]; then
+      echo "      $CHANGELOG: what is under \"## [Unreleased]\" goes below a new heading, \"## [$version] - $today\""
+    fi
+  fi
+  if [[ -n $local_tag ]]; then echo "  - replace the tag $tag here (now at $(git rev-parse --short=12 "$tag^{}"))"; fi
+  if needs_commit; then
+    echo "  - make the annotated tag $tag of that commit"
+  else
+    echo "  - make the annotated tag $tag of ${head:0:12} (${branch:-no branch}: $(git log -1 --format=%s))"
+  fi
+  if [[ -n $remote_tag ]]; then echo "  - replace the tag $tag on $remote (now at ${remote_tag_commit:0:12})"; fi
+  if [[ -n $remote ]]; then
+    to="$remote ($(git remote get-url --push "$remote" | without_userinfo))"
+    if [[ -z $branch ]] || ! pushes_branch; then
+      echo "  - push it to $to"
+    else
+      echo "  - push $branch and the tag together, both or neither, to $to${not_there:+, $not_there}"
+    fi
+  fi
+  echo "  - so that GitHub publishes the image $IMAGE:$(scripts/image-tags "$version" | paste -sd ' ' | sed 's/ /, :/g') and a release${notes:+ with these notes:}"
+  if [[ -n $notes ]]; then printf '    | %s\n' "${notes//$'\n'/$'\n    | '}"; fi
+  if [[ ${#problems[@]} -gt 0 ]]; then
+    for one in "${problems[@]}"; do complain "would be refused: $one"; done
+    exit "$REFUSED"
+  fi
+  say "Nothing is in the way."
+}
+
+written=no pushing=no # how far it has come, for put_back
+
+put_back() { # at any exit that is no success: the tag, the branch and the files are as they were
+  local status=$? at_tag at left=''
+  trap '' HUP INT TERM
+  trap - EXIT
+  at_tag=$(git rev-parse --verify --quiet "refs/tags/$tag" || true)
+  if [[ $at_tag != "$local_tag" ]]; then
+    if [[ -n $local_tag ]]; then git update-ref "refs/tags/$tag" "$local_tag"; else git update-ref -d "refs/tags/$tag" "$at_tag"; fi ||
+      left="the tag $tag is still here: git tag -d $tag"
+  fi
+  if [[ $written == yes ]]; then
+    at=$(git rev-parse --verify --quiet HEAD || true)
+    if [[ $at != "$head" ]]; then
+      # --keep: what somebody has changed meanwhile in other files stays
+      if ! { [[ $(git rev-parse --verify --quiet "$at^") == "$head" ]] && git reset --quiet --keep "$head"; }; then
+        left+="${left:+; }the commit ${at:0:12} is still on $branch: git reset --keep ${head:0:12}"
+      fi
+    elif ! { printf '%s' "${old_source%.}" >"$VERSION_FILE" && printf '%s' "${old_changelog%.}" >"$CHANGELOG" && git reset --quiet; }; then
+      left+="${left:+; }$VERSION_FILE and $CHANGELOG are changed: git checkout HEAD $VERSION_FILE $CHANGELOG"
+    fi
+    changes=$(git status --porcelain --untracked-files=normal --ignore-submodules=none || true)
+    if [[ -n $changes && -z $left ]]; then note "a hook, or somebody, has changed more, and that was left: $(summary_of_changes)"; fi
+  fi
+  if [[ -n $left ]]; then complain "not everything could be put back: $left"; else note "$branch, its files and the tags here are as before"; fi
+  if [[ $pushing == yes ]]; then note "whether the push arrived is not known: git ls-remote $remote $tag"; fi
+  exit "$status"
+}
+
+make_commit() {
+  written=yes
+  # written into the files that are there, so that their modes stay
+  if ! { printf '%s' "${new_source%.}" >"$VERSION_FILE" && printf '%s' "${new_changelog%.}" >"$CHANGELOG"; }; then
+    die "$FAILED" "$VERSION_FILE and $CHANGELOG could not be written"
+  fi
+  if ! { git add -- "$VERSION_FILE" "$CHANGELOG" && git commit --quiet --message "Release $version"; }; then
+    die "$FAILED" "git could not make the commit \"Release $version\"; nothing was pushed"
+  fi
+  commit=$(git rev-parse --verify HEAD)
 }
 
 make_tag() { # FORCE; the notes' headings begin with #, which git would take for comments
   local options=(--annotate --cleanup=whitespace --file=-)
   [[ $1 == no ]] || options+=(--force)
   printf 'img-serving %s\n\n%s\n' "$version" "$notes" |
-    git tag "${options[@]}" "$tag" "$head" >/dev/null ||
+    git tag "${options[@]}" "$tag" "$commit" >/dev/null ||
     die "$FAILED" "git could not make the tag $tag; nothing was pushed"
 }
 
-take_back() {
-  if [[ -n $local_tag ]]; then git update-ref "refs/tags/$tag" "$local_tag"; else git tag -d "$tag" >/dev/null; fi
-}
+pushes_branch() { needs_commit || [[ -n $not_there ]]; }
 
-push_tag() { # FORCE
-  local said options=()
-  # a tag that somebody else has moved since we looked stays where it is
-  [[ $1 == no ]] || options=("--force-with-lease=refs/tags/$tag:$remote_tag")
-  if ! said=$(git push --quiet "${options[@]}" "$remote" "refs/tags/$tag:refs/tags/$tag" 2>&1); then
-    without_userinfo <<<"$said" >&2
-    take_back
-    die "$FAILED" "the tag $tag could not be pushed to $remote; the tags here are as before"
+push() { # FORCE
+  local options=() what=("refs/tags/$tag:refs/tags/$tag") said there
+  if pushes_branch; then
+    options+=(--atomic)
+    what+=("refs/heads/$branch:$remote_branch")
   fi
+  # a tag that somebody else has moved since we looked stays where it is
+  [[ $1 == no ]] || options+=("--force-with-lease=refs/tags/$tag:$remote_tag")
+  pushing=yes
+  trap : HUP INT TERM # they end git, and what the remote then has decides how this ends
+  if ! git push --quiet "${options[@]}" "$remote" "${what[@]}" 2>&1 | without_userinfo >&2; then
+    # a connection may break after the remote has taken everything
+    if said=$(git ls-remote "$remote" "refs/tags/$tag" 2>/dev/null); then
+      there=${said%%[[:space:]]*}
+      pushing=no
+      [[ $there != "$(git rev-parse "refs/tags/$tag")" ]] || return 0
+    fi
+    die "$FAILED" "$pushed could not be pushed to $remote"
+  fi
+  pushing=no
 }
 
 release() { # VERSION FORCE DRY
-  local version=$1 force=$2 dry=$3 source_version tag notes='' one
+  local version=$1 force=$2 dry=$3 source_version tag notes='' today commit pushed
   need git "install it (Debian, Ubuntu: apt install git)"
-  need python3 "it reads the notes in CHANGELOG.md (Debian, Ubuntu: apt install python3)"
+  need python3 "it reads and writes CHANGELOG.md (Debian, Ubuntu: apt install python3)"
   git rev-parse --is-inside-work-tree >/dev/null 2>&1 || die "$REFUSED" "refused: $PWD is no git repository: a release is a tag"
   source_version=$(scripts/project-version) || exit "$FAILED"
   version=${version:-$source_version}
   scripts/image-tags "$version" >/dev/null || exit "$MISUSED"
   tag=v$version
-  if [[ $version != "$source_version" ]]; then
-    problem "the source says $source_version, not $version: set __version__ = \"$version\" in src/img_serving/__init__.py, commit and push, then release"
-  fi
+  today=$(date +%Y-%m-%d) # where the maintainer is, as in the commit
+  check_version
   read_changes
   if [[ -n $changes ]]; then
     problem "there are changes that no commit has ($(summary_of_changes)): commit them, or put them away (git stash -u)"
@@ -200,25 +349,30 @@ release() { # VERSION FORCE DRY
   find_branch
   ask_remote
   check_tag "$force"
-  check_notes
+  check_identity
+  plan_commit
+  if needs_commit; then check_nothing_is_under_way; fi
 
   if [[ $dry == yes ]]; then
-    say "A dry run: nothing is changed. A release of img-serving $version would"
-    if [[ -n $local_tag ]]; then echo "  - replace the tag $tag here (now at $(git rev-parse --short=12 "$tag^{}"))"; fi
-    echo "  - make the annotated tag $tag of ${head:0:12} (${branch:-no branch}: $(git log -1 --format=%s))"
-    if [[ -n $remote_tag ]]; then echo "  - replace the tag $tag on $remote (now at ${remote_tag_commit:0:12})"; fi
-    if [[ -n $remote ]]; then echo "  - push it to $remote ($(git remote get-url --push "$remote" | without_userinfo))"; fi
-    echo "  - so that GitHub publishes the image $IMAGE:$(scripts/image-tags "$version" | paste -sd ' ' | sed 's/ /, :/g') and a release${notes:+ with these notes:}"
-    if [[ -n $notes ]]; then printf '    | %s\n' "${notes//$'\n'/$'\n    | '}"; fi
-    for one in "${problems[@]}"; do complain "would be refused: $one"; done
-    [[ ${#problems[@]} -eq 0 ]] || exit "$REFUSED"
-    say "Nothing is in the way."
+    show_plan
     return
   fi
   refuse_if_any
+  commit=$head pushed="the tag $tag"
+  if pushes_branch; then pushed="$branch and $tag"; fi
+  trap put_back EXIT
+  trap 'exit 129' HUP
+  trap 'exit 130' INT
+  trap 'exit 143' TERM
+  if needs_commit; then make_commit; fi
   make_tag "$force"
-  push_tag "$force"
-  say "Pushed $tag (${head:0:12}) to $remote: GitHub builds and publishes it now."
+  push "$force"
+  trap - EXIT HUP INT TERM
+  if pushes_branch; then
+    say "Pushed $branch and $tag (${commit:0:12}) together to $remote: GitHub builds and publishes it now."
+  else
+    say "Pushed $tag (${commit:0:12}) to $remote: GitHub builds and publishes it now."
+  fi
 }
 
 # --- direct -----------------------------------------------------------------------------------------------------------

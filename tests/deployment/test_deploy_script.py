@@ -90,20 +90,6 @@ def test_the_version_may_be_said(project: Project, spelled: list[str]) -> None:
     assert project.remote_commit("refs/tags/v1.2.3") == project.git("rev-parse", "HEAD")
 
 
-def test_a_version_that_the_source_does_not_say_is_refused(project: Project) -> None:
-    project.write_notes(CHANGELOG.format(version="1.3.0"))
-    project.commit("Notes")
-    project.git("push", "--quiet")
-    before = project.state()
-    for more in ([], ["-f"], ["-d"]):
-        done = project.deploy("release", "-v", "1.3.0", *more)
-        assert done.returncode == REFUSED
-        assert (
-            'the source says 1.2.3, not 1.3.0: set __version__ = "1.3.0" in src/img_serving/__init__.py' in done.stderr
-        )
-        assert project.state() == before
-
-
 def test_a_dry_run_tells_everything_and_changes_nothing(project: Project) -> None:
     before = project.state()
     for spelled in ("-d", "--dry-run"):
@@ -119,7 +105,7 @@ def test_a_dry_run_tells_everything_and_changes_nothing(project: Project) -> Non
 
 
 def test_a_dry_run_tells_what_is_in_the_way_all_of_it(project: Project) -> None:
-    project.write_notes("# Changelog\n")
+    project.write_notes("## [1.2.3]\n")
     (project.clone / "draft.txt").write_text("…")
     before = project.state()
     done = project.deploy("release", "-d")
@@ -194,20 +180,28 @@ def test_force_moves_the_tag_wherever_it_is(project: Project, where: str, spelle
 
 
 def test_force_overcomes_nothing_but_the_tag(project: Project) -> None:
-    project.commit("Not pushed")
+    project.push_from_elsewhere()
     before = project.state()
-    assert project.deploy("release", "-f").returncode == REFUSED
-    assert project.state() == before
+    for more in ([], ["-v", "1.2.2"], ["-v", "1.3.0"]):
+        assert project.deploy("release", "-f", *more).returncode == REFUSED
+        assert project.state() == before
 
 
-def test_commits_that_are_not_pushed_are_refused(project: Project) -> None:
+def test_commits_that_the_remote_lacks_are_pushed_with_the_tag(project: Project) -> None:
     project.commit("One")
-    project.commit("Two")
+    head = project.commit("Two")
     before = project.state()
-    done = project.deploy("release")
-    assert done.returncode == REFUSED
-    assert "main has 2 commits that are not on origin: git push origin main" in done.stderr
+    planned = project.deploy("release", "-d")
+    assert planned.returncode == 0, planned.stderr
+    assert (
+        f"push main and the tag together, both or neither, to origin ({project.remote}), whose main lacks 2 commits\n"
+        in planned.stdout
+    )
     assert project.state() == before
+    done = project.deploy("release")
+    assert done.returncode == 0, done.stderr
+    assert f"Pushed main and v1.2.3 ({head[:12]}) together to origin" in done.stdout
+    assert project.remote_commit("refs/heads/main") == project.remote_commit("refs/tags/v1.2.3") == head
 
 
 @pytest.mark.parametrize("fetched", [False, True])
@@ -231,11 +225,13 @@ def test_a_branch_that_has_gone_apart_from_its_remote_is_refused(project: Projec
     assert "main and origin/main have gone apart" in done.stderr
 
 
-def test_a_branch_that_the_remote_does_not_have_is_refused(project: Project) -> None:
-    project.git("switch", "--quiet", "-c", "sketch")
+def test_a_branch_that_the_remote_does_not_have_is_pushed_with_the_tag(project: Project) -> None:
+    project.git("switch", "--quiet", "-c", "series-1")
+    assert "which has no series-1 yet" in project.deploy("release", "-d").stdout
     done = project.deploy("release")
-    assert done.returncode == REFUSED
-    assert "the branch sketch is not on origin: git push -u origin sketch" in done.stderr
+    assert done.returncode == 0, done.stderr
+    assert "Pushed series-1 and v1.2.3" in done.stdout
+    assert project.remote_commit("refs/heads/series-1") == project.remote_commit("refs/tags/v1.2.3")
 
 
 def test_a_branch_may_have_another_name_and_remote_there(project: Project) -> None:
@@ -272,17 +268,14 @@ def test_a_dry_run_tells_what_it_can_without_a_remote(project: Project) -> None:
         )
 
 
-@pytest.mark.parametrize(
-    "text", ["# Changelog\n\n## [Unreleased]\n\n- New.\n", "# Changelog\n\n## [1.2.3] - 2026-11-26\n\n### Added\n"]
-)
-def test_a_version_without_notes_is_refused(project: Project, text: str) -> None:
-    project.write_notes(text)
+def test_a_section_without_notes_is_refused(project: Project) -> None:
+    project.write_notes("# Changelog\n\n## [1.2.3] - 2026-11-26\n\n### Added\n")
     project.commit("Notes")
     project.git("push", "--quiet")
     before = project.state()
     done = project.deploy("release")
     assert done.returncode == REFUSED
-    assert re.search(r"CHANGELOG.md: (there is no section|the section) \"## \[1.2.3\]", done.stderr)
+    assert 'CHANGELOG.md: the section "## [1.2.3]" is empty' in done.stderr
     assert project.state() == before
 
 
@@ -326,7 +319,8 @@ def test_a_push_that_fails_leaves_the_tags_as_they_were(project: Project, existi
     done = project.deploy("release", "-f")
     assert done.returncode == FAILED
     assert "tags are protected" in done.stderr
-    assert "could not be pushed to origin; the tags here are as before" in done.stderr
+    assert "the tag v1.2.3 could not be pushed to origin" in done.stderr
+    assert "main, its files and the tags here are as before" in done.stderr
     assert project.state() == before
 
 
@@ -356,6 +350,288 @@ def test_an_unreadable_version_is_told(project: Project) -> None:
     done = project.deploy("release")
     assert done.returncode == FAILED
     assert 'should have one line __version__ = "1.2.3"' in done.stderr
+
+
+# --- release: the commit
+
+
+def with_entries(project: Project) -> str:
+    """Put an entry under Unreleased and push it; the commit."""
+    project.write_notes(
+        CHANGELOG.format(version="1.2.3").replace("[Unreleased]\n", "[Unreleased]\n\n- Pictures of seas.\n")
+    )
+    (project.clone / ".env").write_text("DOCKER_HUB_TOKEN=x\n")
+    head = project.commit("Seas")
+    project.git("push", "--quiet")
+    return head
+
+
+def write_hook(folder: Path, name: str, script: str) -> None:
+    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / name).chmod(0o755)
+
+
+def planned_by_github(project: Project, tag: str) -> subprocess.CompletedProcess[str]:
+    """What the workflow makes of `tag`."""
+    return subprocess.run(
+        [project.clone / ".github" / "publish-plan"],
+        env={
+            **project.environment, "GITHUB_OUTPUT": "/dev/null",
+            "GITHUB_EVENT_NAME": "push", "GITHUB_REF": f"refs/tags/{tag}",
+        },
+        check=False, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("version", ["1.2.4", "1.3.0rc1", "1.10.0", "2.0.0"])
+def test_a_new_version_is_one_commit_and_its_tag(project: Project, version: str) -> None:
+    head = with_entries(project)
+    days = {project.run_date()}
+    done = project.deploy("release", "-v", version)
+    days.add(project.run_date())
+    assert done.returncode == 0, done.stderr
+    made = project.git("rev-parse", "main")
+    assert f"Pushed main and v{version} ({made[:12]}) together to origin" in done.stdout
+    assert project.remote_commit("refs/heads/main") == project.remote_commit(f"refs/tags/v{version}") == made
+    assert project.git("log", "-1", "--format=%P|%an <%ae>|%cn|%B") == (
+        f"{head}|A Maintainer <maintainer@example.com>|A Maintainer|Release {version}"
+    )
+    assert project.git("diff", "--name-only", head, made).split() == ["CHANGELOG.md", "src/img_serving/__init__.py"]
+    source = (project.clone / "src" / "img_serving" / "__init__.py").read_text()
+    assert source == f'"""The program."""\n\n__version__ = "{version}"\n'
+    changelog = CHANGELOG.format(version="1.2.3").removeprefix("# Changelog\n\n## [Unreleased]\n\n")
+    assert (project.clone / "CHANGELOG.md").read_text() in {
+        f"# Changelog\n\n## [Unreleased]\n\n## [{version}] - {day}\n\n- Pictures of seas.\n\n{changelog}"
+        for day in days
+    }
+    message = project.git("tag", "-l", "--format=%(contents)", f"v{version}", cwd=project.remote)
+    assert message.strip() == f"img-serving {version}\n\n- Pictures of seas."
+    assert project.git("status", "--porcelain", "--untracked-files=all") == ""
+    assert (plan := planned_by_github(project, f"v{version}")).returncode == 0, plan.stdout
+
+
+def test_the_sources_version_gets_its_missing_section_in_a_commit(project: Project) -> None:
+    project.write_notes("# Changelog\n\n## [Unreleased]\n\n- The first.\n")
+    head = project.commit("Notes")
+    done = project.deploy("release")
+    assert done.returncode == 0, done.stderr
+    assert project.git("diff", "--name-only", head, "main").split() == ["CHANGELOG.md"]
+    assert project.remote_commit("refs/heads/main") == project.remote_commit("refs/tags/v1.2.3") != head
+
+
+def test_a_section_that_is_there_already_is_taken_as_it_is(project: Project) -> None:
+    project.write_notes(CHANGELOG.format(version="1.3.0"))
+    head = project.commit("Notes")
+    assert project.deploy("release", "-v", "1.3.0").returncode == 0
+    assert project.git("diff", "--name-only", head, "v1.3.0^{commit}").split() == ["src/img_serving/__init__.py"]
+
+
+def test_a_release_without_entries_says_so_in_one_line(project: Project) -> None:
+    planned = project.deploy("release", "-v", "1.2.4", "-d")
+    assert re.search(r'CHANGELOG.md: a new section, "## \[1.2.4\] - [0-9-]{10}", says that nothing has', planned.stdout)
+    done = project.deploy("release", "-v", "1.2.4")
+    assert done.returncode == 0
+    assert 'note: CHANGELOG.md has nothing under "Unreleased"' in done.stderr
+    message = project.git("tag", "-l", "--format=%(contents)", "v1.2.4", cwd=project.remote)
+    assert message.strip() == "img-serving 1.2.4\n\nNothing has changed that users notice."
+    assert (plan := planned_by_github(project, "v1.2.4")).returncode == 0, plan.stdout
+
+
+def test_a_dry_run_tells_the_commit_in_words_and_leaves_no_trace(project: Project) -> None:
+    head = with_entries(project)
+    before = project.state()
+    done = project.deploy("release", "-v", "1.3.0", "-d")
+    assert done.returncode == 0, done.stderr
+    for said in (
+        f'make the commit "Release 1.3.0" on main, after {head[:12]} (Seas):',
+        'src/img_serving/__init__.py: __version__ = "1.2.3" becomes "1.3.0"',
+        'CHANGELOG.md: what is under "## [Unreleased]" goes below a new heading, "## [1.3.0] - ',
+        "make the annotated tag v1.3.0 of that commit",
+        f"push main and the tag together, both or neither, to origin ({project.remote})\n",
+        "| - Pictures of seas.", "Nothing is in the way.",
+    ):  # fmt: skip
+        assert said in done.stdout
+    assert project.state() == before
+
+
+@pytest.mark.parametrize(
+    ("source", "lower"),
+    [("1.2.3", "1.2.2"), ("1.10.0", "1.9.9"), ("1.2.3", "1.2.3rc9"), ("1.2.3rc10", "1.2.3rc9"), ("1.2.3a1", "1.2.2")],
+)
+def test_a_version_lower_than_the_sources_is_refused_whatever_is_forced(
+    project: Project, source: str, lower: str
+) -> None:
+    project.write_version(source)
+    project.commit("Version")
+    before = project.state()
+    for more in ([], ["-f"], ["-d"]):
+        done = project.deploy("release", "-v", lower, *more)
+        assert done.returncode == REFUSED
+        assert f"{lower} is lower than {source}, which this branch says" in done.stderr
+        assert project.state() == before
+
+
+def test_an_older_series_is_released_from_its_branch(project: Project) -> None:
+    project.git("switch", "--quiet", "-c", "series-1.2")
+    project.git("tag", "-m", "Newer", "v1.3.0")
+    done = project.deploy("release", "-v", "1.2.4")
+    assert done.returncode == 0, done.stderr
+    assert project.remote_commit("refs/tags/v1.2.4") == project.git("rev-parse", "series-1.2")
+
+
+def test_a_clone_and_an_empty_remote_are_enough(project: Project, tmp_path: Path) -> None:
+    with_entries(project)
+    fresh = tmp_path / "fresh"
+    project.git("clone", "--quiet", str(project.remote), str(fresh), cwd=tmp_path)
+    project.clone = fresh
+    assert (done := project.deploy("release", "-v", "1.3.0")).returncode == 0, done.stderr
+    assert project.remote_commit("refs/tags/v1.3.0") == project.remote_commit("refs/heads/main")
+
+    project.remote = tmp_path / "empty.git"
+    project.git("init", "--quiet", "--bare", str(project.remote))
+    project.git("remote", "set-url", "origin", str(project.remote))
+    planned = project.deploy("release", "-v", "1.4.0", "-d")
+    assert (planned.returncode, "which has no main yet" in planned.stdout) == (0, True)
+    assert (done := project.deploy("release", "-v", "1.4.0")).returncode == 0, done.stderr
+    assert project.remote_commit("refs/tags/v1.4.0") == project.remote_commit("refs/heads/main")
+
+
+def test_force_moves_a_tag_to_the_release_commit(project: Project) -> None:
+    with_entries(project)
+    project.git("tag", "-m", "Too early", "v1.3.0")
+    project.git("push", "--quiet", "origin", "v1.3.0")
+    assert project.deploy("release", "-v", "1.3.0").returncode == REFUSED
+    done = project.deploy("release", "-v", "1.3.0", "-f")
+    assert done.returncode == 0, done.stderr
+    made = project.git("rev-parse", "main")
+    assert project.git("log", "-1", "--format=%s", made) == "Release 1.3.0"
+    assert project.remote_commit("refs/heads/main") == project.remote_commit("refs/tags/v1.3.0") == made
+
+
+@pytest.mark.parametrize("version", ["1.2.3", "1.3.0"])
+def test_who_git_does_not_know_is_told_before_anything_changes(project: Project, version: str) -> None:
+    with_entries(project)
+    (project.home / ".gitconfig").write_text("[user]\nuseConfigOnly = true\n")
+    before = project.state()
+    done = project.deploy("release", "-v", version)
+    assert done.returncode == REFUSED
+    (told,) = [line for line in done.stderr.splitlines() if not line.startswith("note:")]
+    assert told.startswith('deploy: refused: git does not know who you are: git config user.name "Your Name" && ')
+    assert project.state() == before
+
+
+def test_an_unfinished_merge_gets_no_release_commit(project: Project) -> None:
+    head = project.git("rev-parse", "HEAD")
+    project.git("switch", "--quiet", "-c", "side")
+    project.commit("Aside")
+    project.git("switch", "--quiet", "main")
+    project.git("merge", "--quiet", "--no-ff", "--no-commit", "side")
+    done = project.deploy("release", "-v", "1.3.0")
+    assert done.returncode == REFUSED
+    assert "a merge, cherry-pick or revert is under way here (MERGE_HEAD)" in done.stderr
+    assert project.git("rev-parse", "main") == head
+
+
+def test_the_users_hooks_run(project: Project) -> None:
+    hooks = project.clone / ".git" / "hooks"
+    write_hook(hooks, "pre-commit", "echo '<!-- checked -->' >>CHANGELOG.md && git add CHANGELOG.md")
+    write_hook(hooks, "commit-msg", 'echo "Change: 7" >>"$1"')
+    write_hook(hooks, "pre-push", "cat >>.git/was-pushed")
+    assert project.deploy("release", "-v", "1.3.0").returncode == 0
+    assert project.git("log", "-1", "--format=%B", "v1.3.0") == "Release 1.3.0\nChange: 7"
+    assert project.git("show", "v1.3.0:CHANGELOG.md").endswith("<!-- checked -->")
+    sent = (project.clone / ".git" / "was-pushed").read_text()
+    assert "refs/heads/main" in sent
+    assert "refs/tags/v1.3.0" in sent
+
+
+@pytest.mark.parametrize("moved", [False, True])
+@pytest.mark.parametrize(
+    ("hook", "script", "said"),
+    [
+        ("pre-commit", "echo 'tests fail' >&2; exit 1", 'git could not make the commit "Release 1.3.0"'),
+        ("pre-commit", "rm CHANGELOG.md; git add -A; exit 1", 'git could not make the commit "Release 1.3.0"'),
+        ("commit-msg", "exit 1", 'git could not make the commit "Release 1.3.0"'),
+        ("reference-transaction", "! grep -q refs/tags/", "git could not make the tag v1.3.0"),
+        ("pre-push", "exit 1", "main and v1.3.0 could not be pushed to origin"),
+        ("pre-receive", "echo no >&2; exit 1", "main and v1.3.0 could not be pushed to origin"),
+        ("update", "case $1 in refs/tags/*) exit 1 ;; esac", "main and v1.3.0 could not be pushed to origin"),
+        ("update", "case $1 in refs/heads/*) exit 1 ;; esac", "main and v1.3.0 could not be pushed to origin"),
+    ],
+)
+def test_what_fails_after_the_commit_takes_everything_back(
+    project: Project, hook: str, script: str, said: str, *, moved: bool
+) -> None:
+    with_entries(project)
+    project.commit("Not pushed yet")
+    if moved:
+        project.git("tag", "-m", "Too early", "v1.3.0")
+        project.git("push", "--quiet", "origin", "v1.3.0")
+    write_hook(
+        (project.remote if hook in {"pre-receive", "update"} else project.clone / ".git") / "hooks", hook, script
+    )
+    before = project.state()
+    done = project.deploy("release", "-v", "1.3.0", "-f")
+    assert done.returncode == FAILED
+    assert f"deploy: {said}" in done.stderr
+    assert "note: main, its files and the tags here are as before" in done.stderr
+    assert "not known" not in done.stderr
+    assert project.state() == before
+    assert project.git("symbolic-ref", "HEAD") == "refs/heads/main"
+
+
+def test_what_a_hook_has_changed_besides_is_left_and_named(project: Project) -> None:
+    head = with_entries(project)
+    write_hook(project.clone / ".git" / "hooks", "pre-commit", "echo '# tidy' >>Dockerfile; exit 1")
+    done = project.deploy("release", "-v", "1.3.0")
+    assert done.returncode == FAILED
+    assert "a hook, or somebody, has changed more, and that was left: Dockerfile" in done.stderr
+    assert project.git("status", "--porcelain") == "M Dockerfile"  # the blank before it is stripped
+    assert project.git("rev-parse", "main") == head
+
+
+@pytest.mark.parametrize(("hook", "status"), [("pre-commit", 143), ("pre-push", 0)])
+def test_an_interrupted_release_is_taken_back_or_complete(project: Project, hook: str, status: int) -> None:
+    with_entries(project)
+    file = project.clone.with_name("deploy-pid")
+    write_hook(project.clone / ".git" / "hooks", hook, f"kill -TERM $(cat {file})")
+    before = project.state()
+    done = project.deploy("release", "-v", "1.3.0", before=("bash", "-c", 'echo $$ >"$0"; exec "$@"', str(file)))
+    assert done.returncode == status, done.stderr
+    if status:
+        assert "note: main, its files and the tags here are as before" in done.stderr
+        assert project.state() == before
+    else:  # bash waits for git, and everything has arrived
+        assert project.remote_commit("refs/tags/v1.3.0") == project.git("rev-parse", "main")
+
+
+def test_a_connection_that_breaks_after_everything_arrived_is_no_failure(project: Project) -> None:
+    with_entries(project)
+    git = project.programs / "git"
+    git.write_text(f'#!/bin/bash\n{shutil.which("git")} "$@" || exit\n[[ $1 != push ]]\n')
+    git.chmod(0o755)
+    done = project.deploy("release", "-v", "1.3.0")
+    assert done.returncode == 0, done.stderr
+    git.unlink()
+    assert project.remote_commit("refs/tags/v1.3.0") == project.git("rev-parse", "main")
+
+
+def test_a_branch_that_somebody_else_pushes_meanwhile_is_no_half_release(project: Project) -> None:
+    with_entries(project)
+    theirs = project.push_from_elsewhere()
+    project.git("update-ref", "refs/heads/main", project.git("rev-parse", "HEAD"), cwd=project.remote)
+    git = project.programs / "git"
+    git.write_text(
+        f"#!/bin/bash\n[[ $1 != push ]] || {shutil.which('git')} -C {project.remote} update-ref refs/heads/main {theirs}\n"
+        f'exec {shutil.which("git")} "$@"\n'
+    )
+    git.chmod(0o755)
+    before = project.state()
+    done = project.deploy("release", "-v", "1.3.0")
+    assert done.returncode == FAILED
+    assert project.remote_commit("refs/heads/main") == theirs
+    assert project.remote_commit("refs/tags/v1.3.0") is None
+    assert {**project.state(), "remote": None} == {**before, "remote": None}
 
 
 # --- direct

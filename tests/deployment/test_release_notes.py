@@ -88,6 +88,40 @@ def test_two_sections_of_a_version_are_told(changelog: Path) -> None:
     assert "is a second heading for 1.1.0" in done.stderr
 
 
+UNRELEASED = "# Changelog\n\n## [Unreleased]\n"
+OLD = "\n## [1.0.0] - 2026-11-02\n\n- One.\n"
+NEW = "\n## [1.1.0] - 2026-11-26\n"
+NOTHING = "\nNothing has changed that users notice.\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (f"{UNRELEASED}\n### Added\n\n- Two.\n{OLD}", f"{UNRELEASED}{NEW}\n### Added\n\n- Two.\n{OLD}"),
+        (f"{UNRELEASED}{OLD}", f"{UNRELEASED}{NEW}{NOTHING}{OLD}"),
+        (f"{UNRELEASED}\n### Added\n\n### Fixed\n{OLD}", f"{UNRELEASED}{NEW}{NOTHING}{OLD}"),
+        (UNRELEASED, f"{UNRELEASED}{NEW}{NOTHING}"),
+        (UNRELEASED.strip(), f"{UNRELEASED}{NEW}{NOTHING}"),
+        (f"{UNRELEASED}\n[it]: https://example.com\n", f"{UNRELEASED}{NEW}{NOTHING}\n[it]: https://example.com\n"),
+        (f"{UNRELEASED}\n- Two.", f"{UNRELEASED}{NEW}\n- Two.\n"),
+        (f"# Changelog\n{OLD}", f"{UNRELEASED}{NEW}{NOTHING}{OLD}"),
+        ("# Changelog\n", f"{UNRELEASED}{NEW}{NOTHING}"),
+        (f"{UNRELEASED}\n- Two.\n{NEW}\n- As it is.\n", f"{UNRELEASED}\n- Two.\n{NEW}\n- As it is.\n"),
+        (f"{UNRELEASED}\n- 둘.\n{OLD}".replace("\n", "\r\n"), f"{UNRELEASED}{NEW}\n- 둘.\n{OLD}".replace("\n", "\r\n")),
+    ],
+)  # fmt: skip
+def test_a_release_gets_what_is_unreleased(changelog: Path, text: str, expected: str) -> None:
+    changelog.write_bytes(text.encode())
+    done = subprocess.run(
+        [ROOT / "scripts" / "release-notes", "v1.1.0", "--released", "2026-11-26", "--changelog", changelog],
+        check=True, capture_output=True, timeout=60,
+    )  # fmt: skip
+    assert done.stdout.decode() == expected
+    assert changelog.read_bytes() == text.encode()
+    changelog.write_bytes(done.stdout)
+    assert run("1.1.0", "--changelog", changelog).returncode == 0
+
+
 def test_a_missing_changelog_is_told(tmp_path: Path) -> None:
     done = run("1.1.0", "--changelog", tmp_path / "none.md")
     assert done.returncode == 1

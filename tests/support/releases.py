@@ -134,6 +134,12 @@ class Project:
     def write_notes(self, text: str) -> None:
         (self.clone / "CHANGELOG.md").write_text(text)
 
+    def run_date(self) -> str:
+        """The day where the script runs."""
+        return subprocess.run(
+            ["date", "+%Y-%m-%d"], env=self.environment, check=True, capture_output=True, text=True
+        ).stdout.strip()
+
     def commit(self, message: str) -> str:
         self.git("add", "--all")
         self.git("commit", "--quiet", "--allow-empty", "-m", message)
