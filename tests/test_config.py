@@ -337,6 +337,12 @@ class TestFileChoice:
         with pytest.raises(ConfigError, match=r"cannot be read: Is a directory \(from /.*\)"):
             load(tmp_path, {})
 
+    def test_a_file_without_end_is_said_once(self):
+        with pytest.raises(ConfigError) as told:
+            load(Path("/dev/zero"), {})
+        assert str(told.value).count("/dev/zero") == 1
+        assert "has more than 16 MiB" in str(told.value)
+
     def test_a_syntax_error_says_where(self, from_text):
         with pytest.raises(ConfigError, match=r"line 2, column 8: Invalid value \(from .*settings\.toml\)"):
             from_text("[server]\nport = = 1\n")

@@ -18,8 +18,9 @@ from tests.support.programs import serving
 from tests.support.virtual_time import run_virtual
 
 from img_serving.api.a1111_facade import MAX_SELECTIONS, A1111Facade
-from img_serving.api.a1111_shapes import TextToImage, key_of_basic, to_generation
+from img_serving.api.a1111_shapes import TextToImage, key_of_basic, to_generation, told_of
 from img_serving.backends.detection import detect
+from img_serving.domain.images import ImageRequest
 from img_serving.transport.http import HttpTransport
 
 ONE = scripted("one", models=["tiny", "small"])
@@ -72,6 +73,35 @@ def test_info_is_json_text_with_what_was_made() -> None:
             assert reply["parameters"] == {key: info[key] for key in reply["parameters"]}
 
     run_virtual(main())
+
+
+@pytest.mark.parametrize("scale", ["nan", "inf", "-inf"])
+def test_a_number_that_is_none_is_refused(scale: str) -> None:
+    async def main() -> None:
+        async with running(ONE) as gateway:
+            reply = await draw(gateway, cfg_scale=scale)
+            assert (reply.status, "cfg_scale" in reply.json()["detail"]) == (400, True)
+
+    run_virtual(main())
+
+
+def test_a_choice_of_nothing_forgets_the_one_before() -> None:
+    async def main() -> None:
+        async with running(ONE) as gateway:
+            for name in ("small", "Automatic"):
+                await gateway.client.post("/sdapi/v1/options", {"sd_model_checkpoint": name})
+            reply = await draw(gateway)
+            assert (reply.status, json.loads(reply.json()["info"])["sd_model_name"]) == (200, "one")
+
+    run_virtual(main())
+
+
+def test_pictures_go_on_as_they_are_whatever_is_told_beside_them() -> None:
+    picture = memoryview(b"iVBORw0KGgo=" * 1000)
+    frame = (b'{"created":1,"data":[{"b64_json":"', b'","seed":3,"revised_prompt":"%s"}],"size":"8x8"}' % (b"w" * 5000))
+    told = told_of((frame[0], picture, frame[1]), ImageRequest(operation="generation", prompt="x", seed=3), "m")
+    assert any(part is picture for part in told)
+    assert json.loads(b"".join(told))["images"] == [bytes(picture).decode()]
 
 
 def test_a_seed_that_nobody_gave_is_told() -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,30 @@ def test_an_answer_is_waited_for_as_long_as_asked(capsys: Out) -> None:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         assert main(["health", "--url", url, "--timeout", "0.2"]) == 1
     assert "did not answer within 0.2 s" in one_line(capsys.readouterr().err)
+
+
+def test_an_answer_that_trickles_is_not_waited_for_longer(capsys: Out) -> None:
+    def trickle(listener: socket.socket, stop: threading.Event) -> None:
+        connection, _ = listener.accept()
+        with connection, suppress(OSError):
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
+            while not stop.wait(0.05):
+                connection.sendall(b" ")
+
+    stop = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+        pool.submit(trickle, listener, stop)
+        try:
+            url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+            assert main(["health", "--url", url, "--timeout", "0.5"]) == 1
+        finally:
+            stop.set()
+    assert "did not answer within 0.5 s" in one_line(capsys.readouterr().err)
+
+
+def test_any_number_of_seconds_can_be_asked_for(gateway: Any) -> None:
+    gateway.answer(200, {"status": "ok"})
+    assert main(["health", "--timeout", "1e300"]) == 0
 
 
 @pytest.mark.parametrize(

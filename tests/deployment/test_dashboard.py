@@ -432,6 +432,9 @@ def test_a_real_prometheus_answers_every_query_with_data(tmp_path: Path, traffic
 
         eventually(lambda: all(rule["health"] == "ok" for rule in evaluated()), evaluated)
         assert {rule["name"] for rule in evaluated()} == {rule["alert"] for rule in RULES}
-        active = {rule["name"] for rule in evaluated() if rule["state"] != "inactive"}
-        assert "ImgServingRequestsFail" in active
-        assert "ImgServingDown" not in active
+
+        def active() -> set[str]:
+            return {rule["name"] for rule in evaluated() if rule["state"] != "inactive"}
+
+        eventually(lambda: "ImgServingRequestsFail" in active(), evaluated)
+        assert "ImgServingDown" not in active()

@@ -48,6 +48,15 @@ def test_no_permission_names_the_command_for_this_user(
     assert "or set server.data_dir" in told
 
 
+def test_the_command_for_what_cannot_even_be_made_makes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*args: object, **more: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "mkdir", refused)
+    place = tmp_path / "missing" / "data"
+    assert f"`sudo install -d -o {os.getuid()} -g {os.getgid()} {place}`" in refusal_of(place)
+
+
 def test_a_read_only_mount_is_not_cured_by_another_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refuse_with(errno.EROFS, monkeypatch)
     told = refusal_of(tmp_path)

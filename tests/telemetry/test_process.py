@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -45,7 +47,26 @@ def test_an_open_file_is_counted() -> None:
 
 
 def test_where_there_is_no_proc_the_processor_time_is_still_told(tmp_path: Path) -> None:
-    assert list(measured(render_process(tmp_path))) == ["process_cpu_seconds_total"]
+    assert list(measured(render_process(tmp_path))) == ["process_cpu_seconds_total", "process_max_fds"]
+
+
+@LINUX
+def test_a_process_without_a_free_descriptor_says_so() -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    held: list[int] = []
+    try:
+        resource.setrlimit(
+            resource.RLIMIT_NOFILE, (max(int(one.name) for one in Path("/proc/self/fd").iterdir()) + 8, limits[1])
+        )
+        with suppress(OSError):
+            while True:
+                held.append(os.open(os.devnull, os.O_RDONLY))
+        said = measured(render_process())
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for one in held:
+            os.close(one)
+    assert said["process_open_fds"] == said["process_max_fds"]
 
 
 def test_every_number_has_its_help_and_its_type() -> None:

@@ -6,6 +6,7 @@ import http.client
 import os
 import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,8 +75,32 @@ def test_the_watchdog_is_told_twice_in_its_time(path: str) -> None:
         assert is_silent(manager)
 
 
+def test_a_manager_that_does_not_read_is_told_of_once_and_not_waited_for(
+    path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with listening(path) as manager:
+        told = ServiceManager({"NOTIFY_SOCKET": path, "WATCHDOG_USEC": "2000000"})
+        began = time.monotonic()
+        for now in range(100):
+            told.beat(float(now))
+        assert time.monotonic() - began < 5  # a tenth of a second for each that is not heard would be more
+        assert [record.getMessage()[:40] for record in caplog.records] == ["the service manager does not hear us (WA"]
+        heard(manager)
+        told.beat(1000.0)  # there is room again, and then there is not
+        told.beat(2000.0)
+        assert len(caplog.records) == 2
+
+
 @pytest.mark.parametrize(
-    "watchdog", [{}, {"WATCHDOG_USEC": "0"}, {"WATCHDOG_USEC": "x"}, {"WATCHDOG_USEC": "9", "WATCHDOG_PID": "1"}]
+    "watchdog",
+    [
+        {},
+        {"WATCHDOG_USEC": "0"},
+        {"WATCHDOG_USEC": "9" * 400},
+        {"WATCHDOG_USEC": "9" * 5000},
+        {"WATCHDOG_USEC": "x"},
+        {"WATCHDOG_USEC": "9", "WATCHDOG_PID": "1"},
+    ],
 )
 def test_a_watchdog_that_is_off_or_somebody_elses_is_not_told(path: str, watchdog: dict[str, str]) -> None:
     with listening(path) as manager:

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from img_serving.api.a1111_shapes import AUTOMATIC, Options, TextToImage, to_generation, told_of
+from img_serving.api.a1111_shapes import AUTOMATIC, Options, TextToImage, chosen, to_generation, told_of
 from img_serving.api.bodies import decode_json, read_raw
 from img_serving.api.exchange import Exchange, Reply
 from img_serving.api.generation import MAX_NAME_CHARS
@@ -93,7 +93,7 @@ class A1111Facade:
             )
         if name is not msgspec.UNSET:
             self._selected.pop(exchange.tenant.name, None)
-        if isinstance(name, str) and name:
+        if isinstance(name, str) and chosen(name) is not None:
             self._selected[exchange.tenant.name] = name
             if len(self._selected) > MAX_SELECTIONS:
                 del self._selected[next(iter(self._selected))]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import binascii
 from base64 import b64decode
 from collections.abc import Iterable, Sequence
+from math import isfinite
 from typing import Annotated, Any
 
 import msgspec
-from msgspec import Meta, Raw
+from msgspec import Meta
 
 from img_serving.api.errors import error_detail, reply_to
 from img_serving.api.exchange import Reply
@@ -72,16 +73,16 @@ class Options(msgspec.Struct, kw_only=True):
 
 
 class Drawn(msgspec.Struct):
-    """Of the reply to an OpenAI request: what is told on. Pictures stay the JSON text that they are."""
+    """Of the reply to an OpenAI request: what is told on."""
 
     data: list[DrawnPicture]
     size: str
 
 
 class DrawnPicture(msgspec.Struct):
-    """One picture of it."""
+    """One picture of it: the number of its text among the texts that were taken out."""
 
-    b64_json: Raw
+    b64_json: str
     seed: int | None = None
 
 
@@ -117,8 +118,10 @@ def to_generation(body: TextToImage, raw: bytes, selected: str | None) -> bytes:
     """The same request as a body of `POST /v1/images/generations`; `selected` is the model where it names none.
 
     Raises:
-        InvalidRequest: it asks for more pictures than can be counted.
+        InvalidRequest: it asks for more pictures than can be counted, or has a number that is none.
     """
+    if body.cfg_scale is not None and not isfinite(body.cfg_scale):
+        raise InvalidRequest("cfg_scale must be a number", param="cfg_scale")
     settings = body.override_settings or OverrideSettings()
     count = (body.batch_size or 1) * (body.n_iter or 1)
     clip_skip = settings.CLIP_stop_at_last_layers if body.clip_skip is None else body.clip_skip
@@ -127,7 +130,7 @@ def to_generation(body: TextToImage, raw: bytes, selected: str | None) -> bytes:
     fields = {
         "prompt": body.prompt,
         "negative_prompt": body.negative_prompt or None,
-        "model": _chosen(settings.sd_model_checkpoint) or _chosen(body.model) or selected,
+        "model": chosen(settings.sd_model_checkpoint) or chosen(body.model) or selected,
         "n": count,
         # -1 asks for any, and some clients send what is below it
         "seed": body.seed if body.seed is not None and body.seed >= 0 else None,
@@ -135,8 +138,8 @@ def to_generation(body: TextToImage, raw: bytes, selected: str | None) -> bytes:
         "cfg_scale": body.cfg_scale,
         "width": body.width,
         "height": body.height,
-        "sampler_name": _chosen(body.sampler_name) or _chosen(body.sampler_index),
-        "scheduler": _chosen(body.scheduler),
+        "sampler_name": chosen(body.sampler_name) or chosen(body.sampler_index),
+        "scheduler": chosen(body.scheduler),
         "clip_skip": clip_skip if clip_skip is not None and clip_skip > 1 else None,  # 1 is what is done anyway
         "response_format": "b64_json",
         "output_format": "png",
@@ -145,13 +148,24 @@ def to_generation(body: TextToImage, raw: bytes, selected: str | None) -> bytes:
     return msgspec.json.encode({name: value for name, value in fields.items() if value is not None})
 
 
-def told_of(parts: Iterable[bytes | memoryview], request: ImageRequest, model: str) -> tuple[bytes, ...]:
-    """The body of a reply with pictures, made of that to the OpenAI request; `model` is a name for people."""
-    drawn = _DRAWN.decode(b"".join(parts))
+def told_of(parts: Iterable[bytes | memoryview], request: ImageRequest, model: str) -> tuple[bytes | memoryview, ...]:
+    """The body of a reply with pictures, made of that to the OpenAI request; `model` is a name for people.
+
+    Pictures are parts of their own in it, and go on as they are: to parse or to copy megabytes would hold the event loop.
+    """
+    texts: list[bytes | memoryview] = []
+    frame = bytearray()
+    for part in parts:
+        if part[:1] in (b"{", b'"'):
+            frame += part
+        else:  # no base64 begins like JSON
+            frame += b"%d" % len(texts)
+            texts.append(part)
+    drawn = _DRAWN.decode(frame)
     width, _, height = drawn.size.partition("x")
-    pieces: list[bytes] = [b'{"images":[']
+    pieces: list[bytes | memoryview] = [b'{"images":[']
     for index, picture in enumerate(drawn.data):
-        pieces += [b"," if index else b"", bytes(picture.b64_json)]
+        pieces += [b',"' if index else b'"', texts[int(picture.b64_json)], b'"']
     parameters, info = _about(drawn.data, request, (int(width), int(height)), model)
     pieces += [
         b'],"parameters":',
@@ -218,7 +232,7 @@ def _infotext(request: ImageRequest, seed: int, size: tuple[int, int], model: st
     return "\n".join(lines)
 
 
-def _chosen(name: str | None) -> str | None:
+def chosen(name: str | None) -> str | None:
     """A name that somebody chose, else None."""
     return None if name is None or name.strip().lower() in _LEFT_TO_US else name
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import threading
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -23,6 +24,8 @@ exit codes: 0 ready, 1 not ready (one line on standard error says why), 2 wrong 
 """
 
 TIMEOUT_SECONDS: Final = 5.0
+LONGEST_SECONDS: Final = 3600.0
+"""A longer wait than anybody means; the system's calls take no number of any size."""
 
 
 def register(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -55,9 +58,9 @@ def run(args: argparse.Namespace) -> int:
     try:
         url = args.url or os.environ.get(URL_VARIABLE) or _configured_url(args.config)
         if urlsplit(url).scheme in {"grpc", "grpcs"}:
-            _ask_worker(url, args.timeout)
+            _ask_worker(url, min(args.timeout, LONGEST_SECONDS))
         else:
-            _ask_gateway(url, args.timeout)
+            _ask_gateway(url, min(args.timeout, LONGEST_SECONDS))
     except (CommandFailed, ValueError) as error:
         raise CommandFailed(" ".join(str(error).split()), FAILED) from error
     print(printable(f"{url} is ready"))
@@ -76,9 +79,25 @@ def _configured_url(config_file: str | None) -> str:
 
 
 def _ask_gateway(url: str, timeout_seconds: float) -> None:
+    """In a thread that is left behind: whoever answers a byte now and then never makes a socket's own time-out ring."""
     from img_serving.cli.client import Client
 
-    Client(url, None).call("GET", "/readyz", timeout_seconds=timeout_seconds)
+    client = Client(url, None)
+    failed: list[Exception] = []
+
+    def ask() -> None:
+        try:
+            client.call("GET", "/readyz", timeout_seconds=timeout_seconds)
+        except Exception as error:  # whatever it is, it is told by the thread that waits
+            failed.append(error)
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(timeout_seconds + 0.1)  # its own time-out has the better words
+    if asking.is_alive():
+        raise CommandFailed(f"{url} did not answer within {timeout_seconds:g} s")
+    if failed:
+        raise failed[0]
 
 
 def _ask_worker(url: str, timeout_seconds: float) -> None:

@@ -113,6 +113,8 @@ def _parse_file(path: Path) -> dict[str, Any]:
         raise ConfigError([Problem("", f"is not UTF-8 (byte {error.start})", str(path))]) from error
     except RecursionError as error:
         raise ConfigError([Problem("", "is nested too deep", str(path))]) from error
+    except ConfigError:
+        raise  # which is a ValueError, too
     except ValueError as error:  # the TOML error is one, and so is a number of thousands of digits
         raise ConfigError([_syntax_problem(str(error), path)]) from error
 

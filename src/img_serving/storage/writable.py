@@ -41,6 +41,9 @@ def _told(path: Path, what: str, setting: str, error: OSError) -> str:
     owner = f"{os.getuid()}:{os.getgid()}"
     reason = "it is not a directory" if error.errno in {errno.EEXIST, errno.ENOTDIR} else error.strerror or error
     said = f"{what} {path} cannot be written by the user {owner} ({reason})"
+    if error.errno in {errno.EACCES, errno.EPERM} and not os.path.lexists(path):
+        uid, gid = os.getuid(), os.getgid()
+        return f"{said}: run `sudo install -d -o {uid} -g {gid} {shlex.quote(str(path))}`, or set {setting}"
     if error.errno in {errno.EACCES, errno.EPERM}:
         return (
             f"{said}: run `sudo chown -R {owner} {shlex.quote(str(path))}` (for a container: on the host, naming the directory "

@@ -9,17 +9,18 @@ from collections.abc import Mapping
 
 log = logging.getLogger(__name__)
 
-SEND_SECONDS = 1.0
-"""How long its socket may be full before a message is given up."""
+_MOST_DIGITS = 18
+"""Of `WATCHDOG_USEC`: more are no time that anybody means."""
 
 
 class ServiceManager:
     """Whoever listens at `$NOTIFY_SOCKET`; without that variable nobody does, and nothing is sent.
 
-    A message that cannot be sent is logged: a gateway serves just as well unheard.
+    A message is sent at once or not at all, for the event loop sends it. The first of a row that does not get through is
+    logged: a gateway serves just as well unheard.
     """
 
-    __slots__ = ("_address", "_next_beat", "_watchdog_seconds")
+    __slots__ = ("_address", "_is_unheard", "_next_beat", "_watchdog_seconds")
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         """Take `NOTIFY_SOCKET`, and `WATCHDOG_USEC` unless `WATCHDOG_PID` says that it is meant for another process."""
@@ -28,6 +29,7 @@ class ServiceManager:
         self._address = f"\0{name[1:]}" if name.startswith("@") else name if name.startswith("/") else None
         self._watchdog_seconds = _watchdog_seconds(environ) if self._address is not None else None
         self._next_beat = 0.0
+        self._is_unheard = False
 
     def ready(self, status: str) -> None:
         """Connections are accepted. `status` is for people (`systemctl status`)."""
@@ -48,15 +50,19 @@ class ServiceManager:
             return
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as line:
-                line.settimeout(SEND_SECONDS)
+                line.setblocking(False)
                 line.sendto(message.encode(), self._address)
+            self._is_unheard = False
         except OSError as error:
-            log.warning("the service manager does not hear us (%s): %s", message.partition("\n")[0], error)
+            if not self._is_unheard:
+                log.warning("the service manager does not hear us (%s): %s", message.partition("\n")[0], error)
+            self._is_unheard = True
 
 
 def _watchdog_seconds(environ: Mapping[str, str]) -> float | None:
     microseconds = environ.get("WATCHDOG_USEC", "")
     meant_for = environ.get("WATCHDOG_PID", "")
-    if not microseconds.isdecimal() or int(microseconds) == 0 or (meant_for and meant_for != str(os.getpid())):
+    is_told = microseconds.isascii() and microseconds.isdecimal() and len(microseconds) <= _MOST_DIGITS
+    if not is_told or int(microseconds) == 0 or (meant_for and meant_for != str(os.getpid())):
         return None
     return int(microseconds) / 1_000_000
