@@ -193,7 +193,9 @@ def test_a_client_that_leaves_is_gone_for_the_engine(
 # with HTTP/2 where it is offered, as browsers and some client libraries ask
 
 
-def test_an_event_arrives_before_the_next_one_is_made_for_a_client_of_http_2_too(proxy: Proxy, turnstile: Turnstile) -> None:
+def test_an_event_arrives_before_the_next_one_is_made_for_a_client_of_http_2_too(
+    proxy: Proxy, turnstile: Turnstile
+) -> None:
     turnstile.let(2)
     with preferring_http_2(proxy, DRAW, key=KEY, body={**DRAWN, "stream": True, "partial_images": 1}) as curl:
         assert curl.stdout is not None
@@ -217,7 +219,7 @@ def test_a_client_of_http_2_that_leaves_is_gone_for_the_engine(
 
 
 def test_a_gateway_that_is_not_there_is_told_of_to_a_client_of_http_2(name: str, tmp_path: Path) -> None:
-    """Several times: an answer that comes before the request is whole is a cancelled stream, now and then."""
+    """Several times: over HTTP/2, an answer that comes before the request is whole is a cancelled stream, now and then."""
     with proxying(name, tmp_path / name, free_port()) as proxy:
         for _ in range(15):
             with preferring_http_2(proxy, DRAW, key=KEY, body=PAINTED) as curl:
@@ -227,6 +229,20 @@ def test_a_gateway_that_is_not_there_is_told_of_to_a_client_of_http_2(name: str,
 
 
 # bodies
+
+
+def test_a_gateway_that_is_not_there_is_told_of_to_a_client_that_is_still_sending(name: str, tmp_path: Path) -> None:
+    """One that sends a prompt of 12 KB in several pieces, and reads then."""
+    size, pieces = 12_000, 6
+    head = f"POST {DRAW} HTTP/1.1\r\nHost: {HOST}\r\nContent-Length: {size}\r\n\r\n"
+    with proxying(name, tmp_path / name, free_port()) as proxy, proxy.socket() as connection:
+        connection.sendall(head.encode())
+        for _ in range(pieces):
+            time.sleep(0.1)  # the proxy has the time to answer, should it want to
+            connection.sendall(b"x" * (size // pieces))
+        answered = answer_on(connection)
+    assert answered.status in {502, 503}
+    assert answered.json["error"]["code"] == "gateway_unreachable"
 
 
 def noise(mebibytes: int) -> bytes:
