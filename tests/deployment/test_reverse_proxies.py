@@ -19,7 +19,7 @@ import pytest
 from tests.support.event_streams import form
 from tests.support.fake_a1111 import FakeA1111
 from tests.support.programs import Program, free_port, serving
-from tests.support.proxies import FILES, HOST, Proxy, answer_on, preferring_http_2, proxying, send
+from tests.support.proxies import FILES, HOST, SNIPPETS, Proxy, answer_on, preferring_http_2, proxying, send
 from tests.support.threads import in_a_thread
 
 from img_serving.backends.stub_server import Answer, Exchange, StubServer
@@ -453,6 +453,17 @@ def test_a_post_that_breaks_off_on_a_kept_connection_is_not_sent_again_either(in
     connection.close()
     assert len(recorder.exchanges) == 2
     assert recorder.connections == 1
+
+
+def test_haproxy_serves_a_connection_once_where_the_page_says_so(tmp_path: Path) -> None:
+    text = (SNIPPETS / FILES["haproxy"]).read_text()
+    closing = text.replace("frontend img_serving\n", "frontend img_serving\n    option httpclose\n")
+    for snippet, said in ((text, None), (closing, "close")):
+        with (
+            in_a_thread(Recorder()) as recorder,
+            proxying("haproxy", tmp_path / str(said), recorder.port, snippet=snippet) as proxy,
+        ):
+            assert proxy.ask("POST", DRAW, body={"prompt": "x"}).headers.get("connection") == said
 
 
 # a gateway that dies and comes back
