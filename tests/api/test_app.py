@@ -31,6 +31,21 @@ def test_public_routes_need_no_key(path: str) -> None:
     run_virtual(main())
 
 
+def test_the_metrics_are_at_one_path_alone() -> None:
+    """A rule of a proxy in front for `/metrics` then says all that there is to say."""
+
+    async def main() -> None:
+        async with running(ONE) as gateway:
+            assert (await gateway.nobody.get("/metrics")).status == 200
+            for path in ("/metrics/", "/v1/metrics", "/v1/metrics/", "//metrics", "/v1//metrics", "/METRICS"):
+                reply = await gateway.client.get(path)
+                assert (reply.status, reply.error["code"]) == (404, "unknown_path"), path
+            for path in ("/v1/health", "/livez/", "/models", "/v1/models/"):
+                assert (await gateway.client.get(path)).status == 200, path
+
+    run_virtual(main())
+
+
 @pytest.mark.parametrize(
     ("method", "path"),
     [

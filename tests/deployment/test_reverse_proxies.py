@@ -19,7 +19,7 @@ import pytest
 from tests.support.event_streams import form
 from tests.support.fake_a1111 import FakeA1111
 from tests.support.programs import Program, free_port, serving
-from tests.support.proxies import FILES, HOST, Proxy, answer_on, over_http_2, proxying, send
+from tests.support.proxies import FILES, HOST, SNIPPETS, Proxy, answer_on, preferring_http_2, proxying, send
 from tests.support.threads import in_a_thread
 
 from img_serving.backends.stub_server import Answer, Exchange, StubServer
@@ -33,6 +33,16 @@ DRAWN = {"model": "tiny-a", "prompt": "a lighthouse", "size": "64x64", "num_infe
 PAINTED = {"model": "painted", "prompt": "a lighthouse", "size": "64x64"}
 DRAW = "/v1/images/generations"
 EDIT = "/v1/images/edits"
+METRICS = (
+    *("/metrics", "/metrics/", "/metrics?x=1", "/metrics%2f", "/metrics%2F", "/%6detrics", "/%6Detrics/?x"),
+    *("/v1/metrics", "/v1/metrics/", "/v1/%6Detrics", "/v1%2fmetrics", "/%76%31/metric%73", "/v1/metrics%2F"),
+)
+"""What a gateway that strips `/v1` and a slash at the end, and decodes, takes for its metrics."""
+NEARLY_METRICS = (
+    *("//metrics", "/metrics//", "/v1//metrics", "//v1/metrics", "/./metrics", "/x/../metrics", "/v1/../metrics"),
+    *("/x/%2e%2e/metrics", "/METRICS", "/V1/Metrics", "/v1/v1/metrics", "/%256detrics", "/metrics%23x", "/metrics;x"),
+)
+"""What is not that, unless somebody on the way tidies it up."""
 
 CONFIG = f"""
 [server]
@@ -50,6 +60,10 @@ protocol = "a1111"
 endpoints = ["%s"]
 models = ["tiny-a"]
 """
+
+
+SPOKEN = {"nginx": "2", "haproxy": "1.1", "caddy": "2"}
+"""The version of HTTP that a client gets who prefers HTTP/2."""
 
 
 class Turnstile(asyncio.Event):
@@ -176,12 +190,14 @@ def test_a_client_that_leaves_is_gone_for_the_engine(
     until(lambda: engine.interrupts == before + 1)
 
 
-# over HTTP/2, which browsers and some client libraries speak to them
+# with HTTP/2 where it is offered, as browsers and some client libraries ask
 
 
-def test_an_event_arrives_before_the_next_one_is_made_over_http_2_too(proxy: Proxy, turnstile: Turnstile) -> None:
+def test_an_event_arrives_before_the_next_one_is_made_for_a_client_of_http_2_too(
+    proxy: Proxy, turnstile: Turnstile
+) -> None:
     turnstile.let(2)
-    with over_http_2(proxy, DRAW, key=KEY, body={**DRAWN, "stream": True, "partial_images": 1}) as curl:
+    with preferring_http_2(proxy, DRAW, key=KEY, body={**DRAWN, "stream": True, "partial_images": 1}) as curl:
         assert curl.stdout is not None
         lines = iter(curl.stdout)
         seen = [next(lines) for _ in range(2)]
@@ -189,30 +205,44 @@ def test_an_event_arrives_before_the_next_one_is_made_over_http_2_too(proxy: Pro
         turnstile.let(STEPS)
         rest = list(lines)
         assert any(line.startswith(b"event: image_generation.completed") for line in rest)
-        assert rest[-1] == b"200/2"
+        assert rest[-1] == f"200/{SPOKEN[proxy.name]}".encode()
 
 
-def test_a_client_that_leaves_over_http_2_is_gone_for_the_engine(
+def test_a_client_of_http_2_that_leaves_is_gone_for_the_engine(
     proxy: Proxy, engine: FakeA1111, turnstile: Turnstile
 ) -> None:
     before = engine.interrupts
-    with over_http_2(proxy, DRAW, key=KEY, body={**DRAWN, "prompt": "left over HTTP/2"}):
+    with preferring_http_2(proxy, DRAW, key=KEY, body={**DRAWN, "prompt": "left by a client of HTTP/2"}):
         until(lambda: engine.in_flight > 0)
         turnstile.let(1)
     until(lambda: engine.interrupts == before + 1)
 
 
-def test_a_gateway_that_is_not_there_is_told_of_over_http_2(name: str, tmp_path: Path) -> None:
-    """Several times: an answer that comes before the request is whole is a cancelled stream, now and then."""
+def test_a_gateway_that_is_not_there_is_told_of_to_a_client_of_http_2(name: str, tmp_path: Path) -> None:
+    """Several times: over HTTP/2, an answer that comes before the request is whole is a cancelled stream, now and then."""
     with proxying(name, tmp_path / name, free_port()) as proxy:
         for _ in range(15):
-            with over_http_2(proxy, DRAW, key=KEY, body=PAINTED) as curl:
+            with preferring_http_2(proxy, DRAW, key=KEY, body=PAINTED) as curl:
                 said = curl.communicate()[0].decode()
-            assert said.endswith(("502/2", "503/2")), said
+            assert said.endswith((f"502/{SPOKEN[name]}", f"503/{SPOKEN[name]}")), said
             assert json.loads(said.rpartition("\n")[0])["error"]["code"] == "gateway_unreachable"
 
 
 # bodies
+
+
+def test_a_gateway_that_is_not_there_is_told_of_to_a_client_that_is_still_sending(name: str, tmp_path: Path) -> None:
+    """One that sends a prompt of 12 KB in several pieces, and reads then."""
+    size, pieces = 12_000, 6
+    head = f"POST {DRAW} HTTP/1.1\r\nHost: {HOST}\r\nContent-Length: {size}\r\n\r\n"
+    with proxying(name, tmp_path / name, free_port()) as proxy, proxy.socket() as connection:
+        connection.sendall(head.encode())
+        for _ in range(pieces):
+            time.sleep(0.1)  # the proxy has the time to answer, should it want to
+            connection.sendall(b"x" * (size // pieces))
+        answered = answer_on(connection)
+    assert answered.status in {502, 503}
+    assert answered.json["error"]["code"] == "gateway_unreachable"
 
 
 def noise(mebibytes: int) -> bytes:
@@ -293,11 +323,22 @@ def test_a_request_id_passes_both_ways(proxy: Proxy) -> None:
     assert refused.json["error"]["code"]
 
 
-def test_the_metrics_are_not_for_everybody(proxy: Proxy, gateway: Program) -> None:
-    assert proxy.ask("GET", "/metrics").status == 404
+@pytest.mark.parametrize("path", [*METRICS, *NEARLY_METRICS])
+def test_the_metrics_are_not_for_everybody(proxy: Proxy, path: str) -> None:
+    answered = proxy.ask("GET", path)
+    assert answered.status == 404, answered.body[:100]
+    assert b"img_serving_" not in answered.body
+
+
+def test_without_a_proxy_the_metrics_would_be_there(gateway: Program) -> None:
     with gateway.connect() as connection:
         connection.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
-        assert connection.recv(100).startswith(b"HTTP/1.1 200"), "they would be there without the proxy"
+        assert connection.recv(100).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/models/", "/v1/%6Dodels"])
+def test_the_api_is_there_in_the_same_spellings(proxy: Proxy, path: str) -> None:
+    assert proxy.ask("GET", path, key=KEY).status == 200
 
 
 def test_plain_http_is_sent_to_https(proxy: Proxy) -> None:
@@ -339,6 +380,16 @@ def test_the_gateway_is_told_who_asks_and_nothing_that_a_client_claims(in_front_
     assert not told.keys() & {"x-forwarded-port", "x-forwarded-prefix"}
 
 
+def test_the_gateway_is_never_asked_for_its_metrics(in_front_of: InFrontOf) -> None:
+    """Whatever an older gateway, or one of another configuration, would say to it."""
+    proxy, recorder = in_front_of(None)
+    for path in METRICS:
+        assert proxy.ask("GET", path).status == 404, path
+    assert [one.path for one in recorder.exchanges] == []
+    assert proxy.ask("GET", "/v1/models").status == 200
+    assert len(recorder.exchanges) == 1
+
+
 def test_connections_to_the_gateway_are_kept(in_front_of: InFrontOf) -> None:
     proxy, recorder = in_front_of(None)
     connection = proxy.connect()
@@ -375,6 +426,16 @@ def test_a_post_that_breaks_off_is_not_sent_again(in_front_of: InFrontOf, header
     assert [one.method for one in recorder.exchanges] == ["POST"]
 
 
+def test_a_post_of_a_client_that_prefers_http_2_is_not_sent_again_either(in_front_of: InFrontOf) -> None:
+    """A stream that is refused as "not processed" is sent again by the client, whatever the proxy itself does not do."""
+    proxy, recorder = in_front_of(Answer(200, b"", manner="close"))
+    with preferring_http_2(proxy, DRAW, key=KEY, body={"prompt": "x"}) as curl:
+        said = curl.communicate()[0].decode()
+    assert said.endswith(f"502/{SPOKEN[proxy.name]}"), said
+    assert json.loads(said.rpartition("\n")[0])["error"]["code"] == "gateway_unreachable"
+    assert [one.method for one in recorder.exchanges] == ["POST"]
+
+
 def test_a_post_that_breaks_off_on_a_kept_connection_is_not_sent_again_either(in_front_of: InFrontOf) -> None:
     """A connection that has served before is where proxies like to try again. HAProxy then hangs up, the others say 502."""
     proxy, recorder = in_front_of(None)
@@ -392,6 +453,17 @@ def test_a_post_that_breaks_off_on_a_kept_connection_is_not_sent_again_either(in
     connection.close()
     assert len(recorder.exchanges) == 2
     assert recorder.connections == 1
+
+
+def test_haproxy_serves_a_connection_once_where_the_page_says_so(tmp_path: Path) -> None:
+    text = (SNIPPETS / FILES["haproxy"]).read_text()
+    closing = text.replace("frontend img_serving\n", "frontend img_serving\n    option httpclose\n")
+    for snippet, said in ((text, None), (closing, "close")):
+        with (
+            in_a_thread(Recorder()) as recorder,
+            proxying("haproxy", tmp_path / str(said), recorder.port, snippet=snippet) as proxy,
+        ):
+            assert proxy.ask("POST", DRAW, body={"prompt": "x"}).headers.get("connection") == said
 
 
 # a gateway that dies and comes back

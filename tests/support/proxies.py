@@ -134,8 +134,11 @@ class Proxy:
 
 
 @contextmanager
-def over_http_2(proxy: Proxy, path: str, *, key: str, body: dict[str, Any]) -> Iterator[subprocess.Popen[bytes]]:
-    """A POST of curl's over HTTP/2: it writes the body, and then `status/version`. The block's end is its own."""
+def preferring_http_2(proxy: Proxy, path: str, *, key: str, body: dict[str, Any]) -> Iterator[subprocess.Popen[bytes]]:
+    """A POST of curl's, over HTTP/2 where it is offered: it writes the body, and then `status/version`.
+
+    The block's end is its own.
+    """
     curl = shutil.which("curl")
     if curl is None or b"HTTP2" not in subprocess.run([curl, "--version"], capture_output=True, check=True).stdout:
         pytest.skip("NO CURL: there is none here that speaks HTTP/2")

@@ -66,6 +66,8 @@ class Route:
     handlers: dict[str, Handler]
     variable: str | None = None
     suffix: str = ""
+    alone: bool = False
+    """Nothing but this very path leads here: not `/v1` before it, nor a slash after it."""
 
     @property
     def allow(self) -> bytes:
@@ -113,7 +115,8 @@ class App:
             Route("/health", "public", _read(health.health)),
             Route("/livez", "public", _read(health.livez)),
             Route("/readyz", "public", _read(health.readyz)),
-            Route("/metrics", metrics_access, _read(health.metrics)),
+            # whoever keeps the figures from the outside does it by this path, in a proxy
+            Route("/metrics", metrics_access, _read(health.metrics), alone=True),
             Route("/openapi.json", "public", _read(docs.openapi)),
             Route("/docs", "public", _read(docs.page)),
             Route("/", "public", _read(docs.index)),
@@ -211,7 +214,7 @@ class App:
             path = path[:-1]  # a redirect would lose the body of a POST, and a 404 helps nobody
         route = self._exact.get(path)
         if route is not None:
-            return route
+            return None if route.alone and exchange.path != route.path else route
         for route in self._prefixed:
             start, stop = len(route.path), len(path) - len(route.suffix)
             if start < stop and path.startswith(route.path) and path.endswith(route.suffix):
