@@ -7,7 +7,9 @@ import os
 import pty
 import re
 import shutil
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -632,6 +634,70 @@ def test_a_branch_that_somebody_else_pushes_meanwhile_is_no_half_release(project
     assert project.remote_commit("refs/heads/main") == theirs
     assert project.remote_commit("refs/tags/v1.3.0") is None
     assert {**project.state(), "remote": None} == {**before, "remote": None}
+
+
+# --- release: what others do meanwhile
+
+
+def start(project: Project, *words: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [str(project.clone / "scripts" / "deploy.sh"), *words], cwd=project.clone, env=project.environment,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def test_a_second_release_is_refused_while_one_is_under_way_and_takes_nothing_back(project: Project) -> None:
+    with_entries(project)
+    pushes, go = project.clone.with_name("pushes"), project.clone.with_name("go")
+    write_hook(project.clone / ".git" / "hooks", "pre-push", f": >{pushes}\nuntil [ -e {go} ]; do sleep 0.05; done")
+    first = start(project, "release", "-v", "1.3.0")
+    try:
+        until = time.monotonic() + 60
+        while not pushes.exists():
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        before = project.state()
+        for more in ([], ["-f"]):
+            second = project.deploy("release", "-v", "1.3.0", *more)
+            assert second.returncode == REFUSED
+            assert second.stderr == (
+                "deploy: refused: another release is under way in this repository: wait until it has ended\n"
+            )
+            assert project.state() == before
+    finally:
+        go.touch()
+        said = first.communicate(timeout=60)
+    assert first.returncode == 0, said
+    assert project.remote_commit("refs/tags/v1.3.0") == project.git("rev-parse", "main", "v1.3.0^{}").split()[0]
+    assert project.deploy("release", "-d", "-v", "1.4.0").returncode == 0
+
+
+def test_what_a_hook_leaves_running_does_not_keep_the_next_release_out(project: Project) -> None:
+    file = project.clone.with_name("left-pid")
+    write_hook(project.clone / ".git" / "hooks", "pre-push", f"sleep 60 >/dev/null 2>&1 &\necho $! >{file}")
+    try:
+        assert project.deploy("release", "-v", "1.3.0").returncode == 0
+        write_hook(project.clone / ".git" / "hooks", "pre-push", "exit 0")
+        done = project.deploy("release", "-v", "1.4.0")
+    finally:
+        os.kill(int(file.read_text()), signal.SIGKILL)
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_others_made_meanwhile_is_not_taken_back(project: Project) -> None:
+    head = with_entries(project)
+    write_hook(
+        project.clone / ".git" / "hooks",
+        "pre-push",
+        f"git reset -q --hard {head}; git commit -q --allow-empty -m Theirs; git tag -f -m Theirs v1.3.0; exit 1",
+    )
+    done = project.deploy("release", "-v", "1.3.0")
+    assert done.returncode == FAILED
+    assert "as before" not in done.stderr
+    theirs = project.git("rev-parse", "main")
+    assert project.git("log", "-1", "--format=%P|%s", "v1.3.0") == f"{head}|Theirs"
+    assert "the tag v1.3.0 is no longer what it was, and not of this run: it was left" in done.stderr
+    assert f"main is at {theirs[:12]}, which is not of this run: it was left" in done.stderr
 
 
 # --- direct
