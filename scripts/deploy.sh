@@ -89,6 +89,7 @@ summary_of_changes() {
 remote='' remote_branch='' branch='' head=''
 made_commit='' made_tag='' # the ids of what this run has made, and may take back
 local_tag='' remote_tag='' remote_tag_commit='' remote_head=''
+asked='' shown='' # the remote as git is asked about it, and as people are told: its name, or the address that it is pushed to
 not_there='' # what the remote lacks of the branch, in words
 
 sort_key() { # VERSION: of two keys the lower version's is first in the alphabet; 1.2.3.dev0 < 1.2.3a1 < 1.2.3rc1 < 1.2.3
@@ -128,6 +129,22 @@ find_branch() { # the branch, and where it is pushed to
   if ! git config "remote.$remote.url" >/dev/null; then
     problem "there is no remote \"$remote\" to push the tag to: git remote add $remote ADDRESS"
     remote=''
+    return
+  fi
+  find_address
+}
+
+find_address() { # what is looked at is what is pushed to, which need not be what is fetched from
+  local addresses
+  addresses=$(git remote get-url --push --all "$remote") || die "$FAILED" "git does not know where \"$remote\" is pushed to"
+  if [[ $addresses == *$'\n'* ]]; then
+    problem "the remote \"$remote\" is pushed to several addresses ($(without_userinfo <<<"$addresses" | paste -sd ' ')): a release goes to one, so make a remote of it (git remote add), and set it as the branch's (git config branch.${branch:-main}.remote NAME)"
+    remote=''
+    return
+  fi
+  asked=$remote shown=$remote
+  if [[ $addresses != "$(git remote get-url "$remote")" ]]; then
+    asked=$addresses shown=$(without_userinfo <<<"$addresses")
   fi
 }
 
@@ -135,7 +152,7 @@ ask_remote() { # asks without fetching: a refusal and a dry run leave even the r
   local said='' id name
   local_tag=$(git rev-parse --verify --quiet "refs/tags/$tag" || true)
   if [[ -z $remote ]]; then return; fi
-  if ! said=$(git ls-remote "$remote" "$remote_branch" "refs/tags/$tag" "refs/tags/$tag^{}" 2>&1); then
+  if ! said=$(git ls-remote "$asked" "$remote_branch" "refs/tags/$tag" "refs/tags/$tag^{}" 2>&1); then
     without_userinfo <<<"$said" >&2
     [[ $dry == yes ]] || die "$FAILED" "the remote \"$remote\" does not answer; nothing was changed"
     problem "the remote \"$remote\" does not answer"
@@ -161,9 +178,9 @@ check_branch() {
       count=$(git rev-list --count "$remote_head..$head")
       not_there="whose $there lacks $count commit$([[ $count == 1 ]] || echo s)"
     elif git merge-base --is-ancestor "$head" "$remote_head" 2>/dev/null || ! git cat-file -e "$remote_head" 2>/dev/null; then
-      problem "$branch is behind $remote/$there, or apart from it: git pull --ff-only $remote $there"
+      problem "$branch is behind $remote/$there, or apart from it: git pull --ff-only $shown $there"
     else
-      problem "$branch and $remote/$there have gone apart: git pull --rebase $remote $there"
+      problem "$branch and $remote/$there have gone apart: git pull --rebase $shown $there"
     fi
   fi
 }
@@ -315,7 +332,7 @@ put_back() { # at any exit that is no success: the tag, the branch and the files
     if [[ -n $changes && -z $left ]]; then note "a hook, or somebody, has changed more, and that was left: $(summary_of_changes)"; fi
   fi
   if [[ -n $left ]]; then complain "not everything could be put back: $left"; else note "$branch, its files and the tags here are as before"; fi
-  if [[ $pushing == yes ]]; then note "whether the push arrived is not known: git ls-remote $remote $tag"; fi
+  if [[ $pushing == yes ]]; then note "whether the push arrived is not known: git ls-remote $shown $tag"; fi
   exit "$status"
 }
 
@@ -362,7 +379,7 @@ push() { # FORCE
   trap : HUP INT TERM # they end git, and what the remote then has decides how this ends
   if ! git push --quiet "${options[@]}" "$remote" "${what[@]}" 2>&1 9>&- | without_userinfo >&2; then
     # a connection may break after the remote has taken everything
-    if said=$(git ls-remote "$remote" "refs/tags/$tag" 2>/dev/null); then
+    if said=$(git ls-remote "$asked" "refs/tags/$tag" 2>/dev/null); then
       there=${said%%[[:space:]]*}
       pushing=no
       [[ $there != "$made_tag" ]] || return 0

@@ -301,10 +301,50 @@ def test_a_remote_that_does_not_answer_is_told_without_its_password(project: Pro
 
 
 def test_a_push_address_is_shown_without_its_password(project: Project) -> None:
-    project.git("remote", "set-url", "--push", "origin", f"https://painter:{TOKEN}@example.com/x.git")
+    project.git("remote", "set-url", "--push", "origin", f"http://painter:{TOKEN}@127.0.0.1:1/x.git")
     done = project.deploy("release", "-d")
-    assert "push it to origin (https://example.com/x.git)" in done.stdout
+    assert "push it to origin (http://127.0.0.1:1/x.git)" in done.stdout
     assert TOKEN not in done.stdout + done.stderr
+
+
+def test_what_is_looked_at_is_what_is_pushed_to(project: Project, tmp_path: Path) -> None:
+    """Not what is fetched from, where that is another repository."""
+    fork = tmp_path / "fork.git"
+    project.git("clone", "--quiet", "--bare", str(project.remote), str(fork), cwd=tmp_path)
+    project.git("remote", "set-url", "--push", "origin", str(fork))
+    theirs = project.push_from_elsewhere()
+    project.remote, mirror = fork, project.remote
+    done = project.deploy("release", "-v", "1.3.0")
+    assert done.returncode == 0, done.stderr
+    assert project.remote_commit("refs/tags/v1.3.0") == project.remote_commit("refs/heads/main") != theirs
+    assert not project.git("tag", cwd=mirror)
+
+    project.git("tag", "-d", "v1.3.0")
+    another = project.git("commit-tree", "-p", "main", "-m", "Another's", "main^{tree}")
+    project.git("push", "--quiet", str(fork), f"{another}:refs/heads/main")
+    before = project.state()
+    done = project.deploy("release", "-v", "1.3.0")
+    assert done.returncode == REFUSED
+    assert "the tag v1.3.0 exists on origin" in done.stderr
+    assert f"git pull --ff-only {fork} main" in done.stderr
+    assert project.state() == before
+
+
+def test_several_push_addresses_are_refused(project: Project, tmp_path: Path) -> None:
+    """A push to several is no whole: one may take it and another not."""
+    second = tmp_path / "second.git"
+    project.git("clone", "--quiet", "--bare", str(project.remote), str(second), cwd=tmp_path)
+    for address in (str(project.remote), f"http://painter:{TOKEN}@127.0.0.1:1/x.git", str(second)):
+        project.git("remote", "set-url", "--push", "--add", "origin", address)
+    before = project.state()
+    for more in ([], ["-f"], ["-d"]):
+        done = project.deploy("release", *more)
+        assert done.returncode == REFUSED
+        shown = f"({project.remote} http://127.0.0.1:1/x.git {second})"
+        assert f'the remote "origin" is pushed to several addresses {shown}: a release goes to one' in done.stderr
+        assert TOKEN not in done.stdout + done.stderr
+        assert project.state() == before
+    assert not project.git("tag", cwd=second)
 
 
 @pytest.mark.parametrize("existing", [False, True])
