@@ -494,14 +494,24 @@ read_credentials() { # no trace (bash -x) may show the token, nor does any progr
   fi
 }
 
+check_username() { # without showing it: where the two were swapped, it is the token
+  local -
+  local unseen="DOCKER_HUB_USERNAME, which is not shown here,"
+  { set +x; } 2>/dev/null
+  # a Docker ID has 4 to 30 characters, and a token more: dckr_pat_…, or a UUID formerly
+  if [[ $username == dckr_* || ${#username} -gt 30 ]]; then
+    die "$MISUSED" "$unseen looks like an access token: it should be the name in your images' names, which has 30 characters at most"
+  elif ! [[ $username =~ ^([a-z0-9][a-z0-9_-]*)?$ ]]; then
+    die "$MISUSED" "$unseen is no name that images have: it should be in lower case, without blanks, and not an e-mail address"
+  fi
+}
+
 check_credentials() {
   local - lacking=no
   { set +x; } 2>/dev/null
   if [[ -z $username ]]; then
     complain "DOCKER_HUB_USERNAME is not set: put it into .env (cp .env.example .env) or into the environment"
     lacking=yes
-  elif ! [[ $username =~ ^[a-z0-9][a-z0-9_-]*$ ]]; then
-    die "$MISUSED" "DOCKER_HUB_USERNAME is \"$username\": it should be the name in your images' names, in lower case, not an e-mail address"
   fi
   if [[ -z $token ]]; then
     complain "DOCKER_HUB_TOKEN is not set: make an access token with read and write rights at Docker Hub, and put it into .env or into the environment"
@@ -544,6 +554,7 @@ direct() { # VERSION BUILD-ONLY
   tags=$(scripts/image-tags "$version") || exit "$MISUSED"
   need docker "install Docker Engine, or let GitHub build: scripts/deploy.sh release"
   read_credentials
+  check_username # also where it only names what is built
   if [[ $build_only == no ]]; then check_credentials; fi
   if [[ $version != "$source_version" ]]; then
     note "the image is tagged $version, and the program in it will say $source_version (src/img_serving/__init__.py)"

@@ -902,11 +902,32 @@ def test_missing_credentials_are_a_line_each(project: Project) -> None:
     assert project.calls() == []
 
 
-@pytest.mark.parametrize("name", ["Painter", "painter@example.com", "pain ter", "-painter"])
-def test_a_username_that_no_image_can_be_named_by_is_told(project: Project, name: str) -> None:
-    done = project.deploy("direct", env={**LOGIN, "DOCKER_HUB_USERNAME": name})
-    assert done.returncode == MISUSED
-    assert f'DOCKER_HUB_USERNAME is "{name}"' in done.stderr
+@pytest.mark.parametrize("build_only", [False, True])
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("Painter", "is no name that images have"),
+        ("painter@example.com", "is no name that images have"),
+        ("pain ter", "is no name that images have"),
+        ("-painter", "is no name that images have"),
+        (TOKEN, "looks like an access token"),
+        ("dckr_oat_short", "looks like an access token"),
+        ("0f3c9a52-6f0e-4c1e-9d53-0a4f7be0c1d2", "looks like an access token"),  # as tokens were before dckr_pat_
+    ],
+)
+def test_a_username_that_no_image_can_be_named_by_is_told_and_not_shown(
+    project: Project, name: str, why: str, *, build_only: bool
+) -> None:
+    """It may be the token, where the two were swapped."""
+    more = ["-b"] if build_only else []
+    for before in ((), ("bash", "-x")):
+        done = project.deploy("direct", *more, env={**LOGIN, "DOCKER_HUB_USERNAME": name}, before=before)
+        assert done.returncode == MISUSED
+        assert f"deploy: DOCKER_HUB_USERNAME, which is not shown here, {why}" in done.stderr
+        assert name not in done.stdout + done.stderr
+    (project.clone / ".env").write_text(f"DOCKER_HUB_USERNAME={name}\nDOCKER_HUB_TOKEN=painter\n")
+    done = project.deploy("direct", *more)
+    assert (done.returncode, name in done.stdout + done.stderr) == (MISUSED, False)
     assert project.calls() == []
 
 
