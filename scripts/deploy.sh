@@ -19,7 +19,7 @@ release  Make the annotated tag vVERSION with the notes of CHANGELOG.md, and pus
          Where VERSION is new, or CHANGELOG.md has no section of it, one commit "Release VERSION" is made first, as you and
          with your hooks: it sets __version__ in src/img_serving/__init__.py, and moves what is under "## [Unreleased]" in
          CHANGELOG.md below "## [VERSION] - YYYY-MM-DD" of today. The branch is pushed with the tag, both or neither, where
-         the remote lacks it or commits of it. If a step fails, the commit and the tag are taken back.
+         the remote lacks it or commits of it. If a step fails, the commit and the tag are taken back. One release at a time.
   -v, --version VERSION  the version to release, instead of the one in src/img_serving/__init__.py. A lower one is refused:
                          1.1.4 after 1.2.0 is released from a branch that says 1.1.3
   -d, --dry-run          say everything that would be done, and what is in the way; change nothing
@@ -87,7 +87,9 @@ summary_of_changes() {
 # --- release ----------------------------------------------------------------------------------------------------------
 
 remote='' remote_branch='' branch='' head=''
+made_commit='' made_tag='' # the ids of what this run has made, and may take back
 local_tag='' remote_tag='' remote_tag_commit='' remote_head=''
+asked='' shown='' # the remote as git is asked about it, and as people are told: its name, or the address that it is pushed to
 not_there='' # what the remote lacks of the branch, in words
 
 sort_key() { # VERSION: of two keys the lower version's is first in the alphabet; 1.2.3.dev0 < 1.2.3a1 < 1.2.3rc1 < 1.2.3
@@ -105,6 +107,15 @@ check_version() {
     problem "$version is lower than $source_version, which this branch says ($VERSION_FILE): release a higher one, or switch to the branch of that series"
 }
 
+lock() { # until this program ends: two releases in one repository would take each other's commit and tag for their own
+  local file
+  file=$(git rev-parse --git-common-dir)/deploy-release.lock # worktrees share their tags
+  { exec 9>>"$file"; } 2>/dev/null || die "$FAILED" "$file cannot be written; nothing was changed"
+  # Python's flock, since not every system has a program of that name
+  python3 -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)' 2>/dev/null ||
+    die "$REFUSED" "refused: another release is under way in this repository: wait until it has ended"
+}
+
 find_branch() { # the branch, and where it is pushed to
   head=$(git rev-parse --verify --quiet HEAD) || die "$REFUSED" "refused: there is no commit yet"
   if ! branch=$(git symbolic-ref --quiet --short HEAD); then
@@ -118,6 +129,22 @@ find_branch() { # the branch, and where it is pushed to
   if ! git config "remote.$remote.url" >/dev/null; then
     problem "there is no remote \"$remote\" to push the tag to: git remote add $remote ADDRESS"
     remote=''
+    return
+  fi
+  find_address
+}
+
+find_address() { # what is looked at is what is pushed to, which need not be what is fetched from
+  local addresses
+  addresses=$(git remote get-url --push --all "$remote") || die "$FAILED" "git does not know where \"$remote\" is pushed to"
+  if [[ $addresses == *$'\n'* ]]; then
+    problem "the remote \"$remote\" is pushed to several addresses ($(without_userinfo <<<"$addresses" | paste -sd ' ')): a release goes to one, so make a remote of it (git remote add), and set it as the branch's (git config branch.${branch:-main}.remote NAME)"
+    remote=''
+    return
+  fi
+  asked=$remote shown=$remote
+  if [[ $addresses != "$(git remote get-url "$remote")" ]]; then
+    asked=$addresses shown=$(without_userinfo <<<"$addresses")
   fi
 }
 
@@ -125,7 +152,7 @@ ask_remote() { # asks without fetching: a refusal and a dry run leave even the r
   local said='' id name
   local_tag=$(git rev-parse --verify --quiet "refs/tags/$tag" || true)
   if [[ -z $remote ]]; then return; fi
-  if ! said=$(git ls-remote "$remote" "$remote_branch" "refs/tags/$tag" "refs/tags/$tag^{}" 2>&1); then
+  if ! said=$(git ls-remote "$asked" "$remote_branch" "refs/tags/$tag" "refs/tags/$tag^{}" 2>&1); then
     without_userinfo <<<"$said" >&2
     [[ $dry == yes ]] || die "$FAILED" "the remote \"$remote\" does not answer; nothing was changed"
     problem "the remote \"$remote\" does not answer"
@@ -151,9 +178,9 @@ check_branch() {
       count=$(git rev-list --count "$remote_head..$head")
       not_there="whose $there lacks $count commit$([[ $count == 1 ]] || echo s)"
     elif git merge-base --is-ancestor "$head" "$remote_head" 2>/dev/null || ! git cat-file -e "$remote_head" 2>/dev/null; then
-      problem "$branch is behind $remote/$there, or apart from it: git pull --ff-only $remote $there"
+      problem "$branch is behind $remote/$there, or apart from it: git pull --ff-only $shown $there"
     else
-      problem "$branch and $remote/$there have gone apart: git pull --rebase $remote $there"
+      problem "$branch and $remote/$there have gone apart: git pull --rebase $shown $there"
     fi
   fi
 }
@@ -259,31 +286,53 @@ show_plan() {
 }
 
 written=no pushing=no # how far it has come, for put_back
+stopped='' # the exit status of a signal that came while something was made
 
-put_back() { # at any exit that is no success: the tag, the branch and the files are as they were
+hold_signals() { # until what is being made has an id that is known
+  trap 'stopped=129' HUP
+  trap 'stopped=130' INT
+  trap 'stopped=143' TERM
+}
+
+heed_signals() {
+  trap 'exit 129' HUP
+  trap 'exit 130' INT
+  trap 'exit 143' TERM
+  [[ -z $stopped ]] || exit "$stopped"
+}
+
+put_back() { # at any exit that is no success: the tag, the branch and the files are as they were; what others made stays
   local status=$? at_tag at left=''
   trap '' HUP INT TERM
   trap - EXIT
   at_tag=$(git rev-parse --verify --quiet "refs/tags/$tag" || true)
-  if [[ $at_tag != "$local_tag" ]]; then
-    if [[ -n $local_tag ]]; then git update-ref "refs/tags/$tag" "$local_tag"; else git update-ref -d "refs/tags/$tag" "$at_tag"; fi ||
-      left="the tag $tag is still here: git tag -d $tag"
+  if [[ $at_tag == "$local_tag" ]]; then
+    :
+  elif [[ -z $made_tag || $at_tag != "$made_tag" ]]; then
+    left="the tag $tag is no longer what it was, and not of this run: it was left"
+  elif [[ -n $local_tag ]]; then
+    git update-ref "refs/tags/$tag" "$local_tag" "$made_tag" || left="the tag $tag is still moved: git tag -f $tag ${local_tag:0:12}"
+  else
+    git update-ref -d "refs/tags/$tag" "$made_tag" || left="the tag $tag is still here: git tag -d $tag"
   fi
   if [[ $written == yes ]]; then
     at=$(git rev-parse --verify --quiet HEAD || true)
-    if [[ $at != "$head" ]]; then
-      # --keep: what somebody has changed meanwhile in other files stays
-      if ! { [[ $(git rev-parse --verify --quiet "$at^") == "$head" ]] && git reset --quiet --keep "$head"; }; then
-        left+="${left:+; }the commit ${at:0:12} is still on $branch: git reset --keep ${head:0:12}"
+    if [[ $at == "$head" ]]; then
+      if ! { printf '%s' "${old_source%.}" >"$VERSION_FILE" && printf '%s' "${old_changelog%.}" >"$CHANGELOG" && git reset --quiet; }; then
+        left+="${left:+; }$VERSION_FILE and $CHANGELOG are changed: git checkout HEAD $VERSION_FILE $CHANGELOG"
       fi
-    elif ! { printf '%s' "${old_source%.}" >"$VERSION_FILE" && printf '%s' "${old_changelog%.}" >"$CHANGELOG" && git reset --quiet; }; then
-      left+="${left:+; }$VERSION_FILE and $CHANGELOG are changed: git checkout HEAD $VERSION_FILE $CHANGELOG"
+    elif [[ -z $made_commit || $at != "$made_commit" ]]; then
+      left+="${left:+; }$branch is at ${at:0:12}, which is not of this run: it was left, as were the files"
+    else
+      # --keep: what somebody has changed meanwhile in other files stays
+      git reset --quiet --keep "$head" ||
+        left+="${left:+; }the commit ${at:0:12} is still on $branch: git reset --keep ${head:0:12}"
     fi
     changes=$(git status --porcelain --untracked-files=normal --ignore-submodules=none || true)
     if [[ -n $changes && -z $left ]]; then note "a hook, or somebody, has changed more, and that was left: $(summary_of_changes)"; fi
   fi
   if [[ -n $left ]]; then complain "not everything could be put back: $left"; else note "$branch, its files and the tags here are as before"; fi
-  if [[ $pushing == yes ]]; then note "whether the push arrived is not known: git ls-remote $remote $tag"; fi
+  if [[ $pushing == yes ]]; then note "whether the push arrived is not known: git ls-remote $shown $tag"; fi
   exit "$status"
 }
 
@@ -293,18 +342,27 @@ make_commit() {
   if ! { printf '%s' "${new_source%.}" >"$VERSION_FILE" && printf '%s' "${new_changelog%.}" >"$CHANGELOG"; }; then
     die "$FAILED" "$VERSION_FILE and $CHANGELOG could not be written"
   fi
-  if ! { git add -- "$VERSION_FILE" "$CHANGELOG" && git commit --quiet --message "Release $version"; }; then
+  hold_signals
+  # what git or a hook leaves running should not hold the lock (9)
+  if ! { git add -- "$VERSION_FILE" "$CHANGELOG" && git commit --quiet --message "Release $version" 9>&-; }; then
+    heed_signals
     die "$FAILED" "git could not make the commit \"Release $version\"; nothing was pushed"
   fi
   commit=$(git rev-parse --verify HEAD)
+  [[ $(git rev-parse --verify --quiet "$commit^") != "$head" ]] || made_commit=$commit
+  heed_signals
 }
 
 make_tag() { # FORCE; the notes' headings begin with #, which git would take for comments
   local options=(--annotate --cleanup=whitespace --file=-)
   [[ $1 == no ]] || options+=(--force)
-  printf 'img-serving %s\n\n%s\n' "$version" "$notes" |
-    git tag "${options[@]}" "$tag" "$commit" >/dev/null ||
+  hold_signals
+  if ! printf 'img-serving %s\n\n%s\n' "$version" "$notes" | git tag "${options[@]}" "$tag" "$commit" >/dev/null 9>&-; then
+    heed_signals
     die "$FAILED" "git could not make the tag $tag; nothing was pushed"
+  fi
+  made_tag=$(git rev-parse --verify "refs/tags/$tag")
+  heed_signals
 }
 
 pushes_branch() { needs_commit || [[ -n $not_there ]]; }
@@ -319,12 +377,12 @@ push() { # FORCE
   [[ $1 == no ]] || options+=("--force-with-lease=refs/tags/$tag:$remote_tag")
   pushing=yes
   trap : HUP INT TERM # they end git, and what the remote then has decides how this ends
-  if ! git push --quiet "${options[@]}" "$remote" "${what[@]}" 2>&1 | without_userinfo >&2; then
+  if ! git push --quiet "${options[@]}" "$remote" "${what[@]}" 2>&1 9>&- | without_userinfo >&2; then
     # a connection may break after the remote has taken everything
-    if said=$(git ls-remote "$remote" "refs/tags/$tag" 2>/dev/null); then
+    if said=$(git ls-remote "$asked" "refs/tags/$tag" 2>/dev/null); then
       there=${said%%[[:space:]]*}
       pushing=no
-      [[ $there != "$(git rev-parse "refs/tags/$tag")" ]] || return 0
+      [[ $there != "$made_tag" ]] || return 0
     fi
     die "$FAILED" "$pushed could not be pushed to $remote"
   fi
@@ -336,6 +394,7 @@ release() { # VERSION FORCE DRY
   need git "install it (Debian, Ubuntu: apt install git)"
   need python3 "it reads and writes CHANGELOG.md (Debian, Ubuntu: apt install python3)"
   git rev-parse --is-inside-work-tree >/dev/null 2>&1 || die "$REFUSED" "refused: $PWD is no git repository: a release is a tag"
+  if [[ $dry == no ]]; then lock; fi # before anything is looked at
   source_version=$(scripts/project-version) || exit "$FAILED"
   version=${version:-$source_version}
   scripts/image-tags "$version" >/dev/null || exit "$MISUSED"
@@ -361,9 +420,7 @@ release() { # VERSION FORCE DRY
   commit=$head pushed="the tag $tag"
   if pushes_branch; then pushed="$branch and $tag"; fi
   trap put_back EXIT
-  trap 'exit 129' HUP
-  trap 'exit 130' INT
-  trap 'exit 143' TERM
+  heed_signals
   if needs_commit; then make_commit; fi
   make_tag "$force"
   push "$force"
@@ -437,14 +494,24 @@ read_credentials() { # no trace (bash -x) may show the token, nor does any progr
   fi
 }
 
+check_username() { # without showing it: where the two were swapped, it is the token
+  local -
+  local unseen="DOCKER_HUB_USERNAME, which is not shown here,"
+  { set +x; } 2>/dev/null
+  # a Docker ID has 4 to 30 characters, and a token more: dckr_pat_…, or a UUID formerly
+  if [[ $username == dckr_* || ${#username} -gt 30 ]]; then
+    die "$MISUSED" "$unseen looks like an access token: it should be the name in your images' names, which has 30 characters at most"
+  elif ! [[ $username =~ ^([a-z0-9][a-z0-9_-]*)?$ ]]; then
+    die "$MISUSED" "$unseen is no name that images have: it should be in lower case, without blanks, and not an e-mail address"
+  fi
+}
+
 check_credentials() {
   local - lacking=no
   { set +x; } 2>/dev/null
   if [[ -z $username ]]; then
     complain "DOCKER_HUB_USERNAME is not set: put it into .env (cp .env.example .env) or into the environment"
     lacking=yes
-  elif ! [[ $username =~ ^[a-z0-9][a-z0-9_-]*$ ]]; then
-    die "$MISUSED" "DOCKER_HUB_USERNAME is \"$username\": it should be the name in your images' names, in lower case, not an e-mail address"
   fi
   if [[ -z $token ]]; then
     complain "DOCKER_HUB_TOKEN is not set: make an access token with read and write rights at Docker Hub, and put it into .env or into the environment"
@@ -487,6 +554,7 @@ direct() { # VERSION BUILD-ONLY
   tags=$(scripts/image-tags "$version") || exit "$MISUSED"
   need docker "install Docker Engine, or let GitHub build: scripts/deploy.sh release"
   read_credentials
+  check_username # also where it only names what is built
   if [[ $build_only == no ]]; then check_credentials; fi
   if [[ $version != "$source_version" ]]; then
     note "the image is tagged $version, and the program in it will say $source_version (src/img_serving/__init__.py)"

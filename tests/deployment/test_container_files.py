@@ -61,7 +61,37 @@ def test_the_build_sees_only_what_is_named() -> None:
     }
     assert all((ROOT / one).exists() for one in let_in)
     assert not let_in & set(PRIVATE)
-    assert {"**/__pycache__", "**/.env*"} <= set(rules[rules.index("!src") :]), "these come after what lets src in"
+
+
+def is_built_of(path: str) -> bool:
+    """What .dockerignore says of a file: the last rule that takes it or a folder above it counts."""
+    rules = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
+    parts = path.split("/")
+    above = ["/".join(parts[: count + 1]) for count in range(len(parts))]
+    is_in = True
+    for rule in rules:
+        pattern = re.escape(rule.removeprefix("!")).replace(r"\*\*/", "(?:.*/)?").replace(r"\*", "[^/]*")
+        if any(re.fullmatch(pattern, one) for one in above):
+            is_in = rule.startswith("!")
+    return is_in
+
+
+def test_what_looks_like_a_secret_is_not_built_wherever_it_is() -> None:
+    secrets = (
+        ".env", ".env.production", "production.env", "private.key", "server.pem", "server.p12", "id_rsa", "id_ed25519.old",
+        ".netrc", "state.sqlite", "state.sqlite3-wal", "jobs.db", "gateway.log", "drawn.png", "__pycache__/x.pyc",
+        ".env.d/token.py",
+    )  # fmt: skip
+    for folder in ("", "src/", "src/img_serving/", "src/img_serving/api/deep/"):
+        assert [one for one in secrets if is_built_of(folder + one)] == []
+
+
+def test_the_whole_program_is_built() -> None:
+    listed = subprocess.run(["git", "ls-files", "src"], cwd=ROOT, capture_output=True, text=True, check=False)
+    files = listed.stdout.split() or [str(one.relative_to(ROOT)) for one in (ROOT / "src").rglob("*.py")]
+    assert len(files) > 100
+    assert [one for one in files if not is_built_of(one)] == []
+    assert not any(map(is_built_of, PRIVATE))
 
 
 def test_the_gateway_is_the_default_and_the_worker_has_a_name() -> None:

@@ -7,7 +7,9 @@ import os
 import pty
 import re
 import shutil
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -299,10 +301,50 @@ def test_a_remote_that_does_not_answer_is_told_without_its_password(project: Pro
 
 
 def test_a_push_address_is_shown_without_its_password(project: Project) -> None:
-    project.git("remote", "set-url", "--push", "origin", f"https://painter:{TOKEN}@example.com/x.git")
+    project.git("remote", "set-url", "--push", "origin", f"http://painter:{TOKEN}@127.0.0.1:1/x.git")
     done = project.deploy("release", "-d")
-    assert "push it to origin (https://example.com/x.git)" in done.stdout
+    assert "push it to origin (http://127.0.0.1:1/x.git)" in done.stdout
     assert TOKEN not in done.stdout + done.stderr
+
+
+def test_what_is_looked_at_is_what_is_pushed_to(project: Project, tmp_path: Path) -> None:
+    """Not what is fetched from, where that is another repository."""
+    fork = tmp_path / "fork.git"
+    project.git("clone", "--quiet", "--bare", str(project.remote), str(fork), cwd=tmp_path)
+    project.git("remote", "set-url", "--push", "origin", str(fork))
+    theirs = project.push_from_elsewhere()
+    project.remote, mirror = fork, project.remote
+    done = project.deploy("release", "-v", "1.3.0")
+    assert done.returncode == 0, done.stderr
+    assert project.remote_commit("refs/tags/v1.3.0") == project.remote_commit("refs/heads/main") != theirs
+    assert not project.git("tag", cwd=mirror)
+
+    project.git("tag", "-d", "v1.3.0")
+    another = project.git("commit-tree", "-p", "main", "-m", "Another's", "main^{tree}")
+    project.git("push", "--quiet", str(fork), f"{another}:refs/heads/main")
+    before = project.state()
+    done = project.deploy("release", "-v", "1.3.0")
+    assert done.returncode == REFUSED
+    assert "the tag v1.3.0 exists on origin" in done.stderr
+    assert f"git pull --ff-only {fork} main" in done.stderr
+    assert project.state() == before
+
+
+def test_several_push_addresses_are_refused(project: Project, tmp_path: Path) -> None:
+    """A push to several is no whole: one may take it and another not."""
+    second = tmp_path / "second.git"
+    project.git("clone", "--quiet", "--bare", str(project.remote), str(second), cwd=tmp_path)
+    for address in (str(project.remote), f"http://painter:{TOKEN}@127.0.0.1:1/x.git", str(second)):
+        project.git("remote", "set-url", "--push", "--add", "origin", address)
+    before = project.state()
+    for more in ([], ["-f"], ["-d"]):
+        done = project.deploy("release", *more)
+        assert done.returncode == REFUSED
+        shown = f"({project.remote} http://127.0.0.1:1/x.git {second})"
+        assert f'the remote "origin" is pushed to several addresses {shown}: a release goes to one' in done.stderr
+        assert TOKEN not in done.stdout + done.stderr
+        assert project.state() == before
+    assert not project.git("tag", cwd=second)
 
 
 @pytest.mark.parametrize("existing", [False, True])
@@ -634,6 +676,70 @@ def test_a_branch_that_somebody_else_pushes_meanwhile_is_no_half_release(project
     assert {**project.state(), "remote": None} == {**before, "remote": None}
 
 
+# --- release: what others do meanwhile
+
+
+def start(project: Project, *words: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [str(project.clone / "scripts" / "deploy.sh"), *words], cwd=project.clone, env=project.environment,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def test_a_second_release_is_refused_while_one_is_under_way_and_takes_nothing_back(project: Project) -> None:
+    with_entries(project)
+    pushes, go = project.clone.with_name("pushes"), project.clone.with_name("go")
+    write_hook(project.clone / ".git" / "hooks", "pre-push", f": >{pushes}\nuntil [ -e {go} ]; do sleep 0.05; done")
+    first = start(project, "release", "-v", "1.3.0")
+    try:
+        until = time.monotonic() + 60
+        while not pushes.exists():
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        before = project.state()
+        for more in ([], ["-f"]):
+            second = project.deploy("release", "-v", "1.3.0", *more)
+            assert second.returncode == REFUSED
+            assert second.stderr == (
+                "deploy: refused: another release is under way in this repository: wait until it has ended\n"
+            )
+            assert project.state() == before
+    finally:
+        go.touch()
+        said = first.communicate(timeout=60)
+    assert first.returncode == 0, said
+    assert project.remote_commit("refs/tags/v1.3.0") == project.git("rev-parse", "main", "v1.3.0^{}").split()[0]
+    assert project.deploy("release", "-d", "-v", "1.4.0").returncode == 0
+
+
+def test_what_a_hook_leaves_running_does_not_keep_the_next_release_out(project: Project) -> None:
+    file = project.clone.with_name("left-pid")
+    write_hook(project.clone / ".git" / "hooks", "pre-push", f"sleep 60 >/dev/null 2>&1 &\necho $! >{file}")
+    try:
+        assert project.deploy("release", "-v", "1.3.0").returncode == 0
+        write_hook(project.clone / ".git" / "hooks", "pre-push", "exit 0")
+        done = project.deploy("release", "-v", "1.4.0")
+    finally:
+        os.kill(int(file.read_text()), signal.SIGKILL)
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_others_made_meanwhile_is_not_taken_back(project: Project) -> None:
+    head = with_entries(project)
+    write_hook(
+        project.clone / ".git" / "hooks",
+        "pre-push",
+        f"git reset -q --hard {head}; git commit -q --allow-empty -m Theirs; git tag -f -m Theirs v1.3.0; exit 1",
+    )
+    done = project.deploy("release", "-v", "1.3.0")
+    assert done.returncode == FAILED
+    assert "as before" not in done.stderr
+    theirs = project.git("rev-parse", "main")
+    assert project.git("log", "-1", "--format=%P|%s", "v1.3.0") == f"{head}|Theirs"
+    assert "the tag v1.3.0 is no longer what it was, and not of this run: it was left" in done.stderr
+    assert f"main is at {theirs[:12]}, which is not of this run: it was left" in done.stderr
+
+
 # --- direct
 
 
@@ -796,11 +902,32 @@ def test_missing_credentials_are_a_line_each(project: Project) -> None:
     assert project.calls() == []
 
 
-@pytest.mark.parametrize("name", ["Painter", "painter@example.com", "pain ter", "-painter"])
-def test_a_username_that_no_image_can_be_named_by_is_told(project: Project, name: str) -> None:
-    done = project.deploy("direct", env={**LOGIN, "DOCKER_HUB_USERNAME": name})
-    assert done.returncode == MISUSED
-    assert f'DOCKER_HUB_USERNAME is "{name}"' in done.stderr
+@pytest.mark.parametrize("build_only", [False, True])
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("Painter", "is no name that images have"),
+        ("painter@example.com", "is no name that images have"),
+        ("pain ter", "is no name that images have"),
+        ("-painter", "is no name that images have"),
+        (TOKEN, "looks like an access token"),
+        ("dckr_oat_short", "looks like an access token"),
+        ("0f3c9a52-6f0e-4c1e-9d53-0a4f7be0c1d2", "looks like an access token"),  # as tokens were before dckr_pat_
+    ],
+)
+def test_a_username_that_no_image_can_be_named_by_is_told_and_not_shown(
+    project: Project, name: str, why: str, *, build_only: bool
+) -> None:
+    """It may be the token, where the two were swapped."""
+    more = ["-b"] if build_only else []
+    for before in ((), ("bash", "-x")):
+        done = project.deploy("direct", *more, env={**LOGIN, "DOCKER_HUB_USERNAME": name}, before=before)
+        assert done.returncode == MISUSED
+        assert f"deploy: DOCKER_HUB_USERNAME, which is not shown here, {why}" in done.stderr
+        assert name not in done.stdout + done.stderr
+    (project.clone / ".env").write_text(f"DOCKER_HUB_USERNAME={name}\nDOCKER_HUB_TOKEN=painter\n")
+    done = project.deploy("direct", *more)
+    assert (done.returncode, name in done.stdout + done.stderr) == (MISUSED, False)
     assert project.calls() == []
 
 

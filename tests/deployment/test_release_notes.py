@@ -122,6 +122,42 @@ def test_a_release_gets_what_is_unreleased(changelog: Path, text: str, expected:
     assert run("1.1.0", "--changelog", changelog).returncode == 0
 
 
+@pytest.mark.parametrize(
+    "block",
+    [
+        "```` ```one line fence``` ````",
+        "```code``` in a line",
+        "```text\n~~~\n## [1.0.0]\n```",
+        "~~~ `a` ```\n```\n## [1.0.0]\n~~~",
+        "````\n```\n## [1.0.0]\n```` more\n## [1.0.0]\n`````  ",
+        "   ```\n## [1.0.0]\n ```",
+        "    ```\n\nIndented code opens nothing.",
+        "- One:\n\n  ```sh\n  make\n  ```\n- Two",
+        "- One:\n  ```\n\n  ## [1.0.0]\n      ```\n  ```",
+        "10. - ```\n      ```",
+        "- ```\n  an item ends, and what is open in it",
+        "- One\n\n\t```\n\t## [1.0.0]\n\t```",
+        "``\n~~\n` ` `",
+    ],
+)
+def test_fenced_blocks_end_where_commonmark_says(changelog: Path, block: str) -> None:
+    text = f"{UNRELEASED}\n{block}\n{OLD}"
+    changelog.write_text(text)
+    done = run("1.0.0", "--changelog", changelog)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "- One.\n", "")
+    assert run("1.0.0", "--released", "2026-11-26", "--changelog", changelog).stdout == text
+    assert run("Unreleased", "--changelog", changelog).stdout == f"{block}\n".rstrip() + "\n"
+
+
+@pytest.mark.parametrize("block", ["```\nopen", "~~~\n```\n~~", "````\n```", "```\n``` text\n    ```"])
+def test_a_block_that_hides_every_later_section_is_told(changelog: Path, block: str) -> None:
+    changelog.write_text(f"{UNRELEASED}\n{block}\n{OLD}")
+    for words in (["1.0.0"], ["1.0.0", "--released", "2026-11-26"]):
+        done = run(*words, "--changelog", changelog)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "line 5 begins a block with " in done.stderr
+
+
 def test_a_missing_changelog_is_told(tmp_path: Path) -> None:
     done = run("1.1.0", "--changelog", tmp_path / "none.md")
     assert done.returncode == 1
