@@ -1015,8 +1015,6 @@ def test_the_example_is_safe_as_it_is(project: Project) -> None:
 
 def test_the_example_names_what_compose_reads() -> None:
     compose = ROOT / "compose.yaml"
-    if not compose.exists():
-        pytest.skip("NO COMPOSE FILE: nothing to compare .env.example with")
     section = (ROOT / ".env.example").read_text().partition("# `docker compose` (")[2]
     named = re.findall(r"^#([A-Z_]+)=", section, re.MULTILINE)
     assert len(named) > 3

@@ -18,7 +18,7 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 from PIL import Image
-from tests.support.programs import Program, free_port, serving
+from tests.support.programs import Program, free_port, serving, to_an_end
 from tests.support.recipe_apps import CONFIG, KEY, SILLYTAVERN_BODY, picture
 
 pytestmark = pytest.mark.smoke
@@ -72,12 +72,7 @@ def started(command: list[str], directory: Path, url: str, environment: Mapping[
                 time.sleep(0.5)
             yield
         finally:
-            process.terminate()
-            try:
-                process.wait(timeout=30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            to_an_end(process, seconds=30)
 
 
 def _answers(url: str) -> bool:

@@ -22,7 +22,7 @@ import pytest
 from tests.clients.rehearsal import KEY, UNBREAKABLE, backend, environment
 from tests.recipes.pages import DOCS, block_with, program_of
 from tests.support.official_clients import VARIABLE, need_clients
-from tests.support.programs import Program, free_port, serving
+from tests.support.programs import Program, free_port, serving, to_an_end
 
 need_clients()
 pytestmark = pytest.mark.smoke
@@ -239,12 +239,7 @@ def litellm_proxy(gateway: Program, broken: Program, tmp_path_factory: pytest.Te
         _wait_for(f"{url}/health/liveliness", proxy, directory / "said.txt")
         yield url
     finally:
-        proxy.terminate()
-        try:
-            proxy.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            proxy.kill()
-            proxy.wait()
+        to_an_end(proxy)
 
 
 def _wait_for(url: str, process: subprocess.Popen[bytes], said: Path) -> None:

@@ -45,6 +45,16 @@ class Program:
         return self.process.wait(timeout=30)
 
 
+def to_an_end(process: subprocess.Popen[Any], seconds: float = 20.0) -> None:
+    """Ask a program to end, and end it if it has not after that many seconds."""
+    process.terminate()  # does nothing to one that has ended
+    try:
+        process.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
 def free_port() -> int:
     """A port for what is started, stopped and started again: none of those that the system hands out in between."""
     while True:
@@ -74,13 +84,7 @@ def serving(
         try:
             yield Program(process, directory, *_wait(process, directory))
         finally:
-            if process.poll() is None:
-                process.terminate()
-                try:
-                    process.wait(timeout=20)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
+            to_an_end(process)
 
 
 def _wait(process: subprocess.Popen[str], directory: Path) -> tuple[str, str]:

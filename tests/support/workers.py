@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.support.programs import to_an_end
+
 READY_SECONDS = 60.0
 
 
@@ -62,12 +64,6 @@ def working(
         assert until in said, f"it ended with {process.wait(10)}: {said}"
         yield WorkerProgram(process, said)
     finally:
-        if process.poll() is None:
-            process.terminate()
-            try:
-                process.wait(timeout=20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        to_an_end(process)
         if process.stdout is not None:
             process.stdout.close()
